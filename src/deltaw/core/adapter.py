@@ -1,0 +1,99 @@
+"""`Adapter`: a trained change of a model as a value. Specs and named tensors; no model is needed to hold or change it.
+
+It is the joint of the house: files, combinations, analyses and the store work on it; only `model/` turns it into hosts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.core.variant import Variant
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one parameter of the base changes.
+
+    variant: the method and its options (for this very weight: rank and alpha are its own).
+    tensors: the delta's tensors by their names ("A", "B", ...), in the variant's matrix form, A (rank, in).
+    layer: the layer family that the weight belongs to ("linear", "conv1d_gpt2", "embedding", ...); None if a file
+        does not say (then the model decides at load).
+    shape: the parameter's stored shape in the base, if known.
+    """
+
+    variant: Variant
+    tensors: Mapping[str, Tensor]
+    layer: str | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(out, in) of the weight that this changes, read from the tensors."""
+        return self.variant.matrix_shape(self.tensors)
+
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The dense ΔW (out, in). `weight` is needed by variants whose change depends on W (DoRA, Full, IA3)."""
+        from deltaw.core.variant import Site
+
+        first = next(iter(self.tensors.values()))
+        delta = self.variant.create(Site(self.matrix_shape, first.dtype, torch.device("meta")), {})
+        delta.load_state_dict(dict(self.tensors), assign=True)
+        reference = torch.empty(self.matrix_shape, device="meta", dtype=first.dtype) if weight is None else weight
+        with torch.no_grad():
+            dense = delta.delta_weight(reference)
+        if dense.is_meta:
+            raise ValueError(f"ΔW of {self.variant} depends on the base weight: pass `weight`")
+        return dense
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A change of a model: `changes` maps the name of a base parameter ("encoder.0.query.weight") to its `Change`.
+
+    base: what is known of the base it was trained on (name, fingerprint), as io/fingerprint.py writes it; may be empty.
+    extra: facts that travel with it (label map, task, metrics); JSON values only, never interpreted by the model verbs.
+    error: where the adapter is the result of a combination or a truncation: parameter name -> relative Frobenius error
+        against the exact ΔW.
+    """
+
+    changes: Mapping[str, Change]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    error: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        json.dumps([dict(self.base), dict(self.extra)])  # JSON values only: fails here, not at save
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its full name, "encoder.0.query.weight.A"."""
+        return {f"{key}.{name}": t for key, c in self.changes.items() for name, t in c.tensors.items()}
+
+    @property
+    def numel(self) -> int:
+        """Number of values kept."""
+        return sum(t.numel() for t in self.tensors().values())
+
+    def replace(self, **fields: Any) -> Adapter:
+        """A copy with some fields replaced."""
+        return replace(self, **fields)
+
+    def __repr__(self) -> str:
+        kinds = sorted({c.variant.kind for c in self.changes.values()})
+        return f"Adapter({len(self.changes)} weights, {'+'.join(kinds) or 'empty'}, {self.numel:,} values)"
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Parameter name -> (module path, site): "a.b.weight" -> ("a.b", "weight"); "weight" -> ("", "weight")."""
+    path, _, site = key.rpartition(".")
+    return path, site
+
+
+def join_key(path: str, site: str) -> str:
+    """(module path, site) -> parameter name."""
+    return f"{path}.{site}" if path else site

@@ -1,0 +1,143 @@
+"""HOW a weight changes: a `Variant` (the options, a value) makes one `Delta` (the trained tensors) per weight.
+
+A variant file knows matrices only. It never learns which layer the matrix belongs to or in what form it is stored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter of one layer, as a variant sees it.
+
+    `shape` is (out, in): the weight as the matrix that multiplies inputs from the left, whatever the stored layout.
+    For a variant with `any_shape` it is the stored shape itself. `dtype` and `device` are those of the adapter's
+    tensors: fp32 over a 16-bit or quantised base, else the base's own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return self.shape[1]
+
+
+class LowRank(NamedTuple):
+    """A change in the form that fused operations take: ΔW = diag(gain) W + scale · B A.
+
+    `A` is (rank, in), `B` is (out, rank), `gain` is (out,) or None for zero. `dropout` is the probability of zeroing,
+    in training, an entry of the input of A (`dropout_at="input"`) or of the low-rank output ("output").
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    gain: Tensor | None = None
+    dropout: float = 0.0
+    dropout_at: str = "input"
+
+
+class FrozenMatrix(ABC):
+    """What a delta may ask of the frozen weight W (out, in): products, and W itself as the last resort."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ, (..., in) -> (..., out)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """W, (out, in), in the dtype in which it is computed with."""
+
+
+class Delta(nn.Module, ABC):
+    """The change of one weight: its trained tensors and the formula that turns them into ΔW.
+
+    Parameters and persistent buffers of this module are exactly what a file keeps of it.
+    """
+
+    def __init__(self, variant: Variant, site: Site) -> None:
+        super().__init__()
+        self.variant = variant
+        self.site = site
+
+    @abstractmethod
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW(W), of W's shape, without dropout. `weight` is W as an (out, in) matrix (any shape for `any_shape`)."""
+
+    def new_weight(self, weight: Tensor) -> Tensor:
+        """W + ΔW(W). Overridden where the changed weight is known directly, so that no rounding is added."""
+        return weight + self.delta_weight(weight).to(weight.dtype)
+
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        """Δb(b) of the layer's bias, for the few variants (IA3) whose one tensor changes both."""
+        return None
+
+    def low_rank(self, frozen: FrozenMatrix) -> LowRank | None:
+        """The change for the fused operations, or None if it is not of that form."""
+        return None
+
+    def start(self, frozen: FrozenMatrix) -> None:
+        """Set what depends on W, once, when freshly attached (DoRA's norms, SVD inits). Not called on meta."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, as kept in files."""
+        return dict(self.state_dict(keep_vars=True))
+
+    def extra_repr(self) -> str:
+        return repr(self.variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(ABC):
+    """Options and identity of one method. Equal variants are equal values; printing one prints the call that makes it.
+
+    bias: also train the bias of every adapted layer, as a copy of its own.
+    """
+
+    kind: ClassVar[str]
+    """The method's name in files, on the command line and in tables."""
+    any_shape: ClassVar[bool] = False
+    """True if the change is defined for a parameter of any shape, not only for a matrix."""
+
+    bias: bool = False
+
+    @abstractmethod
+    def create(self, site: Site, shared: dict[str, Any]) -> Delta:
+        """The delta of one weight. `shared` lives for one `attach`: tensors that all weights of an adapter share."""
+
+    @abstractmethod
+    def matrix_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The shape of the weight that these tensors change, (out, in) or the stored shape.
+
+        Raises KeyError, or AdapterError, if they are not this variant's tensors.
+        """
+
+    def after_step(self, deltas: Mapping[str, Delta], step: int) -> None:
+        """Called by `dw.after_step` once per optimizer step, for methods that reallocate their rank (AdaLoRA)."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """Field name -> value, those that differ from the default only."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
+
+
