@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.roster import Roster
-from deltaw.core.variant import Delta, FrozenMatrix, Site
+from deltaw.core.variant import Delta, Dense, FrozenMatrix
 
 CHILD = "adapters"
 
@@ -34,19 +34,6 @@ class Changes(nn.Module):
     _modules: dict[str, Delta]  # type: ignore[assignment]
 
 
-class Dense(FrozenMatrix):
-    """A frozen matrix that is simply there. `weight` is (out, in)."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
-
-    def dense(self) -> Tensor:
-        return self.weight
-
-
 class Host(nn.Module):
     """An adapted layer. Subclasses are mixed in front of the layer's own class: `class LinearHost(Host, nn.Linear)`."""
 
@@ -56,6 +43,8 @@ class Host(nn.Module):
     """Layer classes that this host adapts (their subclasses too, if `accepts` agrees)."""
     base_class: ClassVar[type[nn.Module]]
     """The class that the layer had before."""
+    host: ClassVar[type[Host]]
+    """The layer family's class, of which this host's own class is made (see `host_class`)."""
     full_only: ClassVar[bool] = False
     """True for the host of last resort, which takes only variants that suit a parameter of any shape."""
 
@@ -123,7 +112,7 @@ class Host(nn.Module):
 
     def parameter(self, site: str) -> Tensor:
         """The frozen parameter (or buffer) behind a site, in stored shape."""
-        found = self._parameters.get(site)
+        found: Tensor | None = self._parameters.get(site)
         if found is None:
             found = self._buffers[site]
         assert found is not None
@@ -155,19 +144,20 @@ class Host(nn.Module):
                 sites.update(changes._modules)
         return sites
 
-    def changed(self, site: str, active: list[tuple[Delta, float]] | None = None) -> Tensor:
-        """The parameter with all active changes, in stored shape and dtype: W + Σ weight · ΔW(W).
+    def changed(self, site: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter with all active changes, in stored shape: W + Σ weight · ΔW(W).
 
-        The sum is formed in the deltas' precision and rounded once.
+        The sum is formed in the deltas' precision and rounded once to the stored dtype (or to `dtype`, if that is wider).
         """
-        active = self.active(site) if active is None else active
+        active = self.active(site)
         stored = self.parameter(site)
+        wanted = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
         if not active:
             return stored
         if len(active) == 1 and active[0][1] == 1.0 and active[0][0].variant.any_shape:
-            return active[0][0].new_weight(stored)
-        dtype = functools.reduce(torch.promote_types, (d.site.dtype for d, _ in active), stored.dtype)
-        wide = stored.to(dtype)
+            return active[0][0].new_weight(stored.to(wanted))
+        summed = functools.reduce(torch.promote_types, (d.site.dtype for d, _ in active), stored.dtype)
+        wide = stored.to(summed)
         total = wide
         for delta, weight in active:
             if delta.variant.any_shape:
@@ -175,7 +165,7 @@ class Host(nn.Module):
             else:
                 change = self.from_matrix(site, delta.delta_weight(self.to_matrix(site, wide)))
             total = total + (change if weight == 1.0 else weight * change)
-        return total.to(stored.dtype)
+        return total.to(wanted)
 
     def changed_bias(self, weight_site: str = "weight", bias_site: str = "bias") -> Tensor | None:
         """The bias with all active changes: its own deltas and those that come with the weight's (IA3)."""
@@ -192,7 +182,7 @@ class Host(nn.Module):
     # ---- copies and pickles: a dynamic class is rebuilt from its two parts
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (type(self).host, self.base_class), self.__getstate__()  # type: ignore[attr-defined]
+        return _blank, (self.host, self.base_class), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         base_state = getattr(self.base_class, "__getstate__", None)
@@ -205,13 +195,23 @@ def _blank(host: type[Host], base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+_classes: dict[tuple[type[Host], type[nn.Module]], type[Host]] = {}
+
+
 def host_class(host: type[Host], base: type[nn.Module]) -> type[Host]:
     """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well."""
-    return type(f"{base.__name__}Host", (host, base), {"base_class": base, "host": host, "__module__": base.__module__})
+    if (host, base) not in _classes:
+        body = {"base_class": base, "host": host, "__module__": base.__module__}
+        _classes[host, base] = type(f"{base.__name__}Host", (host, base), body)
+    return _classes[host, base]
 
 
-def shell(module: nn.Module, base: type[nn.Module], tensors: dict[str, Tensor | None], buffers: dict[str, Tensor | None] | None = None) -> nn.Module:
+def shell(
+    module: nn.Module,
+    base: type[nn.Module],
+    tensors: dict[str, Tensor | None],
+    buffers: dict[str, Tensor | None] | None = None,
+) -> nn.Module:
     """A shallow twin of `module`, of class `base`, whose own parameters (and buffers) are `tensors`: nothing shared is mutated.
 
     `base.forward(shell(...), x)` computes the layer with changed weights, safely in any number of threads.

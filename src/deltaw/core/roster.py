@@ -31,7 +31,9 @@ class Roster:
         self.local = threading.local()
 
     def active(self) -> Active:
-        """The active adapters of the calling thread."""
+        """The active adapters of the calling thread; none while changes are merged into the weights."""
+        if self.merged is not None:
+            return ()
         override: Active | None = getattr(self.local, "override", None)
         return self.default if override is None else override
 

@@ -26,6 +26,8 @@ class Site:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    buffer: bool = False
+    """True for a buffer of the layer (running statistics), which is kept but not trained by gradients."""
 
     @property
     def rows(self) -> int:
@@ -65,6 +67,19 @@ class FrozenMatrix(ABC):
         """W, (out, in), in the dtype in which it is computed with."""
 
 
+class Dense(FrozenMatrix):
+    """A frozen matrix that is simply there. `weight` is (out, in)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+
 class Delta(nn.Module, ABC):
     """The change of one weight: its trained tensors and the formula that turns them into ΔW.
 
@@ -88,17 +103,26 @@ class Delta(nn.Module, ABC):
         """Δb(b) of the layer's bias, for the few variants (IA3) whose one tensor changes both."""
         return None
 
-    def low_rank(self, frozen: FrozenMatrix) -> LowRank | None:
-        """The change for the fused operations, or None if it is not of that form."""
+    def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
+        """The change as a sum of terms for the fused operations, or None if it is not of that form."""
         return None
 
     def start(self, frozen: FrozenMatrix) -> None:
-        """Set what depends on W, once, when freshly attached (DoRA's norms, SVD inits). Not called on meta."""
+        """Set the trained tensors that depend on W, once, when freshly attached (DoRA's norms, SVD inits). Not on meta."""
         return None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, as kept in files."""
-        return dict(self.state_dict(keep_vars=True))
+    def prepare(self, frozen: FrozenMatrix) -> None:
+        """Cache what the forward needs of W and no file keeps (DoRA's row norms); after `start`, and after loading."""
+        return None
+
+    def kept(self) -> tuple[Variant, dict[str, Tensor]]:
+        """What a file keeps of this change, exact over the plain base: the variant that reads it and its tensors."""
+        return self.variant, dict(self.state_dict(keep_vars=True))
+
+    changes_bias: ClassVar[bool] = False
+    """True if `delta_bias` is defined."""
+    fast: ClassVar[tuple[str, ...]] = ()
+    """Tensors that LoRA+ gives the larger learning rate."""
 
     def extra_repr(self) -> str:
         return repr(self.variant)
@@ -139,5 +163,3 @@ class Variant(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
-
-

@@ -1,0 +1,90 @@
+"""deltaw: low-rank changes ΔW of pretrained PyTorch models: train, keep, compare, analyse, combine, merge them.
+
+This file is a list of names. Each is imported when first used, so that `deltaw --help` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "errors": "deltaw.errors",
+    # variants and forms
+    "LoRA": "deltaw.variants.lora",
+    "DoRA": "deltaw.variants.dora",
+    "Full": "deltaw.variants.full",
+    # a model's adapters
+    "attach": "deltaw.model.attach",
+    "detach": "deltaw.model.attach",
+    "get": "deltaw.model.attach",
+    "install": "deltaw.model.attach",
+    "use": "deltaw.model.activate",
+    "disabled": "deltaw.model.activate",
+    "activate": "deltaw.model.activate",
+    "merge": "deltaw.model.merge",
+    "unmerge": "deltaw.model.merge",
+    "merged": "deltaw.model.merge",
+    "summary": "deltaw.model.summary",
+    "adapters": "deltaw.model.summary",
+    "param_groups": "deltaw.model.groups",
+    "after_step": "deltaw.model.groups",
+    # adapters as values and files
+    "Adapter": "deltaw.core.adapter",
+    "Change": "deltaw.core.adapter",
+    "save": "deltaw.io",
+    "load": "deltaw.io",
+    "read": "deltaw.io",
+    "write": "deltaw.io",
+    "extract": "deltaw.io",
+    # combinations and insight
+    "combine": "deltaw.compose",
+    "spectrum": "deltaw.analysis",
+    "similarity": "deltaw.analysis",
+    "amplification": "deltaw.analysis",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+    module = import_module(_WHERE[name])
+    return module if name == "errors" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from deltaw import errors as errors
+    from deltaw.analysis import amplification as amplification
+    from deltaw.analysis import similarity as similarity
+    from deltaw.analysis import spectrum as spectrum
+    from deltaw.compose import combine as combine
+    from deltaw.core.adapter import Adapter as Adapter
+    from deltaw.core.adapter import Change as Change
+    from deltaw.io import extract as extract
+    from deltaw.io import load as load
+    from deltaw.io import read as read
+    from deltaw.io import save as save
+    from deltaw.io import write as write
+    from deltaw.model.activate import activate as activate
+    from deltaw.model.activate import disabled as disabled
+    from deltaw.model.activate import use as use
+    from deltaw.model.attach import attach as attach
+    from deltaw.model.attach import detach as detach
+    from deltaw.model.attach import get as get
+    from deltaw.model.attach import install as install
+    from deltaw.model.groups import after_step as after_step
+    from deltaw.model.groups import param_groups as param_groups
+    from deltaw.model.merge import merge as merge
+    from deltaw.model.merge import merged as merged
+    from deltaw.model.merge import unmerge as unmerge
+    from deltaw.model.summary import adapters as adapters
+    from deltaw.model.summary import summary as summary
+    from deltaw.variants.dora import DoRA as DoRA
+    from deltaw.variants.full import Full as Full
+    from deltaw.variants.lora import LoRA as LoRA

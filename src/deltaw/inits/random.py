@@ -1,0 +1,42 @@
+"""Random starts: A random, B zero, so that ΔW = 0. Each takes A (rank, in) and B (out, rank) and fills them in place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.registry import init
+
+
+@init("kaiming")
+def kaiming(A: Tensor, B: Tensor) -> None:
+    """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), what loralib and PEFT use)."""
+    with torch.no_grad():
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        B.zero_()
+
+
+@init("gaussian")
+def gaussian(A: Tensor, B: Tensor) -> None:
+    """A standard normal (Hu et al. 2021)."""
+    with torch.no_grad():
+        A.normal_()
+        B.zero_()
+
+
+@init("gaussian/rank")
+def gaussian_by_rank(A: Tensor, B: Tensor) -> None:
+    """A normal with standard deviation 1/rank (PEFT's "gaussian")."""
+    with torch.no_grad():
+        A.normal_(std=1 / A.shape[0])
+        B.zero_()
+
+
+@init("gaussian/sqrt(rank)")
+def gaussian_by_root(A: Tensor, B: Tensor) -> None:
+    """A normal with standard deviation 1/sqrt(rank) (S. Raschka's from-scratch code)."""
+    with torch.no_grad():
+        A.normal_(std=1 / math.sqrt(A.shape[0]))
+        B.zero_()

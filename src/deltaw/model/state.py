@@ -1,0 +1,78 @@
+"""Finding one's way in a model: the module behind wrappers, its hosts, its roster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from deltaw.core.host import Host
+from deltaw.core.roster import Roster
+from deltaw.errors import ModelError, UnknownName, did_you_mean
+
+WRAPPED_AS = ("_orig_mod", "module")
+"""Attributes under which `torch.compile`, DDP and Accelerate keep the model that they wrap."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model behind DDP, DataParallel, `torch.compile` or Accelerate."""
+    while True:
+        inner = next((model._modules.get(a) for a in WRAPPED_AS if _wraps(model, a)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _wraps(model: nn.Module, attribute: str) -> bool:
+    known = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    return type(model).__name__ in known and attribute in model._modules
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
+    """(path, host) of every host of `model`; a layer reached by two paths comes once."""
+    for path, module in unwrap(model).named_modules():
+        if isinstance(module, Host):
+            yield path, module
+
+
+def rosters(model: nn.Module) -> list[Roster]:
+    """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own."""
+    found: dict[int, Roster] = {}
+    for module in unwrap(model).modules():
+        roster = module.__dict__.get("roster")
+        if isinstance(roster, Roster):
+            found[id(roster)] = roster
+    return list(found.values())
+
+
+def names(model: nn.Module) -> list[str]:
+    """The names of the adapters that `model` carries, in the order in which they came."""
+    return list(dict.fromkeys(name for roster in rosters(model) for name in roster.names))
+
+
+def known(model: nn.Module, name: str) -> str:
+    """`name`, if `model` carries an adapter of that name.
+
+    Raises:
+        UnknownName: it does not; the message holds the names that it has.
+    """
+    have = names(model)
+    if name not in have:
+        raise UnknownName(
+            f"{type(unwrap(model)).__name__} has no adapter {name!r}{did_you_mean(name, have)} "
+            f"(it has: {', '.join(map(repr, have)) or 'none; attach or load one first'})"
+        )
+    return name
+
+
+def unmerged(model: nn.Module, verb: str) -> None:
+    """Refuse what cannot be done while changes are merged into the weights.
+
+    Raises:
+        ModelError: some adapter is merged.
+    """
+    merged = [n for roster in rosters(model) if roster.merged is not None for n in roster.merged.names]
+    if merged:
+        raise ModelError(
+            f"cannot {verb}: {', '.join(map(repr, merged))} merged into the weights; call dw.unmerge(model) first"
+        )

@@ -1,0 +1,17 @@
+"""Row norms of W + scale·BA by factors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """‖W‖² per row, (out,)."""
+    return (weight * weight).sum(-1)
+
+
+def row_norms(squares: Tensor, product: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """‖W + scale·BA‖ per row from ‖W‖² (out,) and A Wᵀ (rank, out)."""
+    cross = (B * product.T).sum(-1)
+    own = ((B @ (A @ A.T)) * B).sum(-1)
+    return (squares + 2 * scale * cross + scale * scale * own).clamp_min(0).sqrt()

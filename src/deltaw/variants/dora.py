@@ -1,0 +1,81 @@
+"""DoRA: learn length and direction apart (Liu et al. 2024, arXiv:2402.09353).
+
+W' = m / ‖W + scale·BA‖ · (W + scale·BA), row by row: m (out,) is trained, the norm is a constant for the gradient (the
+paper's section 4.3). m starts as the very norm that the forward computes, so c = m/norm = 1 exactly and nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.registry import variant
+from deltaw.core.variant import Delta, Dense, FrozenMatrix, LowRank, Site
+from deltaw.errors import AdapterError
+from deltaw.ops.dora import row_norms, row_squares
+from deltaw.variants.lora import LoRA, LoRADelta
+
+
+@variant
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation: LoRA for the direction of every row of W, a trained vector m for its length.
+
+    Options as LoRA's. A row of W that is zero stays what LoRA makes of it (its length has no direction to scale).
+    """
+
+    kind: ClassVar[str] = "dora"
+
+    def create(self, site: Site, shared: dict[str, Any]) -> Delta:
+        return DoRADelta(self, site)
+
+    def matrix_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        out, columns = super().matrix_shape(tensors)
+        if tuple(tensors["m"].shape) != (out,):
+            raise AdapterError(f"{self}: m must be ({out},), found {tuple(tensors['m'].shape)}")
+        return out, columns
+
+
+class DoRADelta(LoRADelta):
+    """A, B and the row lengths m (out,). `squares` caches ‖W‖² per row while the frozen weight is at hand."""
+
+    squares: Tensor | None
+
+    def __init__(self, variant: DoRA, site: Site) -> None:
+        super().__init__(variant, site)
+        self.m = nn.Parameter(torch.empty(site.rows, dtype=site.dtype, device=site.device))
+        self.register_buffer("squares", None, persistent=False)
+
+    def start(self, frozen: FrozenMatrix) -> None:
+        super().start(frozen)
+        with torch.no_grad():
+            self.prepare(frozen)
+            self.m.copy_(self.norms(frozen))
+
+    def prepare(self, frozen: FrozenMatrix) -> None:
+        with torch.no_grad():
+            self.squares = row_squares(frozen.dense().to(self.site.dtype))
+
+    def norms(self, frozen: FrozenMatrix) -> Tensor:
+        """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated."""
+        squares = row_squares(frozen.dense().to(self.site.dtype)) if self.squares is None else self.squares
+        with torch.no_grad():
+            return row_norms(squares, frozen.matmul(self.A), self.A, self.B, self.variant.scale)
+
+    def strengths(self, frozen: FrozenMatrix) -> Tensor:
+        """c = m / norm, (out,); 1 where the norm is zero."""
+        norms = self.norms(frozen)
+        alive = norms > 0
+        return torch.where(alive, self.m / torch.where(alive, norms, torch.ones_like(norms)), torch.ones_like(norms))
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        c = self.strengths(Dense(weight))[:, None]
+        return (c - 1) * weight + c * super().delta_weight(weight)
+
+    def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...]:
+        v, c = self.variant, self.strengths(frozen)
+        return (LowRank(self.A, c[:, None] * self.B, v.scale, c - 1, v.dropout, v.dropout_at),)
