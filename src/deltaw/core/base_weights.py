@@ -74,7 +74,8 @@ def _from_mapping(tensors: Mapping[str, Tensor], key: str, change: Change) -> Te
     if change.layer is not None and change.layer in hosts:
         host = hosts[change.layer]
         try:
-            matrix: Tensor = host.to_matrix(host.__new__(host), split_key(key)[1], stored)
+            blank: Host = object.__new__(host)
+            matrix = blank.to_matrix(split_key(key)[1], stored)
         except AttributeError:  # this family reads the layer's own attributes, and there is no layer here
             return _by_shape(stored, change)
         return matrix

@@ -8,7 +8,8 @@ are sites, how each is an (out, in) matrix, and how the layer computes with chan
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,15 @@ from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
 
 CHILD = "adapters"
+
+
+class Example(NamedTuple):
+    """An awkward instance of a layer, for the laws: how to build it, and a call, `layer(*args(dtype), **kwargs)`."""
+
+    label: str
+    layer: Callable[[], nn.Module]
+    args: Callable[[torch.dtype], tuple[Any, ...]]
+    kwargs: Mapping[str, Any] = {}
 
 
 class Adapters(nn.Module):
@@ -67,6 +77,11 @@ class Host(nn.Module):
     def main_sites(cls, layer: nn.Module) -> tuple[str, ...]:
         """The sites that a target means when it names the layer. Default: all of them."""
         return tuple(cls.sites(layer))
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        """Awkward instances for the laws (dilated, grouped, padded, no bias, rank above a dimension ...)."""
+        return ()
 
     def to_matrix(self, site: str, stored: Tensor) -> Tensor:
         """Stored parameter -> (out, in) matrix, a view where possible."""

@@ -6,7 +6,7 @@ A variant file knows matrices only. It never learns which layer the matrix belon
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -152,6 +152,11 @@ class Variant(ABC):
 
         Raises KeyError, or AdapterError, if they are not this variant's tensors.
         """
+
+    @classmethod
+    def examples(cls) -> Iterable[Variant]:
+        """Instances for the laws, awkward ones included."""
+        return (cls(),)
 
     def after_step(self, deltas: Mapping[str, Delta], step: int) -> None:
         """Called by `dw.after_step` once per optimizer step, for methods that reallocate their rank (AdaLoRA)."""

@@ -7,12 +7,13 @@ and the low-rank terms are added to what it returns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.host import Host, shell
+from deltaw.core.host import Example, Host, shell
 from deltaw.core.registry import host
 from deltaw.core.variant import LowRank
 from deltaw.ops.linear import adapted_linear
@@ -49,6 +50,18 @@ class LinearHost(LinearSites, nn.Linear):
     family: ClassVar[str] = "linear"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example("linear", lambda: nn.Linear(7, 5), lambda dtype: (torch.randn(3, 7, dtype=dtype),))
+        yield Example(
+            "no bias", lambda: nn.Linear(41, 9, bias=False), lambda dtype: (torch.randn(2, 3, 41, dtype=dtype),)
+        )
+        yield Example("one feature", lambda: nn.Linear(1, 1), lambda dtype: (torch.randn(4, 1, dtype=dtype),))
+        yield Example("one vector", lambda: nn.Linear(6, 4), lambda dtype: (torch.randn(6, dtype=dtype),))
+        yield Example("empty batch", lambda: nn.Linear(6, 4), lambda dtype: (torch.randn(0, 6, dtype=dtype),))
+        yield Example("strided", lambda: nn.Linear(6, 4), lambda dtype: (torch.randn(6, 5, dtype=dtype).T,))
+        yield Example("zero row", zero_row, lambda dtype: (torch.randn(3, 6, dtype=dtype),))
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.active_sites():
             return nn.functional.linear(x, self.weight, self.bias)
@@ -72,6 +85,10 @@ class OwnForwardLinearHost(LinearSites):
     def accepts(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
 
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example("casting", lambda: CastingLinear(7, 5), lambda dtype: (torch.randn(3, 7, dtype=dtype),))
+
     def forward(self, x: Tensor) -> Tensor:
         sites = self.active_sites()
         if not sites:
@@ -88,6 +105,21 @@ class OwnForwardLinearHost(LinearSites):
             low = _low_rank_output(x, t, self.training)
             y = y + (low if t.gain is None else low + t.gain * unbiased).to(y.dtype)
         return y
+
+
+def zero_row() -> nn.Module:
+    """A Linear with a row of zeros, whose length has no direction."""
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight[1] = 0
+    return layer
+
+
+class CastingLinear(nn.Linear):
+    """A Linear with a forward of its own, as openai-whisper's: the weight follows the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def _low_rank_output(x: Tensor, t: LowRank, training: bool) -> Tensor:

@@ -7,7 +7,7 @@ alpha/sqrt(rank) (rsLoRA, arXiv:2312.03732), or plain alpha (S. Raschka's from-s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,6 +64,14 @@ class LoRA(Variant):
             self.scaling
         ]
 
+    @classmethod
+    def examples(cls) -> Iterable[Variant]:
+        return (
+            cls(rank=3, alpha=5),
+            cls(rank=40, scaling="alpha/sqrt(rank)", init="gaussian", bias=True),
+            cls(rank=1, alpha=0.5, scaling="alpha", init="gaussian/sqrt(rank)", dropout=0.5, dropout_at="output"),
+        )
+
     def create(self, site: Site, shared: dict[str, Any]) -> Delta:
         return LoRADelta(self, site)
 
@@ -84,9 +92,8 @@ class LoRADelta(Delta):
 
     def __init__(self, variant: LoRA, site: Site) -> None:
         super().__init__(variant, site)
-        place = {"dtype": site.dtype, "device": site.device}
-        self.A = nn.Parameter(torch.empty(variant.rank, site.columns, **place))  # type: ignore[arg-type]
-        self.B = nn.Parameter(torch.empty(site.rows, variant.rank, **place))  # type: ignore[arg-type]
+        self.A = nn.Parameter(torch.empty(variant.rank, site.columns, dtype=site.dtype, device=site.device))
+        self.B = nn.Parameter(torch.empty(site.rows, variant.rank, dtype=site.dtype, device=site.device))
 
     def start(self, frozen: FrozenMatrix) -> None:
         inits[self.variant.init](self.A, self.B)
