@@ -26,6 +26,10 @@ HEADS = ("score", "classifier", "qa_outputs", "classification_head")
 
 def as_targets(targets: Any) -> list[Target]:
     """One target or several -> a list, checked to be of a kind that we know."""
+    if not (isinstance(targets, (str, type, list, tuple, set)) or callable(targets)):
+        raise TargetError(
+            f"targets={targets!r} is a {type(targets).__name__}: use a name, a regex, a class, a function or a list"
+        )
     found = [targets] if isinstance(targets, (str, type)) or callable(targets) else list(targets)
     if not found:
         raise TargetError('targets=[] adapts nothing: name layers, or pass targets="all-linear"')
