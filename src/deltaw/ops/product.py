@@ -63,7 +63,8 @@ class Product:
 
     def singular_values(self) -> Tensor:
         """(min(k, out, in),) in float64, descending."""
-        return torch.linalg.svdvals(self.core()[1])
+        values: Tensor = torch.linalg.svdvals(self.core()[1])
+        return values
 
     def inner(self, other: Product) -> float:
         """⟨self, other⟩ = trace(selfᵀ other)."""
