@@ -1,0 +1,5 @@
+"""`python -m deltaw.cli`."""
+
+from deltaw.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""The list of commands, and what becomes of an error: one message and an exit code.
+
+0 fine, 2 configuration, 3 data, 4 non-finite, 5 out of memory, 130 and 143 signals, 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import traceback
+
+import typer
+
+import deltaw.cli.commands as commands
+from deltaw.errors import DeltawError
+
+app = typer.Typer(
+    name="deltaw",
+    help="Train, compare, keep, merge and use low-rank changes of pretrained models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DEBUG = "--debug"
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, DEBUG, help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
+) -> None:
+    if version:
+        from deltaw import __version__
+
+        typer.echo(f"deltaw {__version__}")
+        raise typer.Exit
+
+
+for _module in sorted(m.name for m in pkgutil.iter_modules(commands.__path__)):
+    importlib.import_module(f"deltaw.cli.commands.{_module}").add(app)
+
+
+def run() -> None:
+    """Run the command of sys.argv and end the process."""
+    debug = DEBUG in sys.argv
+    if debug:  # accepted anywhere on the line
+        sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != DEBUG)]
+    code = 0
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except DeltawError as error:
+        code = _told(error, debug, error.exit_code)
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        code = _other(error, debug)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _told(error: BaseException, debug: bool, code: int) -> int:
+    if debug:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _other(error: Exception, debug: bool) -> int:
+    """Errors that are not ours: usage errors of typer, signals of a run, full disks, and the unexpected."""
+    usage = getattr(error, "format_message", None)
+    if usage is not None:
+        return _told(UsageText(usage()), debug, 2)
+    code = getattr(error, "code", None)
+    if type(error).__name__ == "Interrupted" and isinstance(code, int):
+        print(f"stopped by {error}", file=sys.stderr)
+        return code
+    if isinstance(error, OSError):
+        return _told(error, debug, 2)
+    if debug:
+        traceback.print_exception(error)
+    else:
+        print(f"error: unexpected {type(error).__name__}: {error}\n(run again with {DEBUG} for the traceback)", file=sys.stderr)
+    return 1
+
+
+class UsageText(Exception):  # noqa: N818
+    """A usage error's text, from whichever click the command line library brings."""

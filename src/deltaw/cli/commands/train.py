@@ -1,0 +1,41 @@
+"""`deltaw train`: one method of one recipe, into a run folder."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+
+    @app.command()
+    def train(
+        source: str = typer.Argument(..., metavar="RECIPE|FILE.yaml", help="A recipe (see `deltaw recipes`) or a configuration file."),
+        overrides: list[str] = typer.Argument(None, metavar="key=value ...", help="Settings, for example epochs=3 lora.rank=4 lr=1e-4."),
+        method: str = typer.Option(None, "--method", "-m", help="lora, dora, lora:4, head, full, ..."),
+        out: str = typer.Option(None, "--out", "-o", help="Run folder. Default: runs/RECIPE-METHOD."),
+        overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run folder if it exists."),
+        as_json: bool = typer.Option(False, "--json", help="Print the result as JSON, and nothing else."),
+    ) -> None:
+        """Fine-tune with one method and keep the result."""
+        from deltaw.cli.outputs import new_folder
+        from deltaw.recipes.configure import load
+        from deltaw.recipes.start import start
+
+        config = load(source, overrides or (), {"method": method})
+        folder = new_folder(out, f"{config.recipe}-{config.method.replace(':', '')}", overwrite)
+        results = start(config, folder, quiet=as_json)
+        if not results:
+            return
+        if as_json:
+            typer.echo(json.dumps({**results, "folder": str(folder)}, indent=2))
+        else:
+            best, test = results["best"], results["test"] or {}
+            metric = results["metric"]
+            typer.echo(
+                f"best validation {metric} {best[metric]:.4f} (epoch {best['epoch']})"
+                + (f", test {metric} {test[metric]:.4f}" if metric in test else "")
+                + f", {results['seconds']:.1f} s of training; kept in {folder}"
+            )

@@ -1,0 +1,191 @@
+"""From YAML and `key=value` to a checked RunConfig. Known words of other trainers are taken; unknown ones are errors.
+
+Order, later wins: the general defaults, the recipe's, the file's, the command line's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltaw.core.registry import variants
+from deltaw.errors import ConfigError, UnknownName, did_you_mean
+from deltaw.recipes.recipe import Recipe, recipes
+from deltaw.training.config import DataConfig, RunConfig, check, check_method_sections
+
+ALIASES = {
+    "task": "recipe",
+    "r": "lora.rank",
+    "rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "alpha": "lora.alpha",
+    "lora_alpha": "lora.alpha",
+    "dropout": "lora.dropout",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "targets",
+    "lora_target_modules": "targets",
+    "lora_target": "targets",
+    "modules_to_save": "train",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "learning_rate": "lr",
+    "loraplus_lr_ratio": "b_ratio",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "clip",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "logging_steps": "log_every",
+    "dataloader_num_workers": "workers",
+    "early_stopping_patience": "patience",
+}
+"""Word of PEFT, TRL, axolotl or LLaMA-Factory -> ours."""
+
+INNER = {"r": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "text_column": "text", "label_column": "label"}
+"""The same, inside sections."""
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def load(source: str, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration of `source`, a recipe's name or a YAML file, with `key=value` overrides.
+
+    flags: values given as options of the command line; those that are None are left out.
+
+    Raises:
+        ConfigError: an unknown recipe or key, a value of the wrong kind, an unreadable file.
+    """
+    given: dict[str, Any] = {}
+    if source in recipes:
+        given["recipe"] = source
+    elif Path(source).suffix in (".yaml", ".yml") or Path(source).is_file():
+        _merge(given, read_yaml(Path(source)), source)
+    else:
+        raise UnknownName(f"unknown recipe {source!r}{did_you_mean(source, [n for n, _ in recipes.items()])} (see `deltaw recipes`; a configuration file ends in .yaml)")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{text!r} is not of the form key=value")
+        _merge(given, _dotted(key.strip().lstrip("-"), parse(value)), text)
+    _merge(given, {k: v for k, v in (flags or {}).items() if v is not None}, "the command line")
+    if "recipe" not in given:
+        raise ConfigError(f"{source}: no `recipe:` says which task this is; known: {', '.join(n for n, _ in recipes.items())}")
+    return build(given)
+
+
+def build(given: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from canonical, nested values: the recipe's defaults below them, every section checked."""
+    recipe = recipes[str(given["recipe"])]
+    nested: dict[str, Any] = {}
+    _merge(nested, recipe.defaults, recipe.name)
+    _merge(nested, given, "the configuration")
+    data = nested.get("data")
+    nested["data"] = check(DataConfig, {"path": data} if isinstance(data, str) else _mapping("data", data or {}), "data.")
+    options = check(recipe.options, _mapping(recipe.name, nested.pop(recipe.name, {})), f"{recipe.name}.")
+    known = {*RunConfig.model_fields} - {"methods", "options"}
+    sections: dict[str, dict[str, Any]] = {}
+    for key in [k for k in nested if k not in known]:
+        if key not in variants:
+            every = [*known, recipe.name, *(n for n, _ in variants.items()), *ALIASES]
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, every)} (see `deltaw config schema {recipe.name}`)")
+        sections[key] = _mapping(key, nested.pop(key))
+    check_method_sections(sections.items())
+    return check(RunConfig, {**nested, "methods": sections, "options": options.model_dump()})  # type: ignore[no-any-return]
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """The recipe that a configuration names."""
+    return recipes[config.recipe]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping; a key that comes twice is an error."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)  # noqa: S506  (a SafeLoader)
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"no such file: {path}{near}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return _mapping(str(path), _coerced(found if found is not None else {}))
+
+
+def parse(text: str) -> Any:
+    """The value of `key=value`: YAML, with 1e-4 as a number."""
+    try:
+        return _coerced(yaml.load(text, Loader=_Once))  # noqa: S506
+    except yaml.YAMLError:
+        return text
+
+
+class _Once(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=deep) for k, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _coerced(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text: here it is a number."""
+    if isinstance(value, dict):
+        return {k: _coerced(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_coerced(v) for v in value]
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+def _dotted(key: str, value: Any) -> dict[str, Any]:
+    """ "a.b", 1 -> {"a": {"b": 1}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: keys with values are expected here, found {value!r}")
+    return {str(k): v for k, v in value.items()}
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
+    """Lay `values` over `into`, with canonical names. A section's keys are merged one by one.
+
+    Raises:
+        ConfigError: two names of the same key are given at once.
+    """
+    named: dict[str, str] = {}
+    for word, value in values.items():
+        key = ALIASES.get(str(word), str(word))
+        if named.setdefault(key, str(word)) != str(word):
+            raise ConfigError(f"{where}: {word!r} and {named[key]!r} are both names of {key!r}: give one")
+        outer, _, inner = key.partition(".")
+        if inner:
+            value = {inner: value}
+        if outer == "data" and isinstance(value, str):
+            value = {"path": value}
+        if isinstance(value, Mapping):
+            section = into.get(outer)
+            section = dict(section) if isinstance(section, Mapping) else {}
+            section.update({INNER.get(str(k), str(k)): v for k, v in value.items()})
+            into[outer] = section
+        else:
+            into[outer] = value

@@ -1,0 +1,303 @@
+"""The loop, on Accelerate: one for every task and method, resumable at any step.
+
+What an optimizer step does is a function of (weights, optimizer state, generator state, step number); all four are in
+a checkpoint, so a run that was killed goes on as if nothing had happened. The gradient of a step is the sum of the
+loss over its examples (or tokens) divided by their number, however they are spread over micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import ModelError, NonFinite, OutOfMemory
+from deltaw.training import checkpoint, trained
+from deltaw.training.config import RunConfig
+from deltaw.training.loader import ROWS, Epoch, micro_batches
+from deltaw.training.order import batches, in_order
+from deltaw.training.prefix import Prefix
+from deltaw.training.progress import Progress
+from deltaw.training.record import Record
+from deltaw.training.schedule import factor
+from deltaw.training.signals import Stop
+from deltaw.training.task import Batch, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class State:
+    """Where a run stands. JSON; part of every checkpoint.
+
+    batch: batches done in `epoch`. seconds: spent training, evaluation and checkpoints not counted. micro: examples
+    per forward pass, smaller than batch_size after running out of memory.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    micro: int = 0
+    best_epoch: int = 0
+    best_score: float | None = None
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    recorded_bytes: int = 0
+
+
+class Fit:
+    """One run of training: `Fit(...).run()` returns the final State and leaves the chosen weights in the model.
+
+    body: a recorded frozen prefix and its outputs per split, if there is one.
+    frozen_body: a module that stays in eval mode because nothing in it is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: RunConfig,
+        accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
+        *,
+        record: Record,
+        progress: Progress,
+        stop: Stop,
+        checkpoints: Path | None = None,
+        body: tuple[Prefix, dict[str, list[Any]]] | None = None,
+        frozen_body: nn.Module | None = None,
+    ) -> None:
+        self.bare, self.task, self.config, self.accelerator = model, task, config, accelerator
+        self.record, self.progress, self.stop, self.checkpoints = record, progress, stop, checkpoints
+        self.prefix, self.recorded = body if body is not None else (None, {})
+        self.frozen_body = frozen_body
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.state = State(micro=config.batch_size)
+        self.best: dict[str, Tensor] = {}
+        world = accelerator.num_processes
+        self.batch = config.batch_size * config.accumulate * world  # examples per optimizer step
+        self.steps_per_epoch = math.ceil(len(task.splits["train"]) / self.batch)
+        self.total = self.steps_per_epoch * config.epochs
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # ---- resume
+
+    def resume(self, found: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        state = dict(found.state)
+        plain = state.pop("optimizer")
+        self.state = State(**state)
+        trained.restore(self.bare, found.tensors["trained"])
+        trained.unpack_optimizer(self.optimizer, found.tensors["optimizer"], plain)
+        trained.set_random_state(found.tensors["random"])
+        self.best = found.tensors["best"]
+        self.record.cut(self.state.recorded_bytes)
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment (the main process does)."""
+        if self.checkpoints is None or self.config.keep_checkpoints == 0:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            tensors, plain = trained.pack_optimizer(self.optimizer)
+            self.state.recorded_bytes = self.record.flush()
+            groups = {"trained": trained.trained_tensors(self.bare), "best": self.best, "optimizer": tensors, "random": trained.random_state()}
+            state = {**asdict(self.state), "optimizer": plain}
+            checkpoint.write(self.checkpoints, self.state.step, groups, state, self.config.digest(), self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    # ---- training
+
+    def run(self) -> State:
+        """Train to the end (or until told to stop), then put the chosen weights into the model.
+
+        Raises:
+            NonFinite: a loss or gradient is not finite; checkpoints from before stay.
+            OutOfMemory: a micro-batch of one example does not fit.
+            Interrupted: a signal came; a checkpoint has been written.
+        """
+        state, config = self.state, self.config
+        self.progress.start(self.total, state.step)
+        while state.epoch < config.epochs and not self._out_of_patience():
+            self._epoch()
+            scores = self.evaluate("validation")
+            state.epoch += 1
+            state.batch = 0
+            row = {"epoch": state.epoch, "step": state.step, "seconds": round(state.seconds, 3), "train_loss": state.loss_sum / state.loss_weight, **scores}
+            state.loss_sum = state.loss_weight = 0.0
+            state.history.append(row)
+            if self._is_better(scores[self.task.metric]):
+                state.best_epoch, state.best_score = state.epoch, scores[self.task.metric]
+                self.best = trained.snapshot(self.bare)
+            self.record.write({"event": "epoch", **row})
+            self.progress.epoch(row, best=state.best_epoch == state.epoch)
+            if config.checkpoint_every == 0 or state.epoch == config.epochs:
+                self.save()
+            self.stop.check()
+        self.progress.finish()
+        if config.keep == "best" and self.best:
+            trained.restore(self.bare, self.best)
+        return state
+
+    def _epoch(self) -> None:
+        """The rest of the current epoch."""
+        state, config = self.state, self.config
+        order = batches(len(self.task.splits["train"]), self.batch, config.seed, state.epoch, self._lengths("train"))
+        epoch = Epoch(self.task, "train", config.seed, state.epoch, self.recorded.get("train"))
+        self._train_mode()
+        while state.batch < len(order):
+            micro = state.micro
+            steps = micro_batches(
+                epoch,
+                order[state.batch :],
+                micro,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                workers=config.workers,
+            )
+            for micros in steps:
+                try:
+                    self._step(micros, len(order[state.batch]))
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    self._smaller_micro_batch(error)
+                    break  # the same batch again, in smaller pieces
+                state.step += 1
+                state.batch += 1
+                if config.checkpoint_every and state.step % config.checkpoint_every == 0 and state.batch < len(order):
+                    self.save()
+                if self.stop.asked():
+                    self.save()
+                    self.stop.check()
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.frozen_body is not None:
+            self.frozen_body.eval()
+
+    def _step(self, micros: Sequence[tuple[Batch, bool]], examples: int) -> None:
+        """One optimizer step over the micro-batches of one global batch."""
+        state, config = self.state, self.config
+        started = time.perf_counter()
+        random = trained.random_state()
+        try:
+            rate = factor(state.step, self.total, config.warmup, config.schedule)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+            total = self._everywhere(sum(self.task.weight(batch) for batch, counts in micros if counts))
+            loss_sum = torch.zeros((), device=self.accelerator.device)
+            for i, (batch, counts) in enumerate(micros):
+                with self._synced(last=i == len(micros) - 1):
+                    loss, _ = self._loss(batch)
+                    loss = loss if counts else loss * 0.0
+                    # DDP averages over processes; the sum over all examples divided by their number is wanted
+                    self.accelerator.backward(loss * (self.accelerator.num_processes / total))
+                loss_sum += loss.detach()
+            norm = self._clip()
+            self._refuse_non_finite(loss_sum, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            trained.set_random_state(random)
+            raise
+        spent = time.perf_counter() - started
+        state.seconds += spent
+        loss_value = self._everywhere(loss_sum.item())
+        state.loss_sum += loss_value
+        state.loss_weight += total
+        facts = {"step": state.step + 1, "epoch": state.epoch + (state.batch + 1) / self.steps_per_epoch, "loss": loss_value / total, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(state.seconds, 3), "examples_per_second": round(examples / spent, 2)}
+        self.progress.step(facts)
+        if (state.step + 1) % config.log_every == 0:
+            self.record.write({"event": "step", **facts})
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = batch.pop(ROWS, None)
+        batch = to_device(batch, self.accelerator.device)
+        with self.accelerator.autocast():
+            if rows is None:
+                return self.task.loss(self.model, batch)
+            assert self.prefix is not None
+            with self.prefix.playing(rows):
+                return self.task.loss(self.model, batch)
+
+    def _synced(self, *, last: bool) -> Any:
+        """Processes exchange gradients at the last micro-batch only."""
+        import contextlib
+
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _everywhere(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.accelerator.num_processes == 1:
+            return float(value)
+        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device), "sum").item())
+
+    def _clip(self) -> float:
+        limit = math.inf if self.config.clip is None else self.config.clip
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
+        return float(norm) if norm is not None else 0.0
+
+    def _refuse_non_finite(self, loss: Tensor, norm: float) -> None:
+        if not math.isfinite(loss.item()):
+            raise NonFinite(f"step {self.state.step + 1}: the loss is {loss.item()}; lower lr (now {self.optimizer.param_groups[0]['lr']:g}), or look at the data of this step")
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise NonFinite(f"step {self.state.step + 1}: the gradient is not finite (norm {norm}); lower lr (now {self.optimizer.param_groups[0]['lr']:g}) or set clip=1.0")
+
+    def _smaller_micro_batch(self, error: BaseException) -> None:
+        if self.state.micro == 1:
+            raise OutOfMemory(f"a forward and backward pass of one example does not fit into memory ({error}): shorten max_length or take a smaller model") from error
+        self.state.micro = max(1, self.state.micro // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.progress.say(f"out of memory at step {self.state.step + 1}: going on with {self.state.micro} examples per forward pass, the same {self.batch} per step")
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Loss and scores over a split, model in eval mode. Every process computes all of it."""
+        self.model.eval()
+        lengths = self._lengths(split)
+        order = in_order(len(self.task.splits[split]), self.config.eval_batch_size, lengths)
+        epoch = Epoch(self.task, split, self.config.seed, 0, self.recorded.get(split))
+        tally, loss_sum, weight = self.task.tally(), 0.0, 0.0
+        for micros in micro_batches(epoch, order, self.config.eval_batch_size):
+            for batch, _ in micros:
+                weight += self.task.weight(batch)
+                loss, outputs = self._loss(batch)
+                loss_sum += loss.item()
+                tally.add(outputs, batch)
+        return {"loss": loss_sum / weight, **tally.scores()}
+
+    def _lengths(self, split: str) -> Sequence[int] | None:
+        return self.task.lengths(split) if self.config.bucket else None
+
+    def _is_better(self, score: float) -> bool:
+        if not math.isfinite(score):
+            raise ModelError(f"the validation {self.task.metric} is {score}: the epoch cannot be judged")
+        best = self.state.best_score
+        return best is None or (score > best if self.task.higher_is_better else score < best)
+
+    def _out_of_patience(self) -> bool:
+        patience, state = self.config.patience, self.state
+        return patience is not None and state.epoch - state.best_epoch >= patience
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The tensors of a batch on `device`."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

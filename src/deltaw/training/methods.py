@@ -1,0 +1,76 @@
+"""What a method trains: everything (`full`), the new modules (`head`), nothing (`base`), or an adapter (any variant).
+
+Returns the tools to keep the result: adapters are kept as adapters, a fully trained model as a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltaw.core.registry import variants
+from deltaw.errors import ConfigError, UnknownName, did_you_mean
+from deltaw.model.attach import attach
+from deltaw.training.config import RunConfig, method_variant
+from deltaw.training.task import Task
+
+WHOLE = {
+    "full": "every weight of the model",
+    "head": "the new modules only, on a frozen body",
+    "base": "nothing: the model as it is",
+}
+"""Methods that are no variant."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready for training. `adapter`: its name, or None where the whole model (or nothing) is trained."""
+
+    adapter: str | None
+    trains: bool
+
+
+def known_methods() -> dict[str, str]:
+    """Every method with a phrase about it."""
+    found = dict(WHOLE)
+    for name, cls in variants.items():
+        if name not in found:
+            found[name] = (cls.__doc__ or "").partition("\n")[0]
+    return found
+
+
+def check_method(config: RunConfig) -> None:
+    """Refuse a method that does not exist or whose options are wrong, before anything is loaded.
+
+    Raises:
+        UnknownName, ConfigError: see the message.
+    """
+    name, _, rank = config.method.partition(":")
+    if name in WHOLE:
+        if rank:
+            raise ConfigError(f"method {config.method!r}: {name!r} has no rank")
+        return
+    if name not in variants:
+        raise UnknownName(f"unknown method {name!r}{did_you_mean(name, known_methods())} (known: {', '.join(known_methods())})")
+    method_variant(config)
+
+
+def prepare(model: nn.Module, task: Task, config: RunConfig) -> Prepared:
+    """Attach or unfreeze what the method trains; everything else is frozen."""
+    name = config.method.partition(":")[0]
+    new = config.train if config.train is not None else task.new_modules(model)
+    if name == "full":
+        model.requires_grad_(True)
+        return Prepared(None, True)
+    if name == "base":
+        model.requires_grad_(False)
+        return Prepared(None, False)
+    if name == "head":
+        if not new:
+            raise ConfigError("method 'head' has nothing to train: the base brings all its modules; name some with train=[...]")
+        attach(model, {target: variants["full"]() for target in new})
+        return Prepared("default", True)
+    targets = task.targets() if config.targets == "all-linear" and task.targets() is not None else config.targets
+    attach(model, method_variant(config), targets, train=new)
+    return Prepared("default", True)

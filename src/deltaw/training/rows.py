@@ -1,0 +1,205 @@
+"""Rows of text and label from a file, a folder or the hub: read, checked, counted, split.
+
+Nothing is dropped without being counted, and no text is in two splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import DataError, MissingExtra, did_you_mean
+from deltaw.training.config import DataConfig
+from deltaw.training.copies import COPIES, how_to_get, installed
+from deltaw.training.order import generator
+
+Row = Mapping[str, Any]
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def read_source(data: DataConfig) -> tuple[dict[str, list[Row]], str]:
+    """Split name -> rows of `data.path`, and a phrase that says where they came from.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty.
+    """
+    if data.path is None:
+        raise DataError("no data: set data=FILE (jsonl, csv, tsv, json, parquet), a folder with train/validation/test files, or a hub id")
+    path = Path(data.path).expanduser()
+    if path.is_dir():
+        found = {}
+        for file in sorted(path.iterdir()):
+            split = SPLIT_NAMES.get(file.stem.lower())
+            if split and file.suffix in READABLE:
+                found[split] = list(read_file(file))
+        if "train" not in found:
+            raise DataError(f"{path}: no train file (train.jsonl, train.csv, train.parquet ...) among {sorted(p.name for p in path.iterdir())[:10]}")
+        return found, str(path)
+    if path.is_file():
+        return {"train": list(read_file(path))}, str(path)
+    copy = installed(data.path)
+    if copy is not None:
+        only = COPIES[data.path].only
+        rows = [r for r in read_file(copy) if all(r.get(c) == v for c, v in only)]
+        return {"train": rows}, f"{data.path}, from the installed package {COPIES[data.path].package}"
+    if path.suffix in READABLE or path.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1:
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise DataError(f"data={data.path}: no such file{near}")
+    return from_hub(data), data.path
+
+
+def from_hub(data: DataConfig) -> dict[str, list[Row]]:
+    """Rows of a data set of the hub (or of what `datasets` finds under that name)."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("hub data sets need the package datasets: pip install 'deltaw[train]'") from error
+    assert data.path is not None
+    try:
+        loaded = datasets.load_dataset(data.path, revision=data.revision)
+    except Exception as error:  # whatever the hub client raises: one message for all of it
+        raise DataError(
+            f"data={data.path} is neither a file here nor reachable as a hub data set ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}); {how_to_get(data.path)}"
+        ) from error
+    found = {}
+    for name, part in loaded.items():
+        names = getattr(part.features.get(data.label), "names", None)
+        rows = [dict(r) for r in part]
+        if names:
+            rows = [{**r, data.label: names[r[data.label]]} for r in rows]
+        found[SPLIT_NAMES.get(name, name)] = rows
+    return found
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of one file, by its ending."""
+    if path.suffix not in READABLE:
+        raise DataError(f"{path}: cannot read {path.suffix or 'a file without ending'}; readable: {', '.join(READABLE)}")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".json":
+            yield from json.loads(path.read_text(encoding="utf-8-sig"))
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        try:
+                            yield json.loads(line)
+                        except json.JSONDecodeError as error:
+                            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        else:
+            csv.field_size_limit(1 << 30)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
+    except ImportError as error:
+        raise MissingExtra("parquet files need pyarrow: pip install 'deltaw[train]'") from error
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """The examples of a text classification: split -> [(text, class index)], class names, and what was dropped and why."""
+
+    splits: dict[str, list[tuple[str, int]]]
+    labels: list[str]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """One line per split with class counts, and one for what was dropped."""
+        lines = []
+        for name, rows in self.splits.items():
+            counts = Counter(label for _, label in rows)
+            lines.append(f"{name}: {len(rows):,} examples ({', '.join(f'{self.labels[i]} {counts[i]:,}' for i in range(len(self.labels)))})")
+        if self.dropped:
+            lines.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in self.dropped.items()))
+        return lines
+
+
+def labelled_text(data: DataConfig, seed: int, label_names: Mapping[str, str] | None = None) -> tuple[LabelledText, str]:
+    """Read, clean and split `data`. Also returns where it came from.
+
+    Rows without text or label, duplicates, and texts that carry two different labels are dropped and counted. Missing
+    splits are cut from the training rows with `seed`, whatever order the source has. `label_names` renames classes.
+
+    Raises:
+        DataError: a column is missing, nothing is left, there is one class only, or a split lacks a class of another.
+    """
+    source, where = read_source(data)
+    if data.split is not None:
+        if data.split not in source:
+            raise DataError(f"data.split={data.split!r}: {where} has {', '.join(source)}{did_you_mean(data.split, source)}")
+        source = {"train": source[data.split]}
+    for name, rows in source.items():
+        if not rows:
+            raise DataError(f"{where}: split {name} has no rows")
+        for column in (data.text, data.label):
+            if column not in rows[0]:
+                key = "text" if column == data.text else "label"
+                raise DataError(f"{where}: no column {column!r} among {', '.join(map(repr, rows[0]))}: set data.{key}=COLUMN")
+    dropped: Counter[str] = Counter()
+    claimed: set[str] = set()
+    clean: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(source, key=["test", "validation", "train"].index if set(source) <= {"test", "validation", "train"} else None):
+        clean[name] = _clean(source[name], data, claimed, dropped)
+    rows = sorted(clean.pop("train"))
+    generator("split", seed).shuffle(rows)  # type: ignore[arg-type]
+    for name, share in (("test", data.test), ("validation", data.validation)):
+        if name not in clean and share > 0:
+            count = max(1, round(share * len(rows)))
+            clean[name], rows = rows[:count], rows[count:]
+    clean["train"] = rows[: data.limit]
+    labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
+    if len(labels) < 2:
+        raise DataError(f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}; a classifier needs at least two classes")
+    missing = set(labels) - {label for _, label in clean["train"]}
+    if missing:
+        raise DataError(f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}")
+    index = {label: i for i, label in enumerate(labels)}
+    names = [str((label_names or {}).get(label, label)) for label in labels]
+    splits = {name: [(text, index[label]) for text, label in clean[name]] for name in ("train", "validation", "test") if name in clean}
+    return LabelledText(splits, names, dict(dropped)), where
+
+
+def _natural(label: str) -> tuple[int, float, str]:
+    """Numbers in numeric order, then words."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
+
+
+def _clean(rows: Iterable[Row], data: DataConfig, claimed: set[str], dropped: Counter[str]) -> list[tuple[str, str]]:
+    first: dict[str, str] = {}
+    conflicting: set[str] = set()
+    for row in rows:
+        text, label = row.get(data.text), row.get(data.label)
+        text = text.strip() if isinstance(text, str) else ""
+        label = "" if label is None else str(label).strip()
+        if not text:
+            dropped["without text"] += 1
+        elif not label:
+            dropped["without label"] += 1
+        elif text in claimed:
+            dropped["also in another split"] += 1
+        elif text not in first:
+            first[text] = label
+        else:
+            dropped["duplicate"] += 1
+            if first[text] != label:
+                conflicting.add(text)
+    for text in conflicting:
+        dropped["with contradicting labels"] += 1
+        del first[text]
+    claimed.update(first)
+    return list(first.items())

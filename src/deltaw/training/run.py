@@ -1,0 +1,307 @@
+"""One training run in its folder: from a task to an adapter (or a model), a record and a result.
+
+    RUN/  config.resolved.yaml  run.json (running, interrupted, finished)  metrics.jsonl  checkpoints/step-N/
+          results.json  and the result itself: adapter_config.json + adapter_model.safetensors, or model/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from deltaw.core.adapter import Adapter
+from deltaw.errors import ConfigError, DataError, OutOfMemory
+from deltaw.model.attach import get
+from deltaw.model.groups import param_groups
+from deltaw.training import checkpoint, memory
+from deltaw.training.config import RunConfig
+from deltaw.training.fit import Fit, to_device
+from deltaw.training.loader import ROWS, Epoch, micro_batches
+from deltaw.training.methods import Prepared, check_method, prepare
+from deltaw.training.order import in_order
+from deltaw.training.prefix import Prefix, is_frozen
+from deltaw.training.progress import Progress
+from deltaw.training.record import Record
+from deltaw.training.signals import Interrupted, Stop
+from deltaw.training.task import Task
+
+CONFIG = "config.resolved.yaml"
+STATUS = "run.json"
+RESULTS = "results.json"
+
+
+def train(make_task: Callable[[], Task], config: RunConfig, folder: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Run `config` in `folder` and return what results.json holds.
+
+    make_task: builds the task; called once, so that nothing is read before the configuration is known to be right.
+    resume: go on from the newest whole checkpoint in `folder`; without one, start afresh and say so.
+
+    Raises:
+        ConfigError, DataError, NonFinite, OutOfMemory: see their messages. A folder that was new is removed again
+            unless it holds a checkpoint.
+        Interrupted: a signal came; the run can be resumed.
+    """
+    from accelerate import Accelerator
+
+    check_method(config)
+    progress = Progress(config.method, quiet=quiet or int(os.environ.get("RANK", "0")) > 0)
+    stop = Stop()
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+        task = make_task()
+        stop.check()
+        for note in task.notes:
+            progress.say(note)
+        model = task.build()
+        prepared = prepare(model, task, config)
+        model.to(accelerator.device)
+        torch.manual_seed(config.seed)
+        loaded = memory.resident_bytes()
+        size = counts(model)
+        progress.say(f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})")
+        fresh = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = folder / "checkpoints"
+        try:
+            if accelerator.is_main_process:
+                checkpoint.write_atomic(folder / CONFIG, yaml.safe_dump(config.nested(), sort_keys=False))
+                set_status(folder, "running")
+            record = Record(folder / "metrics.jsonl" if accelerator.is_main_process else None)
+            stack.callback(record.close)
+            fit, spent_before = _fit(model, task, config, accelerator, prepared, record, progress, stop, checkpoints)
+            if resume and prepared.trains:
+                _continue(fit, checkpoints, config, progress)
+            elif not resume:
+                record.cut(0)
+            fit.state.seconds = fit.state.seconds or spent_before
+            state = fit.run() if prepared.trains else fit.state
+            test = fit.evaluate("test") if "test" in task.splits else None
+            validation = None if prepared.trains else fit.evaluate("validation")
+            peak = _peak(accelerator.device)
+            bare = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
+            if accelerator.is_main_process:
+                kept = keep_result(bare, task, config, prepared, folder, test)
+                results = {
+                    "recipe": config.recipe,
+                    "method": config.method,
+                    "model": task.model_name,
+                    "metric": task.metric,
+                    "higher_is_better": task.higher_is_better,
+                    "parameters": {**size, "share": size["trainable"] / size["total"]},
+                    "best": best_row(state.history, task) if state.history else {"epoch": 0, **(validation or {})},
+                    "test": test,
+                    "history": state.history,
+                    "seconds": round(state.seconds, 3),
+                    "peak_bytes": peak,
+                    "peak_above_model_bytes": max(0, peak - loaded),
+                    "kept_bytes": kept,
+                    "seed": config.seed,
+                    "notes": task.notes,
+                    "versions": versions(),
+                    "machine": machine(),
+                }
+                record.write({"event": "end", "test": test, "seconds": results["seconds"]})
+                checkpoint.write_atomic(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+                set_status(folder, "finished")
+                if config.keep_checkpoints:
+                    checkpoint.remove_leftovers(checkpoints)
+                return results
+            return {}
+        except Interrupted:
+            if checkpoints.is_dir() or not fresh:
+                set_status(folder, "interrupted")
+            else:
+                shutil.rmtree(folder)
+            raise
+        except BaseException as error:
+            if fresh and not checkpoints.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OutOfMemory(f"out of memory outside the training steps ({error}): take a smaller eval_batch_size or model") from error
+            raise
+
+
+def _fit(
+    model: nn.Module,
+    task: Task,
+    config: RunConfig,
+    accelerator: Any,
+    prepared: Prepared,
+    record: Record,
+    progress: Progress,
+    stop: Stop,
+    checkpoints: Path,
+) -> tuple[Fit, float]:
+    """The loop, its optimizer, and the recorded frozen body; also the seconds that recording took."""
+    body_path = task.prefix(model)
+    body = model.get_submodule(body_path) if body_path is not None and prepared.trains else None
+    if body is not None and not is_frozen(body):
+        body = None
+    started = time.perf_counter()
+    recorded = record_body(model, body, task, config, accelerator.device, progress) if body is not None and config.cache_prefix else None
+    spent = time.perf_counter() - started
+    if prepared.trains:
+        groups = param_groups(model, config.lr_for(config.method), config.b_ratio if config.b_ratio != 1.0 else None, config.weight_decay)
+    else:
+        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0}]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    fit = Fit(
+        model,
+        task,
+        config,
+        accelerator,
+        optimizer,
+        record=record,
+        progress=progress,
+        stop=stop,
+        checkpoints=checkpoints,
+        body=recorded,
+        frozen_body=body,
+    )
+    return fit, spent
+
+
+def record_body(model: nn.Module, body: nn.Module, task: Task, config: RunConfig, device: torch.device, progress: Progress) -> tuple[Prefix, dict[str, list[Any]]] | None:
+    """The outputs of the frozen `body` for every example, or None (with the reason) where that is not possible."""
+    if task.augments:
+        progress.say("the frozen body is computed in every epoch: examples are augmented")
+        return None
+    model.eval()
+
+    def answer(batch: Any) -> torch.Tensor:
+        return task.loss(model, to_device(batch, device))[1]
+
+    prefix = Prefix(body, answer)
+    found: dict[str, list[Any]] = {}
+    count = 0
+    for split, examples in task.splits.items():
+        lengths = task.lengths(split)
+        order = in_order(len(examples), config.eval_batch_size, lengths)
+        rows: list[Any] = [None] * len(examples)
+        for indices, micros in zip(order, micro_batches(Epoch(task, split, config.seed, 0), order, config.eval_batch_size)):
+            for batch, _ in micros:
+                batch.pop(ROWS, None)
+                try:
+                    outputs = prefix.record(batch, None if lengths is None else [lengths[i] for i in indices])
+                except TypeError as error:
+                    progress.say(f"the frozen body is computed in every epoch: {error}")
+                    return None
+                for index, row in zip(indices, outputs):
+                    rows[index] = row
+        found[split] = rows
+        count += len(rows)
+    progress.say(f"the frozen body was computed once for each of {count:,} examples")
+    return prefix, found
+
+
+def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress) -> None:
+    checkpoint.remove_leftovers(checkpoints)
+    found, manifest, skipped = checkpoint.newest(checkpoints)
+    for reason in skipped:
+        progress.say(f"skipped {reason}")
+    if found is None:
+        progress.say("no checkpoint to resume from: starting afresh")
+        fit.record.cut(0)
+        return
+    if manifest["config"] != config.digest():
+        raise ConfigError("the checkpoint belongs to another configuration: resume with the run's own config.resolved.yaml, or train into another folder")
+    if manifest["versions"] != checkpoint.versions():
+        progress.say(f"note: the checkpoint was written with {manifest['versions']}; going on is not bit-identical")
+    fit.resume(found)
+    progress.say(f"resumed at step {fit.state.step} of {fit.total}")
+
+
+def keep_result(model: nn.Module, task: Task, config: RunConfig, prepared: Prepared, folder: Path, test: dict[str, float] | None) -> int:
+    """Write what must be kept for the task; returns its size in bytes."""
+    if prepared.adapter is not None:
+        facts = {**task.facts(), "recipe": config.recipe, "test": test}
+        adapter = get(model, prepared.adapter)
+        return write_adapter(adapter.replace(base={**adapter.base, "name": task.model_name}, extra=facts), folder)
+    if not prepared.trains:
+        return 0
+    aside = folder / "model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    task.keep_model(model, aside)
+    checkpoint.write_atomic(aside / "deltaw_facts.json", json.dumps({**task.facts(), "recipe": config.recipe, "test": test}))
+    final = folder / "model"
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    return sum(p.stat().st_size for p in final.iterdir() if p.suffix == ".safetensors")
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> int:
+    """Put an adapter's files into a run's folder; returns the size of its tensors' file."""
+    from deltaw.io import write
+
+    aside = folder / "adapter.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    write(adapter, aside)
+    files = sorted(aside.iterdir(), key=lambda p: p.name == "adapter_config.json")  # last: its presence means all are there
+    for file in files:
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def best_row(history: list[dict[str, Any]], task: Task) -> dict[str, Any]:
+    """The epoch with the best score."""
+    return (max if task.higher_is_better else min)(history, key=lambda row: row[task.metric])
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """Trained parameters, and the parameters of the model as it is used: adapters included, frozen originals of trained copies not."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trainable": trainable, "total": sum(p.numel() for p in model.parameters())}
+
+
+def set_status(folder: Path, state: str) -> None:
+    """Note how far a run has come."""
+    checkpoint.write_atomic(folder / STATUS, json.dumps({"state": state}) + "\n")
+
+
+def status(folder: Path) -> str:
+    """How far the run in `folder` has come.
+
+    Raises:
+        DataError: it is no run.
+    """
+    path = folder / STATUS
+    if not path.is_file():
+        raise DataError(f"{folder} is no run: it has no {STATUS}")
+    return str(json.loads(path.read_text())["state"])
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_bytes()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from importlib.metadata import version
+
+    return {**checkpoint.versions(), **{name: version(name) for name in ("accelerate", "transformers", "numpy")}}
+
+
+def machine() -> dict[str, Any]:
+    """The machine, in words that explain its speed."""
+    flags = ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
+    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "architecture": platform.machine(), "features": [f for f in known if f in flags.split()], "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}

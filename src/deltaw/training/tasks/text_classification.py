@@ -1,0 +1,135 @@
+"""Text classification with any encoder of transformers: `AutoModelForSequenceClassification` over labelled sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import DataError, MissingExtra
+from deltaw.training.config import RunConfig
+from deltaw.training.hub import load_pretrained, resolve
+from deltaw.training.rows import labelled_text
+from deltaw.training.task import Batch, Classified, Task
+
+
+class TextClassification(Task):
+    """Sentences and their classes.
+
+    label_names: what the source's labels are called, where the source only numbers them.
+    labels: the class names, in order, when the data need not be read (prediction from a kept run).
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, config: RunConfig, label_names: Mapping[str, str] | None = None, labels: Sequence[str] | None = None) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise MissingExtra("text classification needs transformers: pip install 'deltaw[train]'") from error
+        self.config = config
+        self.notes = []
+        if config.model is None:
+            raise DataError("no model: set model=FOLDER or a hub id, for example model=sentence-transformers/all-MiniLM-L6-v2")
+        self.model_name = config.model
+        self.folder, where = resolve(config.model, config.revision)
+        self.notes.append(f"model: {where}")
+        self.tokenizer = load_pretrained(AutoTokenizer, self.folder, config.model, revision=config.revision)
+        self.splits = {}
+        if labels is not None:
+            self.labels = list(labels)
+        else:
+            data, source = labelled_text(config.data, config.seed, label_names)
+            self.labels = data.labels
+            self.notes += [f"data: {source}", *data.notes()]
+            self.splits = {name: self._tokens(rows) for name, rows in data.splits.items()}
+        self._new: list[str] = []
+
+    def _tokens(self, rows: Sequence[tuple[str, int]]) -> list[tuple[list[int], int]]:
+        encoded = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.config.max_length)["input_ids"]
+        return [(ids, label) for ids, (_, label) in zip(encoded, rows)]
+
+    def build(self) -> nn.Module:
+        from transformers import AutoModelForSequenceClassification
+
+        drop = self.config.base_dropout
+        extra: dict[str, Any] = {} if drop is None else {"base_dropout": drop}
+        torch.manual_seed(self.config.seed)  # the new classifier starts the same every time
+        model, missing = load_pretrained(
+            AutoModelForSequenceClassification,
+            self.folder,
+            self.model_name,
+            revision=self.config.revision,
+            num_labels=len(self.labels),
+            id2label=dict(enumerate(self.labels)),
+            label2id={label: i for i, label in enumerate(self.labels)},
+            with_missing=True,
+            **extra,
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.pad
+        self._new = list(dict.fromkeys(key.rpartition(".")[0] for key in missing))
+        self.model_type = model.config.model_type
+        return model  # type: ignore[no-any-return]
+
+    @property
+    def pad(self) -> int:
+        """The token id that fills up short rows."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    def new_modules(self, model: nn.Module) -> list[str]:
+        """What the checkpoint lacks; if it lacks nothing (a classifier already), what lies outside the body."""
+        if self._new:
+            return self._new
+        body = getattr(model, "base_model_prefix", "")
+        return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+
+    def prefix(self, model: nn.Module) -> str | None:
+        name = getattr(model, "base_model_prefix", "")
+        return name if name and hasattr(model, name) else None
+
+    def keep_model(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    # ---- examples
+
+    def lengths(self, split: str) -> Sequence[int] | None:
+        return [len(ids) for ids, _ in self.splits[split]]
+
+    def collate(self, examples: Sequence[tuple[list[int], int]]) -> Batch:
+        lengths = torch.tensor([len(ids) for ids, _ in examples])
+        width = int(lengths.max())
+        ids = torch.full((len(examples), width), self.pad)  # (batch, width)
+        for row, (tokens, _) in zip(ids, examples):
+            row[: len(tokens)] = torch.tensor(tokens)
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), logits
+
+    def tally(self) -> Classified:
+        return Classified(len(self.labels))
+
+    # ---- afterwards
+
+    def facts(self) -> dict[str, Any]:
+        return {"task": "text-classification", "labels": self.labels, "max_length": self.config.max_length}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, inputs: Sequence[str]) -> list[dict[str, Any]]:
+        """For each text: the label, and the probability of every class."""
+        model.eval()
+        found = []
+        for start in range(0, len(inputs), self.config.eval_batch_size):
+            batch = self.collate(self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]]))
+            _, logits = self.loss(model, batch)
+            for row in logits.float().softmax(-1):
+                found.append({"label": self.labels[int(row.argmax())], "probabilities": {n: float(p) for n, p in zip(self.labels, row)}})
+        return [{"text": text, **answer} for text, answer in zip(inputs, found)]
