@@ -1,4 +1,9 @@
-"""What several adapters say of their base, their labels and their task, reduced to what they all agree on."""
+"""What several adapters say of their base, their labels and their task, reduced to what they all agree on.
+
+Changes of different bases cannot be added up. Where the adapters carry fingerprints (io/fingerprint.py) these decide,
+parameter by parameter, and the names of the bases do not matter (one and the same model is a hub id for one adapter and
+a local folder for the other); without fingerprints the names do, up to the folder that they lie in.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from typing import Any
 
 from deltaw.core.adapter import Adapter
 from deltaw.errors import BaseMismatch
+from deltaw.io.fingerprint import TOLERANCE, distance
 
 
 def agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -20,19 +26,47 @@ def agreed_base(adapters: Sequence[Adapter], allow_mismatch: bool = False) -> di
     """What is known of the common base.
 
     Raises:
-        BaseMismatch: two adapters carry different fingerprints or were made for differently named bases.
+        BaseMismatch: two adapters carry fingerprints of different weights or, without these, name different bases.
     """
-    known = [adapter.base for adapter in adapters if adapter.base]
+    known = [adapter.base for adapter in adapters]
     common = agreed(known)
-    differing = sorted({key for fact in known for key in fact} - set(common))
-    if differing and not allow_mismatch:
-        key = differing[0]
-        said = [str(fact[key]) for fact in known if key in fact]
+    prints = [fact["fingerprint"] for fact in known if isinstance(fact.get("fingerprint"), Mapping)]
+    if prints:
+        common["fingerprint"] = prints[0]
+    reasons = []
+    for other in prints[1:]:
+        reasons += differences(common["fingerprint"], other)
+        parameters = {**other.get("parameters", {}), **common["fingerprint"].get("parameters", {})}
+        common["fingerprint"] = {**common["fingerprint"], "parameters": parameters}
+    if len(prints) < len(adapters):
+        named = dict.fromkeys(str(fact["name"]).rstrip("/").rpartition("/")[2] for fact in known if "name" in fact)
+        reasons += [f"they name {' and '.join(map(repr, named))}"] if len(named) > 1 else []
+    if reasons and not allow_mismatch:
         raise BaseMismatch(
-            f"the adapters were made for different bases: {key} is {' and '.join(dict.fromkeys(s[:80] for s in said))}. "
-            f"Their changes cannot be added up; if you know that the bases are the same, pass allow_base_mismatch=True"
+            f"the adapters were made for different bases: {reasons[0]}. Their changes cannot be added up; "
+            f"if you know that the bases are the same, pass allow_base_mismatch=True (--allow-base-mismatch)"
         )
+    if reasons:
+        common.pop("fingerprint", None)
     return common
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The parameters whose fingerprints are those of different weights, whatever the precision and form."""
+    mine, theirs = one.get("parameters", {}), other.get("parameters", {})
+    return [f"{name} has other values" for name in mine if name in theirs and not _same(mine[name], theirs[name])]
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    hashes = [{v for k, v in entry.items() if k.startswith("sha256")} for entry in (one, other)]
+    if one.get("shape") != other.get("shape"):
+        return False
+    if hashes[0] & hashes[1]:
+        return True
+    forms = {one.get("form", "dense"), other.get("form", "dense")}
+    if forms == {"dense"}:
+        return False
+    return distance(one.get("sketch"), other.get("sketch")) <= TOLERANCE["other"]
 
 
 def agreed_extra(adapters: Sequence[Adapter]) -> dict[str, Any]:

@@ -415,11 +415,28 @@ class TestRefusals:
         with pytest.raises(errors.AdapterError, match="different shapes"):
             dw.combine([adapter(1), adapter(2, columns=12)])
 
-    def test_different_bases(self):
-        a, b = adapter(1).replace(base={"fingerprint": "aa"}), adapter(2).replace(base={"fingerprint": "bb"})
-        with pytest.raises(errors.BaseMismatch, match="fingerprint is aa and bb"):
+    def test_different_bases_by_fingerprint(self):
+        from deltaw.io import fingerprint
+
+        g = torch.Generator().manual_seed(0)
+        one, other = nn.Linear(13, 9), nn.Linear(13, 9)
+        one.weight.data = torch.randn(9, 13, generator=g)
+        other.load_state_dict(one.state_dict())
+        rounded = nn.Linear(13, 9).bfloat16()
+        rounded.load_state_dict(one.state_dict())
+        a, same, short = (adapter(1).replace(base={"fingerprint": fingerprint(m)}) for m in (one, other, rounded))
+        assert dw.combine([a, same, short]).base == a.base
+        other.weight.data[0, 0] += 1
+        b = adapter(2).replace(base={"fingerprint": fingerprint(other)})
+        with pytest.raises(errors.BaseMismatch, match="weight has other values"):
             dw.combine([a, b])
         assert dw.combine([a, b], allow_base_mismatch=True).base == {}
+
+    def test_different_bases_by_name(self):
+        a, b, c = (adapter(1).replace(base={"name": n}) for n in ("hub/bert", "local/folder/bert", "hub/roberta"))
+        dw.combine([a, b])
+        with pytest.raises(errors.BaseMismatch, match="they name 'bert' and 'roberta'"):
+            dw.combine([a, c])
 
     def test_nothing_and_not_adapters(self):
         with pytest.raises(errors.ConfigError, match="at least one"):
