@@ -6,6 +6,7 @@ the deltas, and only then the model.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -344,7 +345,8 @@ def check_finite(plan: list[Planned]) -> None:
     if sum(i.stored.numel() for i in items) > CHECKED_AT_ONCE:
         return
     for item in items:
-        if not bool(torch.isfinite(item.stored).all()):
+        total = item.stored.detach().sum(dtype=torch.promote_types(item.stored.dtype, torch.float32))
+        if not math.isfinite(float(total)) and not bool(torch.isfinite(item.stored).all()):
             bad = int((~torch.isfinite(item.stored)).sum())
             raise NonFinite(
                 f"base weight {item.key!r} holds {bad} values that are NaN or infinite: reload the base model"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key
@@ -46,7 +49,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Summary:
-    """Every change, and totals. Memory in bytes: weights, gradients and Adam's two states of what is trainable."""
+    """Every change, and totals. Memory in bytes: weights, gradients and Adam's two states of what is trainable.
+
+    activation_bytes: what a training forward keeps for its backward; None unless `summary` was given inputs.
+    """
 
     rows: tuple[Row, ...]
     total: int
@@ -54,6 +60,12 @@ class Summary:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    activation_bytes: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights + gradients + optimizer + activations, as far as known: what a training step holds at its peak."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + (self.activation_bytes or 0)
 
     @property
     def share(self) -> float:
@@ -81,7 +93,8 @@ class Summary:
                 *table,
                 f"trainable {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})",
                 f"memory: weights {self.weight_bytes / mib:,.1f} MiB, gradients {self.gradient_bytes / mib:,.1f} MiB, "
-                f"Adam {self.optimizer_bytes / mib:,.1f} MiB",
+                f"Adam {self.optimizer_bytes / mib:,.1f} MiB"
+                + ("" if self.activation_bytes is None else f", activations {self.activation_bytes / mib:,.1f} MiB"),
             ]
         )
 
@@ -91,8 +104,36 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def summary(model: nn.Module) -> Summary:
-    """What every adapter changes, how much of the model is trained, and what that costs in memory (`print` it)."""
+def activation_bytes(model: nn.Module, inputs: Any) -> int:
+    """Bytes that one training forward of `model` on `inputs` keeps for its backward, each storage counted once.
+
+    inputs: a tensor, a tuple of positional or a mapping of keyword arguments. The forward is run, in the model's mode;
+    its randomness is given back to the generator.
+    """
+    mine = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        if isinstance(inputs, Mapping):
+            output = model(**inputs)
+        else:
+            output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        total = sum(kept.values())
+        del output
+    return total
+
+
+def summary(model: nn.Module, inputs: Any = None) -> Summary:
+    """What every adapter changes, how much of the model is trained, and what that costs in memory (`print` it).
+
+    inputs: an example batch (tensor, tuple or mapping); with it, one forward measures the activations too.
+    """
     root = state.unwrap(model)
     rows = []
     for path, host in state.hosts(root):
@@ -113,6 +154,7 @@ def summary(model: nn.Module) -> Summary:
         weights,
         gradients,
         ADAM_STATES * gradients,
+        None if inputs is None else activation_bytes(model, inputs),
     )
 
 
