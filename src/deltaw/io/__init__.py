@@ -1,0 +1,9 @@
+"""Adapters and files: every format, exact both ways, and nothing silent."""
+
+from deltaw.io.admission import admit
+from deltaw.io.digest import digest
+from deltaw.io.files import read, write
+from deltaw.io.model_files import load, save
+from deltaw.io.notices import AdapterNotice
+
+__all__ = ["AdapterNotice", "admit", "digest", "load", "read", "save", "write"]

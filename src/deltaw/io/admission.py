@@ -1,0 +1,144 @@
+"""Admission: the one door through which a file becomes an adapter. Load, merge, serve, store and export all use it.
+
+In order: two named plain files (no link, no pickle), sizes, the manifest if there is one, strict JSON, the tensor header
+as a whole, checksums, the grammar (every tensor used, every pair complete, ranks as the config says), finite values, and
+the digest. Nothing of a config is imported or run. What only a model can answer (does every change find its parameter, is
+every target filled, is it the right base) is `fits`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter
+from deltaw.errors import AdapterError, NonFinite
+from deltaw.io import manifest, strict_json, tensor_file
+from deltaw.io.digest import digest
+from deltaw.io.folder import CONFIG, MANIFEST, PICKLED, WEIGHTS, Folder
+from deltaw.io.peft import Parsed, grammar_for
+
+MAX_CONFIG = 1 << 20
+MAX_RANK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An adapter that passed every check that needs no model.
+
+    sealed: its bytes were checked against a checksum that deltaw wrote. notes: what should be said about it.
+    """
+
+    adapter: Adapter
+    digest: str
+    parsed: Parsed
+    config: Mapping[str, Any]
+    sealed: bool
+    notes: tuple[str, ...] = ()
+    files: Mapping[str, int] = field(default_factory=dict)
+
+
+def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True) -> Admitted:
+    """The adapter in a folder, or the reason why not.
+
+    verify: False accepts a folder whose files were edited since deltaw wrote them (all other checks stay).
+
+    Raises:
+        AdapterError: the folder is damaged, foreign, incomplete, or says something that cannot be done.
+        NonFinite: a tensor holds NaN or infinity.
+    """
+    folder = source if isinstance(source, Folder) else Folder(source)
+    try:
+        return _admit(folder, verify)
+    except NonFinite as error:
+        raise NonFinite(f"{folder.path}: {error}") from error
+    except AdapterError as error:
+        raise AdapterError(f"{folder.path}: {error}") from error
+
+
+def _admit(folder: Folder, verify: bool) -> Admitted:
+    _check_names(folder)
+    body = (
+        manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify) if MANIFEST in folder.names else None
+    )
+    raw_config = bytes(folder.read(CONFIG, MAX_CONFIG))
+    raw_weights = folder.read(WEIGHTS)
+    if body is not None and verify:
+        manifest.check_file(body, CONFIG, raw_config)
+        manifest.check_file(body, WEIGHTS, raw_weights)
+    config = strict_json.parse(raw_config, CONFIG, MAX_CONFIG)
+    header = tensor_file.read_header(memoryview(raw_weights), WEIGHTS)
+    if not header.entries:
+        raise AdapterError(f"{WEIGHTS} holds no tensor")
+    tensors = tensor_file.read_tensors(memoryview(raw_weights), header)
+    size = len(raw_weights)
+    del raw_weights
+    seal = header.metadata.get(tensor_file.CHECKSUM)
+    if seal is not None and verify and seal != tensor_file.checksum(raw_config, tensors):
+        raise AdapterError(
+            f"{CONFIG} and {WEIGHTS} are not what was written together (the checksum in the weights differs): damaged, "
+            f"mixed up, or edited; fetch them again, or read with verify=False (--no-verify) if you mean it"
+        )
+    check_values(tensors)
+    parsed = grammar_for(config).read(config, tensors)
+    adapter = parsed.adapter
+    if not adapter.changes:
+        raise AdapterError("the adapter changes nothing")
+    if body is not None:
+        adapter = manifest.refine(adapter, body)
+    identity = digest(adapter)
+    if body is not None and verify and identity != body["digest"]:
+        raise AdapterError(
+            "the digest is not the one in the manifest: the folder was put together from several adapters"
+        )
+    return Admitted(
+        adapter,
+        identity,
+        parsed,
+        config,
+        seal is not None and verify,
+        parsed.notes,
+        {CONFIG: len(raw_config), WEIGHTS: size},
+    )
+
+
+def _check_names(folder: Folder) -> None:
+    for name in (CONFIG, WEIGHTS):
+        if name in folder.names:
+            continue
+        pickled = [n for n in PICKLED if n in folder.names]
+        if name == WEIGHTS and pickled:
+            raise AdapterError(
+                f"the weights are a pickle ({pickled[0]}), which can run code and is never read here. In a place you trust, "
+                f"convert it: peft.PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+            )
+        inner = [n for n in folder.names if (folder.path / n / CONFIG).is_file()]
+        hint = f"; there are adapters in {', '.join(str(folder.path / n) for n in inner[:4])}" if inner else ""
+        raise AdapterError(f"no {name} in it (found: {', '.join(folder.names[:8]) or 'nothing'}){hint}")
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse empty tensors, ranks beyond the cap, NaN and infinity."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{name!r} is empty {tuple(tensor.shape)}: it was saved from a sharded model without gathering it first"
+            )
+        if ".lora_" in name and tensor.ndim and min(tensor.shape) > MAX_RANK:
+            raise AdapterError(f"{name!r} of shape {tuple(tensor.shape)}: a rank above {MAX_RANK:,} is no adapter's")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFinite(
+                f"{name!r} holds {bad} values that are NaN or infinite: the training diverged, or it is damaged"
+            )
+
+
+def sha256(data: bytes | bytearray) -> str:
+    """Hex digits."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,94 @@
+"""`read` and `write`: an adapter as a value, from and to a folder. No model is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter
+from deltaw.errors import AdapterError
+from deltaw.io import manifest, strict_json, tensor_file
+from deltaw.io.admission import admit, check_values
+from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS, replace
+from deltaw.io.notices import AdapterNotice
+from deltaw.io.peft import grammar_of
+
+
+def read(path: str | os.PathLike[str], *, verify: bool = True) -> Adapter:
+    """The adapter in the folder `path` (PEFT's, ours, or any that PEFT's tools wrote), checked by `admission`.
+
+    verify: False accepts files that were edited since deltaw wrote them; every other check stays.
+
+    Raises:
+        AdapterError: the folder is damaged, foreign, incomplete, or cannot be said here.
+        NonFinite: a tensor holds NaN or infinity.
+    """
+    admitted = admit(path, verify=verify)
+    for note in admitted.notes:
+        warnings.warn(note, AdapterNotice, stacklevel=2)
+    return admitted.adapter
+
+
+def write(
+    adapter: Adapter, path: str | os.PathLike[str], *, grammar: str | None = None, card: str | None = None
+) -> Path:
+    """Write `adapter` as the folder `path`: config, weights and manifest, all at once or not at all.
+
+    grammar: None takes PEFT's words where they suffice and deltaw's own ("DELTAW") where not; "PEFT" refuses the latter.
+    card: the text of a README.md.
+    An existing folder is replaced if it is an adapter that deltaw wrote. Equal adapters give equal files.
+
+    Raises:
+        AdapterError: the adapter cannot be said in the grammar asked for, or `path` is something else.
+        NonFinite: a tensor holds NaN or infinity.
+    """
+    if not adapter.changes:
+        raise AdapterError("the adapter is empty: there is nothing to write")
+    check_values(adapter.tensors())
+    config, tensors = grammar_of(adapter, grammar).write(adapter)
+    return write_parts(adapter, config, tensors, path, card)
+
+
+def write_parts(
+    adapter: Adapter,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    card: str | None = None,
+) -> Path:
+    """The folder of an adapter whose config and tensors are made already."""
+    raw = strict_json.pretty(config)
+    tensors = {k: t.detach() for k, t in tensors.items()}
+
+    def fill(folder: Path) -> None:
+        (folder / CONFIG).write_bytes(raw)
+        metadata = {"format": "pt", tensor_file.CHECKSUM: tensor_file.checksum(raw, tensors)}
+        with (folder / WEIGHTS).open("wb") as file:
+            hashing = _Hashing(file)
+            tensor_file.write(hashing, tensors, metadata)  # type: ignore[arg-type]
+        stamps: dict[str, bytes | tuple[int, str]] = {CONFIG: raw, WEIGHTS: (hashing.size, hashing.state.hexdigest())}
+        (folder / MANIFEST).write_bytes(manifest.build(adapter, stamps))
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
+
+    return replace(path, fill)
+
+
+class _Hashing:
+    """A file that knows the sha256 of what went through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.state = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.state.update(data)
+        self.size += len(data)
+        return self.file.write(data)

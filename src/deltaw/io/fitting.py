@@ -1,0 +1,163 @@
+"""What a PEFT folder and a model have to say to each other.
+
+Reading: is every module that the config targets filled, and every module to save? Writing: the shortest target names that
+mean exactly the adapted modules of this model, a task type only where PEFT then finds all it wants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaw.core.adapter import Adapter, Change, join_key, split_key
+from deltaw.core.base_weights import base_weight
+from deltaw.core.registry import variants
+from deltaw.errors import AdapterError
+from deltaw.io import fingerprint as prints
+from deltaw.io.peft.claims import HEADS, Claims
+
+TASKS = (
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+)
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
+    """Refuse a file whose config targets modules of this model for which it has no tensors.
+
+    Raises:
+        AdapterError: naming them.
+    """
+    have = {split_key(key)[0] for key in adapter.changes}
+    modules = dict(prints.own_modules(model))
+    empty = [
+        path
+        for path, module in modules.items()
+        if path and path not in have and _adaptable(module) and claims.targets(path)
+    ]
+    if empty:
+        raise AdapterError(
+            f"the config targets {len(empty)} modules of {type(model).__name__} for which the file has no tensors "
+            f"({', '.join(empty[:4])}{' ...' if len(empty) > 4 else ''}): the file is incomplete, or for another model"
+        )
+    for name in claims.expected:
+        for path, module in modules.items():
+            if path != name and not path.endswith("." + name):
+                continue
+            needed = {join_key(path, n) for n, _ in module.named_parameters() if ".adapters." not in f".{n}"}
+            missing = sorted(needed - set(adapter.changes))
+            if missing:
+                raise AdapterError(
+                    f"{name!r} is trained in full by this adapter, but the file has no tensor {missing[0]!r}: incomplete"
+                )
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, ADAPTABLE) or type(module).__name__ == "Conv1D"
+
+
+def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> tuple[Adapter, list[str]]:
+    """`adapter` where the file carries frozen base weights along (PEFT does for targeted embeddings).
+
+    If they are the model's own, nothing changes. If not (a resized vocabulary, a trained embedding), the change and the
+    file's weight are folded into one full copy, which gives what PEFT gives.
+    """
+    notes: list[str] = []
+    changes = dict(adapter.changes)
+    for key, copy in copies.items():
+        path, site = split_key(key)
+        try:
+            own = model.get_submodule(path).get_parameter(site)
+        except AttributeError:
+            continue  # install names it
+        if prints.judge(prints.entry_of(copy), prints.entry_of(own), own, "dense")[:1] != "!":
+            continue
+        change = changes.get(key)
+        if change is None:
+            raise AdapterError(f"{key!r}: the file carries a base weight for a layer that it does not change")
+        matrix = base_weight({key: copy}, key, change)
+        new = (matrix.double() + change.delta_weight(matrix.double()).double()).to(copy.dtype)
+        stored = new.T.contiguous() if new.shape != copy.shape else new
+        changes[key] = Change(variants["full"](), {"value": stored.reshape(copy.shape)}, None, tuple(copy.shape))
+        notes.append(
+            f"the file carries its own {key!r}, which is not this model's: its low-rank change was folded into that weight"
+        )
+    return (adapter.replace(changes=changes) if notes else adapter), notes
+
+
+def task_of(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT's task type, if `model` is of such a class and PEFT then finds every tensor that it expects."""
+    for ending, task in TASKS:
+        if not type(model).__name__.removesuffix("Host").endswith(ending):
+            continue
+        heads = [
+            path
+            for path, _ in prints.own_modules(model)
+            if path and any(path.endswith(name) for name in HEADS.get(task, ()))
+        ]
+        needed = {join_key(p, n) for p in heads for n, _ in _own_parameters(model.get_submodule(p))}
+        if needed - set(adapter.changes):
+            return None
+        return task if task != "CAUSAL_LM" or hasattr(model, "prepare_inputs_for_generation") else None
+    return None
+
+
+def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        (join_key(path, site), p)
+        for path, m in prints.own_modules(module)
+        for site, p in m._parameters.items()
+        if p is not None
+    ]
+
+
+def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether PEFT takes the adapter's full copies: it saves modules as a whole, or single biases."""
+    modules = dict(prints.own_modules(model))
+    copied = {key for key, change in adapter.changes.items() if change.variant.kind == "full"}
+    low = {split_key(key)[0] for key in adapter.changes if key not in copied}
+    for key in copied:
+        path, site = split_key(key)
+        if path in low or site == "bias":
+            continue
+        if path not in modules:
+            return False
+        if {join_key(path, s) for s, p in modules[path]._parameters.items() if p is not None} - copied:
+            return False
+    return True
+
+
+def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`config` with the shortest names that mean exactly its modules in `model`; a regular expression if no list does."""
+    paths = [path for path, _ in prints.own_modules(model) if path]
+    config = dict(config)
+    saved = config.get("modules_to_save")
+    if saved:
+        config["modules_to_save"] = _shortest(saved, paths, dotted=False) or saved
+    wanted = config.get("target_modules")
+    if isinstance(wanted, list) and wanted:
+        open_paths = [
+            p
+            for p in paths
+            if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", p) for m in config.get("modules_to_save", ()))
+        ]
+        short = _shortest(wanted, open_paths, dotted=True)
+        config["target_modules"] = short or "|".join(re.escape(p) for p in wanted)
+    return config
+
+
+def _shortest(wanted: Sequence[str], paths: Sequence[str], dotted: bool) -> list[str] | None:
+    """Last names, or else full paths, that PEFT's matching turns into exactly `wanted`."""
+    for names in (sorted({p.rpartition(".")[2] for p in wanted}), sorted(wanted)):
+        ends = tuple("." + n for n in names) if dotted else tuple(names)
+        matched = {p for p in paths if p in names or p.endswith(ends)}
+        if matched == set(wanted):
+            return names
+    return None

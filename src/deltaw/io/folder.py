@@ -1,0 +1,179 @@
+"""Folders of adapters: read without following a link, replaced in one step or not at all.
+
+Reading opens the folder once and its files relative to it, never through a symlink, pipe or device. Writing goes to a
+temporary sibling, is flushed to the disk, and takes the place of the old folder by one rename (an exchange, where the
+system has it): a crash leaves the old folder or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from deltaw.errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MANIFEST = "deltaw_manifest.json"
+CARD = "README.md"
+PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin")
+OURS = (CONFIG, WEIGHTS, MANIFEST, CARD)
+MAX_TOTAL = 64 << 30
+
+
+class Folder:
+    """The regular files of one folder, opened relative to it. `names` are its entries; `path` is for messages."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as handle:
+                self.names = sorted(os.listdir(handle))
+        except NotADirectoryError as error:
+            raise AdapterError(f"{self.path} is a file; give the folder that holds {CONFIG} and {WEIGHTS}") from error
+        except FileNotFoundError as error:
+            raise AdapterError(f"there is no folder {self.path}") from error
+
+    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> bytearray:
+        """The content of a file directly inside the folder.
+
+        Raises:
+            AdapterError: it is a link, no regular file, too large, or changes while it is read.
+        """
+        if name not in self.names:
+            raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names[:10]) or 'nothing'}")
+        with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as directory:
+            try:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.EMLINK):
+                    raise AdapterError(
+                        f"{self.path / name} is a symbolic link: adapters are read from plain files only; "
+                        f"copy the folder with its links resolved (cp -rL)"
+                    ) from error
+                raise AdapterError(f"{self.path / name} cannot be opened: {error.strerror}") from error
+            with os.fdopen(file, "rb") as stream:
+                return _read_all(stream, self.path / name, max_bytes)
+
+
+class Files(Folder):
+    """A folder whose files lie elsewhere (the hub's cache links them): `{name: path}`, from a trusted caller."""
+
+    def __init__(self, where: Mapping[str, str | os.PathLike[str]], called: str) -> None:
+        self.path = Path(called)
+        self.where = {name: Path(p).resolve() for name, p in where.items()}
+        self.names = sorted(where)
+
+    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> bytearray:
+        if name not in self.where:
+            raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names)}")
+        with self.where[name].open("rb") as stream:
+            return _read_all(stream, self.path / name, max_bytes)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _read_all(stream: BinaryIO, path: Path, max_bytes: int) -> bytearray:
+    about = os.fstat(stream.fileno())
+    if not stat.S_ISREG(about.st_mode):
+        raise AdapterError(f"{path} is not a regular file")
+    if about.st_size > max_bytes:
+        raise AdapterError(f"{path} holds {about.st_size:,} bytes; at most {max_bytes:,} are read")
+    data = bytearray(about.st_size)
+    if stream.readinto(data) != about.st_size or stream.read(1):  # type: ignore[attr-defined]
+        raise AdapterError(f"{path} changed while it was read; try again")
+    return data
+
+
+def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
+    """Make the folder `path` be what `fill(empty folder)` writes, atomically; files get the umask's mode.
+
+    An existing folder is replaced if it is empty or an adapter of ours (its README.md is kept, unless `fill` wrote one).
+
+    Raises:
+        AdapterError: `path` is something else, or holds files that are not an adapter's.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    exists = _may_replace(target)
+    draft = target.parent / f".{target.name}.tmp-{secrets.token_hex(6)}"
+    draft.mkdir()
+    try:
+        fill(draft)
+        if exists and (target / CARD).is_file() and not (draft / CARD).exists():
+            shutil.copyfile(target / CARD, draft / CARD)
+        for file in sorted(draft.iterdir()):
+            sync(file)
+        sync(draft)
+        if exists:
+            exchange(draft, target)
+        else:
+            os.rename(draft, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _may_replace(target: Path) -> bool:
+    if not target.is_symlink() and not target.exists():
+        return False
+    if target.is_symlink() or not target.is_dir():
+        raise AdapterError(f"{target} exists and is no folder: choose another name")
+    names = sorted(os.listdir(target))
+    if names and MANIFEST not in names:
+        raise AdapterError(
+            f"{target} exists and is not an adapter that deltaw wrote (it holds {', '.join(names[:5])}): "
+            f"choose another folder, or remove it yourself"
+        )
+    foreign = [n for n in names if n not in OURS]
+    if foreign:
+        raise AdapterError(
+            f"{target} holds files besides an adapter ({', '.join(foreign[:5])}), which replacing it would delete: "
+            f"choose another folder, or move them"
+        )
+    return True
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    with _opened(path, os.O_RDONLY) as handle:
+        os.fsync(handle)
+
+
+def exchange(draft: Path, target: Path) -> None:
+    """Let two folders swap names in one step; where the system cannot, by two renames, undone if the second fails."""
+    if _rename_exchange(draft, target):
+        return
+    aside = draft.with_name(draft.name + ".old")
+    os.rename(target, aside)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, draft)
+
+
+def _rename_exchange(one: Path, other: Path) -> bool:
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)

@@ -1,0 +1,68 @@
+"""The Hugging Face hub, only through huggingface_hub and only when asked: fetch an adapter, push one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import AdapterError, MissingExtra
+from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS, Files, Folder
+
+ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}")
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` looks like "user/repo"."""
+    return ID.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def fetch(repo: str, *, revision: str | None = None, token: str | None = None) -> Folder:
+    """The adapter files of a repository, from the cache or the hub. Pickled weights are not fetched.
+
+    Raises:
+        AdapterError: no such repository, revision or adapter.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    hub = _library()
+    try:
+        there = set(hub.HfApi(token=token).list_repo_files(repo, revision=revision))
+        wanted = [n for n in (CONFIG, WEIGHTS, MANIFEST) if n in there]
+        if CONFIG not in there or WEIGHTS not in there:
+            raise AdapterError(f"{repo} is no adapter: it has no {CONFIG if CONFIG not in there else WEIGHTS}")
+        files = {n: hub.hf_hub_download(repo, n, revision=revision, token=token) for n in wanted}
+    except AdapterError:
+        raise
+    except Exception as error:
+        raise AdapterError(f"{repo!r} is no folder here, and the hub has no such adapter: {error}") from error
+    return Files(files, repo)
+
+
+def push(folder: Path, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload an adapter folder; returns the commit's address.
+
+    Raises:
+        AdapterError: the hub refused.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    hub = _library()
+    api = hub.HfApi(token=token)
+    try:
+        full = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=full,
+            folder_path=str(folder),
+            commit_message="Upload adapter",
+            allow_patterns=[CONFIG, WEIGHTS, MANIFEST, CARD],
+        )
+    except Exception as error:
+        raise AdapterError(f"{folder} was saved, but pushing it to {repo!r} failed: {error}") from error
+    return str(commit)
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtra("the hub needs huggingface_hub: pip install 'deltaw[hub]'") from error
+    return huggingface_hub

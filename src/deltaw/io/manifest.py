@@ -1,0 +1,151 @@
+"""The manifest beside an adapter: what PEFT's two files cannot say, and the checksums of those that they are.
+
+It keeps the exact variants (a plain alpha, where dropout applies), the fingerprint of the base, the adapter's facts (label
+map, metrics) and its digest. No time, host or run id: equal adapters are equal folders. README.md is left out, since it is
+meant to be edited. The manifest's own checksum is over its very bytes, with the checksum's digits as zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from deltaw import __version__
+from deltaw.core.adapter import Adapter, Change
+from deltaw.core.registry import variants
+from deltaw.core.variant import Variant
+from deltaw.errors import AdapterError, DeltawError
+from deltaw.io import strict_json
+from deltaw.io.digest import digest, effect
+
+FORMAT = "deltaw-manifest"
+VERSION = 1
+MAX_BYTES = 64 << 20
+ZEROS = b"0" * 64
+OWN = re.compile(rb'"checksum": "([0-9a-f]{64})"')
+
+
+def build(adapter: Adapter, files: Mapping[str, bytes | tuple[int, str]]) -> bytes:
+    """The manifest's bytes. `files` maps a name to its content or to (bytes, sha256)."""
+    kinds: list[dict[str, Any]] = []
+    changes: dict[str, Any] = {}
+    for key, change in sorted(adapter.changes.items()):
+        described = {"kind": change.variant.kind, "options": change.variant.options()}
+        if described not in kinds:
+            kinds.append(described)
+        shape = None if change.shape is None else list(change.shape)
+        changes[key] = [kinds.index(described), change.layer, shape]
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "written_by": f"deltaw {__version__}",
+        "digest": digest(adapter),
+        "files": {name: _stamp(content) for name, content in files.items()},
+        "variants": kinds,
+        "changes": changes,
+        "base": dict(adapter.base),
+        "extra": dict(adapter.extra),
+        "error": {k: float(v) for k, v in adapter.error.items()},
+        "checksum": ZEROS.decode(),
+    }
+    raw = strict_json.pretty(body)
+    return raw.replace(b'"checksum": "' + ZEROS, b'"checksum": "' + hashlib.sha256(raw).hexdigest().encode(), 1)
+
+
+def _stamp(content: bytes | tuple[int, str]) -> dict[str, Any]:
+    size, sha = content if isinstance(content, tuple) else (len(content), hashlib.sha256(content).hexdigest())
+    return {"bytes": size, "sha256": sha}
+
+
+def parse(raw: bytes, verify: bool = True) -> dict[str, Any]:
+    """The manifest, checked against its own checksum.
+
+    Raises:
+        AdapterError: damaged, or written in a way that this version does not know.
+    """
+    body = strict_json.parse(raw, "the manifest", MAX_BYTES)
+    if body.get("format") != FORMAT or type(body.get("version")) is not int:
+        raise AdapterError("the manifest is not one of deltaw's: remove it, if it came from elsewhere")
+    if body["version"] > VERSION:
+        raise AdapterError(f"the manifest is of version {body['version']}, this deltaw reads {VERSION}: update deltaw")
+    found = OWN.search(raw)
+    if verify and (
+        found is None
+        or hashlib.sha256(raw[: found.start(1)] + ZEROS + raw[found.end(1) :]).hexdigest().encode() != found.group(1)
+    ):
+        raise AdapterError("the manifest is damaged: its checksum is not that of its content")
+    needed = {
+        "digest": str,
+        "files": dict,
+        "variants": list,
+        "changes": dict,
+        "base": dict,
+        "extra": dict,
+        "error": dict,
+    }
+    for field, kind in needed.items():
+        if not isinstance(body.get(field), kind):
+            raise AdapterError(f"the manifest's {field!r} is missing or no {kind.__name__}")
+    return body
+
+
+def check_file(body: Mapping[str, Any], name: str, content: bytes | bytearray) -> None:
+    """Refuse a file that is not the one that the manifest describes."""
+    stamp = body["files"].get(name)
+    if not isinstance(stamp, dict):
+        raise AdapterError(f"the manifest does not list {name}: the folder was put together from several adapters")
+    if stamp.get("bytes") != len(content) or stamp.get("sha256") != hashlib.sha256(content).hexdigest():
+        raise AdapterError(
+            f"{name} is not the file that was written (its sha256 differs from the manifest's): it is damaged or was "
+            f"edited; fetch it again, or read it with verify=False (--no-verify) and write it anew if you mean it"
+        )
+
+
+def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
+    """`adapter` as PEFT's files give it -> with the exact variants, layers and facts of the manifest.
+
+    Raises:
+        AdapterError: the manifest contradicts the files.
+    """
+    if set(body["changes"]) != set(adapter.changes):
+        differ = sorted(set(body["changes"]) ^ set(adapter.changes))
+        raise AdapterError(f"the manifest and the weights name different parameters, for example {differ[0]!r}")
+    known = [build_variant(v) for v in body["variants"]]
+    changes = {}
+    for key, change in adapter.changes.items():
+        try:
+            index, layer, shape = body["changes"][key]
+            exact = known[index]
+            shape = None if shape is None else tuple(int(n) for n in shape)
+        except (ValueError, TypeError, IndexError) as error:
+            raise AdapterError(f"the manifest's entry of {key!r} is not readable") from error
+        if layer is not None and not isinstance(layer, str):
+            raise AdapterError(f"the manifest's entry of {key!r} is not readable")
+        if effect(exact) != effect(change.variant):
+            raise AdapterError(f"{key}: the manifest says {exact}, the config says {change.variant}")
+        changes[key] = Change(exact, change.tensors, layer, shape)
+    return adapter.replace(
+        changes=changes,
+        base={**adapter.base, **body["base"]},
+        extra={**adapter.extra, **body["extra"]},
+        error=dict(body["error"]),
+    )
+
+
+def build_variant(described: Any) -> Variant:
+    """{"kind": ..., "options": {...}} -> the variant.
+
+    Raises:
+        AdapterError: unknown kind (a plugin is missing), or options that it refuses.
+    """
+    if not isinstance(described, dict) or not isinstance(described.get("options"), dict):
+        raise AdapterError(f"not the description of a method: {str(described)[:80]}")
+    kind, options = described.get("kind"), described["options"]
+    if not isinstance(kind, str) or kind not in variants:
+        raise AdapterError(f"the method {kind!r} is not known here: install the package that provides it")
+    try:
+        return variants[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})  # type: ignore[no-any-return]
+    except (DeltawError, TypeError, ValueError) as error:
+        raise AdapterError(f"options of the method {kind!r} are not valid: {error}") from error

@@ -1,0 +1,195 @@
+"""`save` and `load`: a model's adapter to a folder and back, checked against the model and its base weights."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltaw.core.adapter import Adapter, split_key
+from deltaw.errors import AdapterError, BaseMismatch
+from deltaw.io import fingerprint as prints
+from deltaw.io import hub
+from deltaw.io.admission import Admitted, admit, check_values
+from deltaw.io.card import card as model_card
+from deltaw.io.files import write_parts
+from deltaw.io.fitting import check_fit, folded, peft_can_place, task_of, tighten
+from deltaw.io.folder import Folder
+from deltaw.io.notices import AdapterNotice
+from deltaw.io.peft import grammar_of
+from deltaw.model import state
+from deltaw.model.attach import get, install
+
+Source = str | os.PathLike[str] | Folder | Adapter
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    push_to_hub: str | bool | None = None,
+    *,
+    grammar: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> Path:
+    """Save the adapter `name` of `model` as the folder `path`, which PEFT reads where its grammar can say it.
+
+    The manifest records the fingerprint of the base. push_to_hub: a repository id (True: the folder's name) to upload
+    to as well, with a model card; nothing is asked of a network otherwise.
+
+    Raises:
+        UnknownName: the model has no adapter of that name.
+        NonFinite: a tensor holds NaN or infinity; nothing is written.
+        AdapterError: the folder exists and is not an adapter of ours, or the grammar cannot say this adapter.
+    """
+    root = state.unwrap(model)
+    adapter = described(root, get(root, name))
+    check_values(adapter.tensors())
+    if grammar is None and not peft_can_place(root, adapter):
+        grammar = "DELTAW"
+    chosen = grammar_of(adapter, grammar)
+    config, tensors = chosen.write(adapter)
+    if chosen.peft_type != "DELTAW":
+        config = tighten(config, root)
+    text = model_card(adapter, config) if push_to_hub else None
+    folder = write_parts(adapter, config, tensors, path, text)
+    if push_to_hub:
+        hub.push(folder, folder.name if push_to_hub is True else push_to_hub, private=private, token=token)
+    return folder
+
+
+def described(model: nn.Module, adapter: Adapter) -> Adapter:
+    """`adapter` with what is known of its base (name, fingerprint) and its task."""
+    config = getattr(model, "config", None)
+    base: dict[str, Any] = dict(adapter.base)
+    named = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    if isinstance(named, str) and named:
+        base["name"] = named
+    if not any(t.is_meta for t in adapter.tensors().values()):
+        base["fingerprint"] = prints.fingerprint(model, prints.replaced(adapter))
+    extra = dict(adapter.extra)
+    task = task_of(model, adapter)
+    extra.pop("task_type", None)
+    if task is not None:
+        extra["task_type"] = task
+    labels = getattr(config, "id2label", None)
+    if task == "SEQ_CLS" and isinstance(labels, Mapping):
+        extra.setdefault("id2label", {str(k): str(v) for k, v in labels.items()})
+    return adapter.replace(base=base, extra=extra)
+
+
+def load(
+    model: nn.Module,
+    source: Source,
+    name: str = "default",
+    active: bool = True,
+    trainable: bool = False,
+    allow_base_mismatch: bool = False,
+    *,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+) -> nn.Module:
+    """Give `model` the adapter in `source` under `name`, and return the model. Strict: it fits as a whole or not at all.
+
+    source: a folder, a hub id ("user/repo", with `revision`), or an `Adapter`.
+    active: it speaks from now on, alone. trainable: training goes on with it.
+    allow_base_mismatch: accept a base with other weights than the one it was trained on.
+    verify: False accepts files that were edited since deltaw wrote them.
+    A `deltaw.io.AdapterNotice` (a warning) says when the base could not be verified, or has another precision.
+
+    Raises:
+        AdapterError: the file is damaged or foreign, a tensor or a target is left over, a shape differs.
+        BaseMismatch: the base is not the one that it was trained on; the message names the weights.
+        NonFinite: a tensor holds NaN or infinity.
+        NameTaken, ModelError: the model is not in a state to take it.
+    If anything is wrong, the model is left as it was.
+    """
+    root = state.unwrap(model)
+    if isinstance(source, Adapter):
+        adapter = source
+        notes: list[str] = []
+        check_values(adapter.tensors())
+    else:
+        admitted = admit(found(source, revision, token), verify=verify)
+        adapter, notes = fitted(root, admitted)
+    notes += check_base(root, adapter, allow_base_mismatch)
+    install(root, adapter, name, active=active, trainable=trainable)
+    for note in notes:
+        warnings.warn(note, AdapterNotice, stacklevel=2)
+    return model
+
+
+def found(source: str | os.PathLike[str] | Folder, revision: str | None = None, token: str | None = None) -> Folder:
+    """The folder that a path or a hub id means. A local folder goes first; the hub is asked only for "user/repo"."""
+    if isinstance(source, Folder):
+        return source
+    path = Path(source)
+    if not path.exists() and isinstance(source, str) and hub.is_id(source):
+        return hub.fetch(source, revision=revision, token=token)
+    if revision is not None:
+        raise AdapterError(f"revision={revision!r} is for the hub, and {path} is a local folder")
+    return Folder(path)
+
+
+def fitted(model: nn.Module, admitted: Admitted) -> tuple[Adapter, list[str]]:
+    """The adapter as `model` can take it: every target of the file filled, base weights that it carries the model's own.
+
+    Raises:
+        AdapterError: a module that the config targets has no tensors, or the other way round.
+    """
+    adapter, notes = admitted.adapter, list(admitted.notes)
+    if admitted.parsed.claims is not None:
+        check_fit(model, adapter, admitted.parsed.claims)
+    adapter, more = folded(model, adapter, admitted.parsed.base_copies)
+    return adapter, notes + more
+
+
+def check_base(model: nn.Module, adapter: Adapter, allow: bool) -> list[str]:
+    """Compare the base of `model` with the one that the adapter records. Returns what should be said.
+
+    Raises:
+        BaseMismatch: other weights, and not `allow`.
+    """
+    recorded = adapter.base.get("fingerprint")
+    if not isinstance(recorded, Mapping):
+        return [
+            "the adapter does not record its base's fingerprint: it could not be verified that this is the base it was trained on"
+        ]
+    if any(p.is_meta for p in model.parameters()):
+        return ["the model is on the meta device: its base could not be verified"]
+    result = prints.compare(model, recorded, prints.replaced(adapter))
+    if not result.verified:
+        return [
+            "the adapter's fingerprint is of a kind that this version does not know: its base could not be verified"
+        ]
+    if result.other:
+        lines = [f"{name}: {why}" for name, why in result.other.items()]
+        total = len(recorded["parameters"])
+        message = (
+            f"the adapter was trained on another base{_named(adapter)}: {len(lines)} of {total} parameters differ\n  "
+            + "\n  ".join(lines[:6])
+            + (f"\n  ... and {len(lines) - 6} more" if len(lines) > 6 else "")
+        )
+        if not allow:
+            raise BaseMismatch(f"{message}\nload that base, or pass allow_base_mismatch=True if you mean this one")
+        return [f"{message}\n(accepted: allow_base_mismatch)"]
+    if result.precision:
+        changes = sorted(set(result.precision.values()))
+        return [f"same base in another precision ({', '.join(changes)}; {len(result.precision)} parameters)"]
+    return []
+
+
+def _named(adapter: Adapter) -> str:
+    name = adapter.base.get("name")
+    return f" ({name})" if name else ""
+
+
+def paths_of(adapter: Adapter) -> set[str]:
+    """The modules that an adapter changes."""
+    return {split_key(key)[0] for key in adapter.changes}

@@ -1,0 +1,158 @@
+"""What a PEFT config says about a model: which modules it targets. Checked against the model, so that nothing is missing.
+
+PEFT reads such a config and silently gives every target that has no tensor a fresh adapter, that is: none. Here a target
+without tensors is an error. Patterns come from files of others and run as regular expressions: their size is bounded, and
+those that can take exponential time are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltaw.errors import AdapterError
+
+try:
+    from re import _parser as _regex  # type: ignore[attr-defined]
+except ImportError:  # pragma: no cover
+    import sre_parse as _regex
+
+MAX_PATTERN = 20_000
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that PEFT trains in full for a task type, whether or not the config names them."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """The targeting fields of a PEFT config."""
+
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
+    """Modules to save that must be there if the model has them, named by the config or implied by the task type."""
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Claims:
+        """Read them, checking types and patterns."""
+        layers = config.get("layers_to_transform")
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            layers = [layers]
+        if layers is not None and not (isinstance(layers, list) and all(type(n) is int for n in layers)):
+            raise AdapterError(f"layers_to_transform={layers!r} in the config is no list of whole numbers")
+        save = names(config, "modules_to_save")
+        if isinstance(save, str):
+            raise AdapterError(f"modules_to_save={save!r} in the config must be a list")
+        targets = names(config, "target_modules")
+        exclude = names(config, "exclude_modules")
+        patterns = names(config, "layers_pattern")
+        for text in [targets, exclude]:
+            if isinstance(text, str):
+                checked_pattern(text)
+        patterns = (patterns,) if isinstance(patterns, str) else patterns or ()
+        for text in patterns:
+            checked_pattern(text)
+        heads = HEADS.get(str(config.get("task_type")), ())
+        return Claims(
+            targets, exclude, save or (), tuple(layers) if layers else None, patterns, (*(save or ()), *heads)
+        )
+
+    def saves(self, path: str) -> bool:
+        """Whether a module on the way to `path` is saved in full (as PEFT: any whose path ends with the name)."""
+        parts = path.split(".")
+        return any(".".join(parts[:n]).endswith(name) for n in range(1, len(parts) + 1) for name in self.expected)
+
+    def targets(self, path: str) -> bool:
+        """Whether PEFT would adapt the module at `path`, given a class that it can adapt."""
+        if _listed(self.exclude_modules, path):
+            return False
+        if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in self.expected):
+            return False
+        if not _listed(self.target_modules, path):
+            return False
+        if self.layers is None or isinstance(self.target_modules, str):
+            return True
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            before = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+            found = re.match(rf"{before}{pattern}\.(?P<idx>\d+)\.", path)
+            if found:
+                return int(found.group("idx")) in self.layers
+        return False
+
+
+def _listed(wanted: str | tuple[str, ...] | None, path: str) -> bool:
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return path in wanted or any(path.endswith("." + name) for name in wanted)
+
+
+def names(config: Mapping[str, Any], field: str) -> str | tuple[str, ...] | None:
+    """A field that is null, a text or a list of texts."""
+    value = config.get(field)
+    if value is None or isinstance(value, str):
+        return value or None
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise AdapterError(f"{field} in the config must be a text or a list of texts, found {str(value)[:80]}")
+    return tuple(value)
+
+
+def checked_pattern(text: str) -> str:
+    """Refuse a regular expression that is invalid, huge, or whose repeats are nested (exponential time)."""
+    if len(text) > MAX_PATTERN:
+        raise AdapterError(f"a pattern of {len(text):,} characters in the config; at most {MAX_PATTERN:,} are read")
+    try:
+        tree = _regex.parse(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(
+            f"the pattern {text[:80]!r} in the config is no valid regular expression: {error}"
+        ) from error
+    if _nested_repeat(tree, False):
+        raise AdapterError(f"the pattern {text[:80]!r} in the config nests repeats, which can take forever: refused")
+    return text
+
+
+def _nested_repeat(tree: Any, inside: bool) -> bool:
+    for operation, argument in tree:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            _, most, body = argument
+            many = most > 1
+            if (many and inside) or _nested_repeat(body, inside or many):
+                return True
+        elif any(_nested_repeat(part, inside) for part in _parts(argument)):
+            return True
+    return False
+
+
+def _parts(argument: Any) -> Iterable[Any]:
+    if isinstance(argument, _regex.SubPattern):
+        yield argument
+    elif isinstance(argument, (tuple, list)):
+        for part in argument:
+            yield from _parts(part)
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> tuple[Any, list[str]]:
+    """PEFT's rule: the first pattern (in the file's order) that matches a dotted end of `path`; and all that match."""
+    hits = [key for key in patterns if re.match(rf"(.*\.)?({key})$", path)]
+    return (patterns[hits[0]] if hits else default), hits
+
+
+def pattern_keys(wanted: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Patterns that give each path of `wanted` its value and match no other path, whatever their order."""
+    found = {}
+    for path, value in wanted.items():
+        plain = re.fullmatch(r"[\w.]+", path) is not None
+        alone = plain and all(p == path or not re.match(rf"(.*\.)?({path})$", p) for p in paths)
+        found[path if alone else "^" + re.escape(path)] = value
+    return found

@@ -1,0 +1,129 @@
+"""What a PEFT file keeps beside low-rank tensors: modules in full, biases, and copies of the base.
+
+Three ways to say "this parameter has this value": `modules_to_save` (plain names, the config lists the modules), the bias
+modes ("lora_only", "all": `.base_layer.bias` in adapted layers), and embeddings that PEFT adds on its own. All become
+changes of the variant Full, except `.base_layer.weight`: it is the frozen weight under a low-rank change, a claim about
+the base, which `load` checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter, Change, split_key
+from deltaw.core.registry import variants
+from deltaw.errors import AdapterError
+from deltaw.io.peft.claims import Claims
+
+BASE = ".base_layer"
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings")
+"""Modules whose full weight PEFT saves unasked, after a vocabulary was resized."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """`changes`: parameters with a value of their own. `of_base`: frozen weights that the file carries along."""
+
+    changes: dict[str, Change]
+    of_base: dict[str, Tensor]
+
+    @staticmethod
+    def read(rest: Mapping[str, Tensor], config: Mapping[str, Any], claims: Claims, adapted: set[str]) -> Copies:
+        """Sort the tensors that no low-rank change took.
+
+        Raises:
+            AdapterError: nothing in the config accounts for a tensor.
+        """
+        full = variants["full"]()
+        biases = config.get("bias") in ("all", "lora_only")
+        found = Copies({}, {})
+        for key, tensor in rest.items():
+            path, site = split_key(key)
+            if doubled(key, rest, claims):
+                continue
+            plain = path.removesuffix(BASE)
+            if path != plain:
+                if plain not in adapted:
+                    raise AdapterError(f"{key!r} belongs to no adapted layer of the file")
+                if site == "bias" and biases:
+                    found.changes[f"{plain}.{site}"] = Change(full, {"value": tensor}, None, tuple(tensor.shape))
+                    continue
+                if site == "weight":
+                    found.of_base[f"{plain}.{site}"] = tensor
+                    continue
+                raise AdapterError(f"{key!r} is not accounted for: the config says bias={config.get('bias')!r}")
+            known = claims.saves(path) or (site.endswith("bias") and config.get("bias") == "all")
+            if not known and not (site == "weight" and path.rpartition(".")[2] in EMBEDDINGS):
+                raise AdapterError(
+                    f"the file holds the tensor {key!r}, which nothing in its config accounts for "
+                    f"(modules_to_save is {list(claims.modules_to_save) or None}): it would be ignored silently"
+                )
+            found.changes[key] = Change(full, {"value": tensor}, None, tuple(tensor.shape))
+        return found
+
+    @staticmethod
+    def cannot(adapter: Adapter, adapted: set[str]) -> str | None:
+        """Why the full copies of `adapter` cannot be said in PEFT's way, or None."""
+        for key, change in adapter.changes.items():
+            path, site = split_key(key)
+            if change.variant.kind != "full":
+                continue
+            if not path:
+                return f"{key!r} belongs to the model itself, which is no module to save"
+            if path in adapted and site != "bias":
+                return f"{key!r} is a full copy inside a layer that also has a low-rank change"
+        return None
+
+    @staticmethod
+    def write(adapter: Adapter, config: dict[str, Any], adapted: set[str]) -> dict[str, Tensor]:
+        """The tensors of the full copies, and in `config` the fields that account for them."""
+        found: dict[str, Tensor] = {}
+        modules: dict[str, None] = {}
+        sites: dict[str, set[str]] = {}
+        for key, change in adapter.changes.items():
+            if change.variant.kind == "full":
+                path, site = split_key(key)
+                sites.setdefault(path, set()).add(site)
+        for key, change in adapter.changes.items():
+            if change.variant.kind != "full":
+                continue
+            path, site = split_key(key)
+            if path in adapted:
+                config["bias"] = "all" if config["bias"] == "all" else "lora_only"
+                found[f"{path}{BASE}.{site}"] = change.tensors["value"]
+            elif sites[path] == {"bias"}:
+                config["bias"] = "all"
+                found[key] = change.tensors["value"]
+            else:
+                modules[path] = None
+                found[key] = change.tensors["value"]
+        saved = sorted(modules)
+        saved = [p for p in saved if not any(p.startswith(q + ".") for q in saved)]
+        if saved:
+            config["modules_to_save"] = saved
+        return found
+
+
+def doubled(key: str, rest: Mapping[str, Tensor], claims: Claims) -> bool:
+    """Whether a tensor is one that PEFT writes twice: with bias="all", it lists a saved module's biases again, under the
+    names of its wrapper, and those of the frozen original, which the saved module replaces.
+
+    Raises:
+        AdapterError: the two copies differ.
+    """
+    for inner in (".modules_to_save.", ".original_module."):
+        outer, found, site = key.partition(inner)
+        if not found or not claims.saves(outer):
+            continue
+        twin = rest.get(f"{outer}.{site}")
+        if twin is None:
+            return False
+        if inner == ".modules_to_save." and not torch.equal(twin, rest[key]):
+            raise AdapterError(f"{key!r} and {outer}.{site!r} should be the same values, and are not")
+        return True
+    return False

@@ -1,0 +1,129 @@
+"""A grammar turns (config, tensors) of one `peft_type` into an adapter, and an adapter into them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter
+from deltaw.errors import AdapterError, did_you_mean
+from deltaw.io.peft.claims import Claims
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a reader found.
+
+    claims: what the config says of the model. base_copies: frozen base weights that the file carries along (PEFT adds
+    a targeted embedding's): they must be the base's own. notes: what the reader has to say about the file.
+    """
+
+    adapter: Adapter
+    claims: Claims | None = None
+    base_copies: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Grammar(ABC):
+    """One `peft_type`. A file in this folder ends with `GRAMMAR = ...`, and is found by that."""
+
+    peft_type: ClassVar[str]
+    kinds: ClassVar[Collection[str]]
+    """The variants (by `kind`) that it can say."""
+
+    @abstractmethod
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parsed:
+        """The adapter that these say.
+
+        Raises:
+            AdapterError: a tensor is not used, a pair is incomplete, a shape or a rank disagrees.
+        """
+
+    @abstractmethod
+    def cannot(self, adapter: Adapter) -> str | None:
+        """Why this grammar cannot say `adapter`, or None if it can."""
+
+    @abstractmethod
+    def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(config, tensors) that say `adapter`; only for adapters that it can say."""
+
+
+def grammars() -> list[Grammar]:
+    """All of them, the native one last."""
+    package = importlib.import_module("deltaw.io.peft")
+    found = []
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        grammar = getattr(importlib.import_module(f"deltaw.io.peft.{module}"), "GRAMMAR", None)
+        if grammar is not None:
+            found.append(grammar)
+    return sorted(found, key=lambda g: g.peft_type == "DELTAW")
+
+
+def grammar_for(config: Mapping[str, Any]) -> Grammar:
+    """The grammar of a config's `peft_type`.
+
+    Raises:
+        AdapterError: it is missing or not known.
+    """
+    wanted = config.get("peft_type")
+    known = {g.peft_type: g for g in grammars()}
+    if not isinstance(wanted, str) or wanted not in known:
+        raise AdapterError(
+            f"peft_type {wanted!r} cannot be read{did_you_mean(str(wanted), known)} (known: {', '.join(known)})"
+        )
+    return known[wanted]
+
+
+def grammar_of(adapter: Adapter, wanted: str | None = None) -> Grammar:
+    """The grammar to write `adapter` in: PEFT's own if one can say it, else the native one.
+
+    Raises:
+        AdapterError: `wanted` cannot say it; the message holds the reasons.
+    """
+    reasons = []
+    for grammar in grammars():
+        if (
+            wanted is not None
+            and grammar.peft_type != wanted
+            and not (wanted == "PEFT" and grammar.peft_type != "DELTAW")
+        ):
+            continue
+        reason = grammar.cannot(adapter)
+        if reason is None:
+            return grammar
+        reasons.append(f"{grammar.peft_type}: {reason}")
+    raise AdapterError("this adapter cannot be said in the grammar asked for:\n  " + "\n  ".join(reasons))
+
+
+def plain_key(key: str) -> str:
+    """A tensor's name in a file -> without PEFT's prefix and without what `torch.compile` and FSDP put in."""
+    for inserted in ("_orig_mod.", "_fsdp_wrapped_module."):
+        key = key.replace(inserted, "")
+    return key.removeprefix(PREFIX)
+
+
+def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors under their plain names.
+
+    Raises:
+        AdapterError: only some have PEFT's prefix, or two become one.
+    """
+    with_prefix = [PREFIX in k for k in tensors]
+    if any(with_prefix) and not all(with_prefix):
+        odd = [k for k in tensors if PREFIX not in k]
+        raise AdapterError(f"only some of the tensors start with {PREFIX!r}; for example {odd[0]!r} does not")
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = plain_key(key)
+        if plain in found:
+            raise AdapterError(f"two tensors of the file mean {plain!r}")
+        found[plain] = tensor
+    return found

@@ -1,0 +1,183 @@
+"""`peft_type: "LORA"`: LoRA and DoRA, with whatever else such a file keeps (modules in full, biases).
+
+Per module, PEFT's scale is alpha/r or, for the whole file, alpha/sqrt(r); r and alpha come each from its own pattern, else
+from the file's one value. A plain alpha (no division) is written as alpha·r. Dropout is kept as a training note, where it
+applies and how A and B started are not: those stay in deltaw's manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter, Change, join_key, split_key
+from deltaw.core.registry import variants
+from deltaw.core.variant import Variant
+from deltaw.errors import AdapterError, DeltawError
+from deltaw.io.peft import config as fields
+from deltaw.io.peft.claims import Claims, pattern_keys, pattern_value
+from deltaw.io.peft.copies import Copies
+from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, strip_prefix
+from deltaw.io.peft.places import Place, place_of, read_place
+
+PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_A": "A",
+    ".lora_B": "B",
+    ".lora_magnitude_vector": "m",
+    ".lora_magnitude_vector.weight": "m",
+    ".lora_B.bias": "b",
+}
+SUFFIX = re.compile(r"(?P<path>.*?)(?P<part>" + "|".join(map(re.escape, sorted(PARTS, key=len, reverse=True))) + r")$")
+UNSUPPORTED = {
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA, which alters the base",
+    "use_qalora": "QA-LoRA, which pools its input",
+    "alora_invocation_tokens": "activated LoRA, which applies to part of the sequence",
+    "layer_replication": "replicated layers, which change the model",
+    "enable_lora": "a MergedLinear of old PEFT versions",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "raw parameters",
+}
+
+
+class LoraGrammar(Grammar):
+    """Reads and writes LoRA's config and keys."""
+
+    peft_type: ClassVar[str] = "LORA"
+    kinds: ClassVar[tuple[str, ...]] = ("lora", "dora", "full")
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parsed:
+        notes = fields.check(config, UNSUPPORTED)
+        claims = Claims.of(config)
+        groups: dict[Place, dict[str, Tensor]] = {}
+        rest: dict[str, Tensor] = {}
+        for key, tensor in strip_prefix(tensors).items():
+            found = SUFFIX.match("." + key)
+            if found is None:
+                rest[key] = tensor
+                continue
+            place = read_place(found.group("path")[1:], found.group("part"))
+            part = PARTS[found.group("part")]
+            if part in groups.setdefault(place, {}):
+                raise AdapterError(f"{key}: the file holds {part} of {place.path!r} twice")
+            groups[place][part] = tensor
+        changes: dict[str, Change] = {}
+        for place, parts in groups.items():
+            variant, warned = self._variant(config, place, parts)
+            notes += warned
+            changes[place.key] = place.read(variant, parts)
+        copies = Copies.read(rest, config, claims, {p.path for p in groups})
+        for key, change in copies.changes.items():
+            if key in changes:
+                raise AdapterError(f"{key}: the file holds both a low-rank change and a full copy of it")
+            changes[key] = change
+        base = fields.base_of(config)
+        return Parsed(
+            Adapter(changes, base, fields.extra_of(config)), claims, copies.of_base, tuple(dict.fromkeys(notes))
+        )
+
+    def _variant(
+        self, config: Mapping[str, Any], place: Place, parts: Mapping[str, Tensor]
+    ) -> tuple[Variant, list[str]]:
+        """The variant of one place, with its own rank and alpha."""
+        dora = bool(config.get("use_dora"))
+        needed = {"A", "B", "m"} if dora else {"A", "B"}
+        if set(parts) - {"b"} != needed:
+            missing, extra = sorted(needed - set(parts)), sorted(set(parts) - needed - {"b"})
+            raise AdapterError(
+                f"{place.path!r}: "
+                + (f"{' and '.join(missing)} missing" if missing else f"{' and '.join(extra)} not expected")
+                + f" (use_dora is {dora})"
+            )
+        if "b" in parts:
+            raise AdapterError(f"{place.path!r}: lora_bias (a trained bias of B) is not supported yet")
+        rank, rank_hits = pattern_value(config.get("rank_pattern") or {}, place.path, config.get("r", 8))
+        alpha, hits = pattern_value(config.get("alpha_pattern") or {}, place.path, config.get("lora_alpha", 8))
+        found = parts["A"].shape[0] if parts["A"].ndim else 0
+        if found != rank:
+            raise AdapterError(f"{place.path!r}: A has rank {found}, the config says {rank}")
+        notes = []
+        if len({(config.get("alpha_pattern") or {})[h] for h in hits}) > 1 or len(rank_hits) > 1:
+            notes.append(
+                f"several patterns of the config match {place.path!r}; the first, {(hits or rank_hits)[0]!r}, counts, as in PEFT"
+            )
+        scaling = "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"
+        try:
+            kind = variants["dora" if dora else "lora"]
+            return kind(rank=rank, alpha=alpha, scaling=scaling, dropout=config.get("lora_dropout") or 0.0), notes
+        except DeltawError as error:
+            raise AdapterError(f"{place.path!r}: {error}") from error
+
+    def cannot(self, adapter: Adapter) -> str | None:
+        low = {k: c for k, c in adapter.changes.items() if c.variant.kind != "full"}
+        foreign = sorted({c.variant.kind for c in adapter.changes.values()} - set(self.kinds))
+        if foreign:
+            return f"it has no word for the method {foreign[0]!r}"
+        if len({c.variant.kind for c in low.values()}) > 1:
+            return "one file is either LoRA or DoRA, and this adapter has both"
+        for key, change in low.items():
+            reason = place_of(key, change).cannot(change)
+            if reason:
+                return f"{key}: {reason}"
+        return Copies.cannot(adapter, {split_key(k)[0] for k in low})
+
+    def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        low = {k: c for k, c in adapter.changes.items() if c.variant.kind != "full"}
+        config: dict[str, Any] = {"peft_type": self.peft_type, "bias": "none", "inference_mode": True}
+        tensors: dict[str, Tensor] = {}
+        root = all(getattr(c.variant, "scaling", None) == "alpha/sqrt(rank)" for c in low.values()) and bool(low)
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for key, change in low.items():
+            place, v = place_of(key, change), change.variant
+            ranks[place.path] = v.rank  # type: ignore[attr-defined]
+            alphas[place.path] = peft_alpha(v, root)
+            tensors |= {PREFIX + name: t for name, t in place.write(change).items()}
+        config["r"], config["rank_pattern"] = common(ranks, 8)
+        config["lora_alpha"], config["alpha_pattern"] = common(alphas, 8)
+        config["target_modules"] = sorted(ranks)
+        dropouts = {getattr(c.variant, "dropout", 0.0) for c in low.values()}
+        fields.put(config, "lora_dropout", dropouts.pop() if len(dropouts) == 1 else 0.0, 0.0)
+        fields.put(config, "use_rslora", root, False)
+        fields.put(config, "use_dora", any(c.variant.kind == "dora" for c in low.values()), False)
+        for name in ("rank_pattern", "alpha_pattern"):
+            fields.put(config, name, config.pop(name), {})
+        for key, t in Copies.write(adapter, config, set(ranks)).items():
+            tensors[PREFIX + key] = t
+        fields.write_facts(config, adapter)
+        return config, tensors
+
+
+def peft_alpha(variant: Variant, root: bool) -> float:
+    """The alpha that gives `variant`'s scale under PEFT's rule (alpha/sqrt(rank) if `root`, else alpha/rank)."""
+    rank, scale = int(variant.rank), float(variant.scale)  # type: ignore[attr-defined]
+    alpha = variant.alpha  # type: ignore[attr-defined]
+    if variant.scaling == ("alpha/sqrt(rank)" if root else "alpha/rank"):  # type: ignore[attr-defined]
+        exact = 2.0 * rank if alpha is None else float(alpha)
+    else:
+        exact = scale * (rank**0.5 if root else rank)
+    return int(exact) if exact == int(exact) else exact
+
+
+def common(values: Mapping[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and patterns for the paths that have another."""
+    if not values:
+        return default, {}
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, pattern_keys({p: v for p, v in values.items() if v != most}, list(values))
+
+
+def key_of(path: str, site: str = "weight") -> str:
+    """The base parameter behind a module path."""
+    return join_key(path, site)
+
+
+GRAMMAR = LoraGrammar()

@@ -1,0 +1,85 @@
+"""JSON as admission wants it: bounded, no key twice, no NaN, nothing that Python's parser would quietly repair."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from deltaw.errors import AdapterError
+
+MAX_DEPTH = 32
+"""Nesting beyond this is no adapter's business, and would only exhaust the parser's stack."""
+
+
+def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Raises:
+        AdapterError: too large, not UTF-8, not JSON, not an object, a key twice, NaN or Infinity, nested too deep.
+    """
+    if len(data) > max_bytes:
+        raise AdapterError(f"{what} holds {len(data):,} bytes; at most {max_bytes:,} are read")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{what} is not UTF-8 text: {error}") from error
+    if _depth(text) > MAX_DEPTH:
+        raise AdapterError(f"{what} is nested deeper than {MAX_DEPTH} levels")
+
+    def no_constant(word: str) -> NoReturn:
+        raise AdapterError(f"{what} holds {word}, which is not JSON")
+
+    def finite(word: str) -> float:
+        value = float(word)
+        if value in (float("inf"), float("-inf")):
+            raise AdapterError(f"{what} holds the number {word[:40]}, which is too large")
+        return value
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise AdapterError(f"{what} has the key {key!r} twice")
+            found[key] = value
+        return found
+
+    try:
+        value = json.loads(text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=once)
+    except AdapterError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{what} must be a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a JSON value that digests are taken of: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def pretty(value: Any) -> bytes:
+    """JSON for people and files: sorted keys, two spaces, UTF-8, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    inside = escaped = False
+    for c in text:
+        if inside:
+            if escaped:
+                escaped = False
+            elif c == "\\":
+                escaped = True
+            elif c == '"':
+                inside = False
+        elif c == '"':
+            inside = True
+        elif c in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif c in "]}":
+            depth -= 1
+    return deepest

@@ -1,0 +1,162 @@
+"""safetensors files, read with suspicion and written to the byte the same for the same tensors.
+
+The format: 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, then the data
+without gaps. The header is checked whole before a tensor is made. Our files carry, in the header's metadata, a checksum
+over the adapter's config and every tensor: a flipped bit is found even where the manifest was lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import AdapterError
+from deltaw.io import strict_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 8 << 20
+MAX_TENSORS = 100_000
+MAX_NAME = 1024
+CHECKSUM = "deltaw_checksum"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a header: where in the data section its bytes lie."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, checked. `data` is where the data section starts."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    data: int
+
+
+def read_header(buffer: memoryview, what: str) -> Header:
+    """The checked header of the file in `buffer`.
+
+    Raises:
+        AdapterError: anything in which the header and the file disagree, or that is beyond the caps.
+    """
+    if len(buffer) < 8:
+        raise AdapterError(f"{what} is cut off: {len(buffer)} bytes, not even a header length")
+    length = int.from_bytes(buffer[:8], "little")
+    if length > MAX_HEADER:
+        raise AdapterError(f"{what}: a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
+    if 8 + length > len(buffer):
+        raise AdapterError(f"{what} is cut off: its header should have {length:,} bytes, {len(buffer) - 8:,} are there")
+    raw = bytes(buffer[8 : 8 + length])
+    if not raw.startswith(b"{"):
+        raise AdapterError(f"{what} is not a safetensors file: its header does not start with '{{'")
+    parsed = strict_json.parse(raw, f"the header of {what}", MAX_HEADER)
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterError(f"{what}: __metadata__ must map texts to texts")
+    if len(parsed) > MAX_TENSORS:
+        raise AdapterError(f"{what} holds {len(parsed):,} tensors; at most {MAX_TENSORS:,} are read")
+    entries = {name: _entry(name, value, what) for name, value in parsed.items()}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            raise AdapterError(
+                f"{what}: the data of {name!r} starts at {entry.start}, expected at {end} (overlap or gap)"
+            )
+        end = entry.end
+    if 8 + length + end != len(buffer):
+        raise AdapterError(
+            f"{what}: the header describes {end:,} bytes of data, the file holds {len(buffer) - 8 - length:,}"
+        )
+    return Header(entries, metadata, 8 + length)
+
+
+def _entry(name: str, value: Any, what: str) -> Entry:
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise AdapterError(f"{what}: {name[:80]!r} is no tensor name")
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterError(f"{what}: the header entry of {name!r} must have dtype, shape and data_offsets")
+    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        raise AdapterError(f"{what}: {name!r} has dtype {value['dtype']!r}; known are {', '.join(DTYPES)}")
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
+        raise AdapterError(f"{what}: shape or data_offsets of {name!r} are no lists of whole numbers")
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise AdapterError(f"{what}: {name!r} of shape {shape} and {value['dtype']} does not fill bytes {offsets}")
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in value)
+
+
+def read_tensors(buffer: memoryview, header: Header) -> dict[str, Tensor]:
+    """The tensors, each with storage of its own, in the header's order of names."""
+    found = {}
+    for name, e in header.entries.items():
+        if e.start == e.end:
+            found[name] = torch.empty(e.shape, dtype=e.dtype)
+            continue
+        raw = torch.frombuffer(bytearray(buffer[header.data + e.start : header.data + e.end]), dtype=torch.uint8)
+        found[name] = raw.view(e.dtype).reshape(e.shape)
+    return found
+
+
+def checksum(config: bytes, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the config's bytes and every tensor's name, dtype, shape and content."""
+    digest = hashlib.sha256(hashlib.sha256(config).digest())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(strict_json.canonical([name, NAMES[tensor.dtype], list(tensor.shape)]))
+        for piece in content(tensor):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def content(tensor: Tensor, piece: int = 1 << 24) -> Iterator[memoryview]:
+    """The bytes of a tensor in C order, in pieces; little endian, as the format wants."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), piece):
+        yield flat[start : start + piece].numpy().data
+
+
+def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: widest dtypes first (so that all are aligned), then by name."""
+    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name in order:
+        t = tensors[name]
+        size = t.numel() * t.dtype.itemsize
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for name in order:
+        for part in content(tensors[name]):
+            file.write(part)

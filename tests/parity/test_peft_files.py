@@ -1,0 +1,181 @@
+"""Folders go both ways between PEFT and deltaw, and give the same outputs: LoRA, DoRA, patterns, biases, heads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import deltaw as dw
+from deltaw.io.notices import AdapterNotice
+
+IDS = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)  # so that a change of one layer is seen at the output
+    return model
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def load_peft(model: nn.Module, folder: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT says so where keys are missing
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+
+
+OURS = {
+    "lora": (dw.LoRA(rank=4, alpha=8, dropout=0.1), ["query", "value"]),
+    "dora": (dw.DoRA(rank=4, alpha=8), "all-linear"),
+    "rslora": (dw.LoRA(rank=4, alpha=6, scaling="alpha/sqrt(rank)"), ["query"]),
+    "plain alpha": (dw.LoRA(rank=3, alpha=0.7, scaling="alpha"), ["dense"]),
+    "one layer": (dw.LoRA(rank=4), r"layer\.1\..*query"),
+    "bias": (dw.LoRA(rank=2, bias=True), ["query", "key"]),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+@pytest.mark.parametrize("head", [(), ("classifier",)])
+def test_peft_reads_what_we_write(base: nn.Module, tmp_path: Path, case: str, head: tuple[str, ...]) -> None:
+    variant, targets = OURS[case]
+    model = copy.deepcopy(base)
+    dw.attach(model, variant, targets, train=head)
+    expected = logits(shaken(model))
+    dw.save(model, tmp_path / "a")
+
+    theirs = load_peft(base, tmp_path / "a")
+    assert (logits(theirs) - expected).abs().max() < 1e-5
+    assert (logits(base) - expected).abs().max() > 1e-3
+
+    again = copy.deepcopy(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dw.load(again, tmp_path / "a")
+    assert torch.equal(logits(again), expected)
+    assert dw.read(tmp_path / "a").changes.keys() == dw.get(model).changes.keys()
+    assert {c.variant for c in dw.read(tmp_path / "a").changes.values() if c.variant.kind != "full"} == {variant}
+
+
+def test_mixed_ranks_and_scales(base: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(base)
+    dw.attach(
+        model,
+        {
+            r"layer\.0\..*(query|value)": dw.LoRA(rank=8),
+            r"layer\.1\..*query": dw.LoRA(rank=2, alpha=5, scaling="alpha"),
+            r"layer\.1\..*key": dw.LoRA(rank=2, alpha=5, scaling="alpha/sqrt(rank)"),
+            "pooler.dense": dw.LoRA(rank=4, alpha=1),
+        },
+    )
+    expected = logits(shaken(model))
+    dw.save(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    paths = [key.removesuffix(".weight") for key in dw.get(model).changes]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for path in paths:
+            assert len([p for p in config[field] if re.match(rf"(.*\.)?({p})$", path)]) <= 1
+    assert (logits(load_peft(base, tmp_path / "a")) - expected).abs().max() < 1e-5
+    again = dw.load(copy.deepcopy(base), tmp_path / "a")
+    assert torch.equal(logits(again), expected)
+
+
+THEIRS = {
+    "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]},
+    "dora": {"r": 4, "target_modules": ["query", "value"], "use_dora": True},
+    "rslora": {"r": 4, "lora_alpha": 3, "target_modules": r".*attention\..*(query|dense)", "use_rslora": True},
+    "all-linear": {"r": 2, "target_modules": "all-linear"},
+    "patterns": {
+        "r": 4,
+        "target_modules": ["query", "value", "dense"],
+        "rank_pattern": {"query": 2, r"layer.1.attention.output.dense": 6},
+        "alpha_pattern": {"value": 5, r"^bert\.pooler\.dense": 3},
+    },
+    "layers": {"r": 4, "target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    "bias all": {"r": 4, "target_modules": ["query"], "bias": "all"},
+    "bias lora_only": {"r": 4, "target_modules": ["query"], "bias": "lora_only"},
+    "save pooler": {"r": 4, "target_modules": ["query"], "modules_to_save": ["pooler"]},
+    "save norm": {"r": 4, "target_modules": ["query"], "modules_to_save": ["LayerNorm"]},
+    "excluded": {
+        "r": 4,
+        "target_modules": ["query", "value"],
+        "exclude_modules": ["bert.encoder.layer.0.attention.self.query"],
+    },
+}
+
+
+@pytest.mark.parametrize("case", THEIRS)
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_we_read_what_peft_writes(base: nn.Module, tmp_path: Path, case: str, task: str | None) -> None:
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(task_type=task, init_lora_weights=False, **THEIRS[case])
+    )
+    expected = logits(shaken(theirs))
+    theirs.save_pretrained(tmp_path / "a")
+    model = copy.deepcopy(base)
+    with pytest.warns(AdapterNotice, match="could not be verified"):
+        dw.load(model, tmp_path / "a")
+    assert (logits(model) - expected).abs().max() < 1e-5
+    assert (logits(base) - expected).abs().max() > 1e-3
+
+    dw.save(model, tmp_path / "b")
+    assert (logits(load_peft(base, tmp_path / "b")) - expected).abs().max() < 1e-5
+
+
+def test_equal_adapters_are_equal_files(base: nn.Module, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        model = copy.deepcopy(base)
+        torch.manual_seed(3)
+        dw.attach(model, dw.LoRA(rank=4), ["query"])
+        dw.save(shaken(model), tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors", "deltaw_manifest.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_base_is_verified(base: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(base)
+    dw.attach(model, dw.LoRA(rank=4), ["query"])
+    dw.save(shaken(model), tmp_path / "a")
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.bert.pooler.dense.weight[3, 4] += 1e-4
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(dw.errors.BaseMismatch, match=r"1 of \d+ parameters differ\n  bert.pooler.dense.weight"):
+        dw.load(other, tmp_path / "a")
+    assert type(other.bert.pooler.dense) is nn.Linear
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    with pytest.warns(AdapterNotice, match="accepted"):
+        dw.load(other, tmp_path / "a", allow_base_mismatch=True)
+    for precise in (base.__class__.half, base.__class__.bfloat16, lambda m: m.half().float()):
+        with pytest.warns(AdapterNotice, match="same base in another precision"):
+            dw.load(precise(copy.deepcopy(base)), tmp_path / "a")
