@@ -214,11 +214,12 @@ def compare(model: nn.Module, recorded: Mapping[str, Any], without: Collection[s
     for name, entry in there.items():
         if name in without:
             continue
-        found = here.get(name) or here.get(aliases.get(name, name))
+        canonical = str(aliases.get(name, name))
+        found = here.get(name) or here.get(canonical)
         if found is None:
             other[name] = "missing in this model"
             continue
-        tensor, form = tensors[name if name in tensors else aliases.get(name, name)]
+        tensor, form = tensors[name if name in tensors else canonical]
         verdict = judge(entry, found, tensor, form)
         if verdict.startswith("!"):
             other[name] = verdict[1:]
