@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Change, split_key
 from deltaw.core.host import Host
 from deltaw.core.registry import hosts
+from deltaw.core.variant import fits
 from deltaw.errors import AdapterError, ModelError, UnknownName, did_you_mean
 
 Base = nn.Module | Mapping[str, Tensor]
@@ -29,7 +30,7 @@ def base_weight(base: Base, key: str, change: Change) -> Tensor:
         AdapterError: the weight does not have the shape that the change is for.
     """
     weight = _from_model(base, key, change) if isinstance(base, nn.Module) else _from_mapping(base, key, change)
-    if tuple(weight.shape) != tuple(change.matrix_shape):
+    if not fits(change.matrix_shape, weight.shape):
         raise AdapterError(
             f"{key}: the base has {tuple(weight.shape)}, the adapter changes {tuple(change.matrix_shape)}: "
             f"give the base that the adapter was trained on"

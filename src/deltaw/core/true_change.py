@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Change
-from deltaw.core.variant import Delta, Dense, FrozenMatrix, Site
+from deltaw.core.variant import Delta, Dense, FrozenMatrix, Site, fits
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.ops.product import Product, total
 
@@ -79,7 +79,7 @@ def true_change(key: str, change: Change, weight: Tensor | None = None) -> Produ
     product = as_product(change)
     if product is not None:
         return product
-    if weight is not None and tuple(weight.shape) != tuple(change.matrix_shape):
+    if weight is not None and not fits(change.matrix_shape, weight.shape):
         raise AdapterError(
             f"{key}: the base weight is {tuple(weight.shape)}, but the change is {tuple(change.matrix_shape)}: "
             f"this is not the base it was trained on"

@@ -416,7 +416,7 @@ class TestRefusals:
             dw.combine([adapter(1), adapter(2, columns=12)])
 
     def test_different_bases_by_fingerprint(self):
-        from deltaw.io import fingerprint
+        from deltaw.io.fingerprint import fingerprint
 
         g = torch.Generator().manual_seed(0)
         one, other = nn.Linear(13, 9), nn.Linear(13, 9)

@@ -1,0 +1,104 @@
+"""The singular directions of every change of an adapter, from its factors, and where each weight sits in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter, split_key
+from deltaw.core.base_weights import Base, dense_base
+from deltaw.core.true_change import is_copy, true_change
+from deltaw.errors import ConfigError
+from deltaw.ops.product import Product
+
+RESOLUTION = 1e-7
+"""Singular values below this share of the largest are rounding of fp32 factors, and their directions mean nothing."""
+
+
+class Directions(NamedTuple):
+    """ΔW = U diag(S) Vh of one weight, without the directions that are rounding noise.
+
+    `U` (out, k) and `Vh` (k, in) orthonormal, `S` (k,) descending, in float64. k is 0 where nothing changes.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    def side(self, side: str) -> Tensor:
+        """Orthonormal columns (d, k): the input directions ("in", right singular) or the output ones ("out", left)."""
+        if side not in ("in", "out"):
+            raise ConfigError(f"side={side!r}: 'in' (the inputs that ΔW reads) or 'out' (the outputs that it writes)")
+        return self.Vh.T if side == "in" else self.U
+
+
+def directions(adapter: Adapter, base: Base | None = None) -> tuple[dict[str, Directions], dict[str, str]]:
+    """Parameter name -> `Directions`; and parameter name -> why it is left out.
+
+    Left out: vectors (a bias has no directions), and trained copies if no base is given (their ΔW is not known).
+
+    Raises:
+        ConfigError: another change depends on the base weight (DoRA), and none was given.
+    """
+    found: dict[str, Directions] = {}
+    skipped: dict[str, str] = {}
+    for key, matrix in matrices(adapter, base, skipped):
+        if isinstance(matrix, Product):
+            found[key] = without_noise(*matrix.svd())
+        elif matrix.ndim != 2:
+            skipped[key] = f"of shape {tuple(matrix.shape)}: only matrices have singular directions"
+        else:
+            found[key] = without_noise(*torch.linalg.svd(matrix, full_matrices=False))
+    return found, skipped
+
+
+def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> Iterator[tuple[str, Product | Tensor]]:
+    """(parameter name, true change), one at a time; what cannot be known is added to `skipped`."""
+    for key, change in adapter.changes.items():
+        if is_copy(change) and base is None:
+            skipped[key] = "a trained copy: its change is known only beside the base weight (give base)"
+            continue
+        try:
+            matrix = true_change(key, change)
+        except ConfigError:
+            if base is None:
+                raise
+            matrix = true_change(key, change, dense_base(base, key, change))
+        yield key, matrix
+
+
+def without_noise(U: Tensor, S: Tensor, Vh: Tensor) -> Directions:
+    """The decomposition without what is below `RESOLUTION` of the largest singular value."""
+    keep = int((RESOLUTION * S[:1] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
+    return Directions(U[:, :keep], S[:keep], Vh[:keep])
+
+
+class Place(NamedTuple):
+    """Where a weight sits: the number of its block, if it has one, and what it is within every block."""
+
+    layer: int | None
+    kind: str
+
+
+def place(key: str) -> Place:
+    """ "model.layers.3.self_attn.q_proj.weight" -> Place(3, "self_attn.q_proj"): the first number is the block's."""
+    path, site = split_key(key)
+    parts = path.split(".")
+    if site != "weight":
+        parts.append(site)
+    for at, part in enumerate(parts):
+        if part.isdigit():
+            return Place(int(part), ".".join(parts[at + 1 :]) or ".".join(parts[:at]) or site)
+    return Place(None, ".".join(parts))
+
+
+def by_place(keys: list[str]) -> tuple[list[int | None], list[str], dict[Place, list[str]]]:
+    """Blocks in order, kinds in order of appearance, and the parameters at each place (for tables and heat maps)."""
+    places: dict[Place, list[str]] = {}
+    for key in keys:
+        places.setdefault(place(key), []).append(key)
+    layers = sorted({p.layer for p in places}, key=lambda n: (n is None, n or 0))
+    return layers, list(dict.fromkeys(p.kind for p in places)), places

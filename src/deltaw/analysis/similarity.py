@@ -1,0 +1,180 @@
+"""Do two adapters use the same directions? Subspace similarity of Hu et al. 2021 (arXiv:2106.09685, section 7.2).
+
+    φ(i, j) = ‖U₁ᵢᵀ U₂ⱼ‖²_F / min(i, j)  in [0, 1]
+with U₁ᵢ the first i singular directions of the one change and U₂ⱼ the first j of the other: 1 if the smaller span lies
+in the larger, 0 if they are orthogonal. Two spans drawn at random in d dimensions have E φ = max(i, j) / d, which is
+not small for small layers: every result carries this baseline.
+
+The paper takes the directions from the factor A alone, which depends on how training split ΔW between A and B
+(A → MA, B → BM⁻¹ changes them). Here they are those of ΔW by default; `of="factors"` gives the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.analysis.directions import Directions, directions, without_noise
+from deltaw.core.adapter import Adapter
+from deltaw.core.base_weights import Base
+from deltaw.core.options import one_of
+from deltaw.core.true_change import as_product
+from deltaw.errors import AdapterError, ConfigError
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """φ of one weight: `phi[i-1, j-1]` = φ(i, j), float64. dimension: d of the space that the directions live in."""
+
+    phi: Tensor
+    dimension: int
+
+    @property
+    def baseline(self) -> Tensor:
+        """E φ(i, j) = max(i, j) / d of random spans, of `phi`'s shape."""
+        i = torch.arange(1, self.phi.shape[0] + 1, dtype=torch.float64)
+        j = torch.arange(1, self.phi.shape[1] + 1, dtype=torch.float64)
+        return torch.maximum(i[:, None], j[None, :]) / self.dimension
+
+    def at(self, i: int, j: int) -> float:
+        """φ(i, j), counted from 1."""
+        return float(self.phi[i - 1, j - 1])
+
+    @property
+    def whole(self) -> float:
+        """φ of all directions of both."""
+        return float(self.phi[-1, -1])
+
+    @property
+    def above_random(self) -> float:
+        """(φ - baseline) / (1 - baseline) for all directions: 0 for random spans, 1 for one inside the other."""
+        expected = float(self.baseline[-1, -1])
+        return (self.whole - expected) / (1 - expected) if expected < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Similarities(Mapping[str, Similarity]):
+    """Parameter name -> `Similarity`. skipped: parameter name -> why it has none."""
+
+    weights: Mapping[str, Similarity]
+    side: str
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Similarity:
+        return self.weights[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """φ and its random baseline averaged over the weights, for as many directions as all of them have."""
+        if not self.weights:
+            raise ConfigError("no weight is changed by both adapters in directions that could be compared")
+        i = min(s.phi.shape[0] for s in self.weights.values())
+        j = min(s.phi.shape[1] for s in self.weights.values())
+        phi = torch.stack([s.phi[:i, :j] for s in self.weights.values()]).mean(0)
+        return phi, torch.stack([s.baseline[:i, :j] for s in self.weights.values()]).mean(0)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per weight, for tables and JSON."""
+        return [
+            {
+                "weight": key,
+                "dimension": s.dimension,
+                "whole": s.whole,
+                "first": s.at(1, 1),
+                "baseline": float(s.baseline[-1, -1]),
+                "phi": s.phi.tolist(),
+            }
+            for key, s in self.weights.items()
+        ]
+
+    def __str__(self) -> str:
+        wide = max([len(key) for key in self.weights] + [6])
+        lines = [f"{'weight':{wide}}  φ(all)  random  φ(1,1)  random   ({self.side} directions)"]
+        for key, s in self.weights.items():
+            expected = s.baseline
+            lines.append(
+                f"{key:{wide}}  {s.whole:6.3f}  {float(expected[-1, -1]):6.3f}  {s.at(1, 1):6.3f}  {float(expected[0, 0]):6.3f}"
+            )
+        return "\n".join([*lines, *(f"left out: {k} ({why})" for k, why in self.skipped.items())])
+
+
+def subspace_similarity(first: Tensor, second: Tensor) -> Similarity:
+    """φ(i, j) for orthonormal columns `first` (d, I) and `second` (d, J), leading directions first."""
+    squares = (first.double().T @ second.double()).square()  # (I, J)
+    sums = squares.cumsum(0).cumsum(1)
+    i = torch.arange(1, squares.shape[0] + 1, dtype=torch.float64, device=sums.device)
+    j = torch.arange(1, squares.shape[1] + 1, dtype=torch.float64, device=sums.device)
+    return Similarity((sums / torch.minimum(i[:, None], j[None, :])).cpu(), first.shape[0])
+
+
+def similarity(
+    a: Adapter,
+    b: Adapter,
+    *,
+    side: str = "in",
+    of: str = "change",
+    top: int | None = None,
+    base: Base | None = None,
+) -> Similarities:
+    """φ(i, j) between the directions of `a` and `b` for every weight that both change.
+
+    side: "in" (right singular directions: what ΔW reads) or "out" (left ones: what it writes).
+    of: "change" (directions of ΔW) or "factors" (of A for "in", of B for "out": the paper's figure 3).
+    top: compare only this many leading directions.
+    base: needed for changes that depend on the base weight.
+
+    Raises:
+        ConfigError: no weight is changed by both.
+        AdapterError: a weight has different shapes in the two.
+    """
+    one_of("side", side, ("in", "out"))
+    one_of("of", of, ("change", "factors"))
+    common = [key for key in a.changes if key in b.changes]
+    if not common:
+        raise ConfigError(
+            f"the two adapters change no weight in common ({next(iter(a.changes), 'nothing')}, ... and "
+            f"{next(iter(b.changes), 'nothing')}, ...): there is nothing to compare"
+        )
+    skipped = dict.fromkeys({*a.changes, *b.changes} - set(common), "changed by one of the two only")
+    pick = _of_factors if of == "factors" else directions
+    found = []
+    for adapter in (a, b):
+        part, left_out = pick(adapter.replace(changes={k: adapter.changes[k] for k in common}), base)
+        skipped.update(left_out)
+        found.append(part)
+    weights = {}
+    for key in common:
+        if key not in found[0] or key not in found[1]:
+            continue
+        one, other = found[0][key].side(side)[:, :top], found[1][key].side(side)[:, :top]
+        if one.shape[0] != other.shape[0]:
+            raise AdapterError(f"{key}: {one.shape[0]} dimensions in one adapter, {other.shape[0]} in the other")
+        if not one.shape[1] or not other.shape[1]:
+            skipped[key] = "one of the two does not change it at all"
+            continue
+        weights[key] = subspace_similarity(one, other)
+    return Similarities(weights, side, dict(sorted(skipped.items())))
+
+
+def _of_factors(adapter: Adapter, base: Base | None) -> tuple[dict[str, Directions], dict[str, str]]:
+    """Directions of the factors themselves: U from B's own SVD, Vh from A's own."""
+    found: dict[str, Directions] = {}
+    skipped: dict[str, str] = {}
+    for key, change in adapter.changes.items():
+        product = as_product(change)
+        if product is None:
+            skipped[key] = "has no factors A and B of its own"
+            continue
+        left = without_noise(*torch.linalg.svd(product.left.double(), full_matrices=False))
+        right = without_noise(*torch.linalg.svd(product.right.double(), full_matrices=False))
+        found[key] = Directions(left.U, left.S, right.Vh)
+    return found, skipped
