@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.recall import in_backward, note_silent_call, recall, remember
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
 
@@ -114,7 +115,7 @@ class Host(nn.Module):
         if changes is None:
             changes = Changes()
             self.adapters._modules[name] = changes
-        changes._modules[site] = delta
+        changes._modules[site] = delta.train(self.training)
 
     def remove(self, name: str) -> None:
         """Take adapter `name` out of this layer, if it is there."""
@@ -210,13 +211,39 @@ def _blank(host: type[Host], base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
+    """`host`'s forward with what holds for every call of every host: rows with their own adapters, and recomputation."""
+    own = host.forward
+
+    @functools.wraps(base.forward)
+    def forward(self: Host, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return own(self, *args, **kwargs)
+        roster, grad = self.roster, torch.is_grad_enabled()
+        if grad and in_backward() and not getattr(roster.local, "again", False):
+            speaking = recall(roster)
+            if speaking is not None:
+                with roster.using(speaking):
+                    return forward(self, *args, **kwargs)
+        if not grad:
+            note_silent_call(roster)
+        since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        rows = getattr(roster.local, "rows", None)
+        output = own(self, *args, **kwargs) if rows is None else rows.call(self, own, args, kwargs)
+        if grad:
+            remember(roster, output, since)
+        return output
+
+    return forward
+
+
 _classes: dict[tuple[type[Host], type[nn.Module]], type[Host]] = {}
 
 
 def host_class(host: type[Host], base: type[nn.Module]) -> type[Host]:
     """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well."""
     if (host, base) not in _classes:
-        body = {"base_class": base, "host": host, "__module__": base.__module__}
+        body = {"base_class": base, "host": host, "__module__": base.__module__, "forward": called(host, base)}
         _classes[host, base] = type(f"{base.__name__}Host", (host, base), body)
     return _classes[host, base]
 
