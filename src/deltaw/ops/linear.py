@@ -2,16 +2,17 @@
 
     y = x Wᵀ + b + Σ ( gain ⊙ (x Wᵀ) + s (drop(x) Aᵀ) Bᵀ )
 
-with x (T, in), W (out, in), A (r, in), B (out, r), gain (out,). Let g = ∂L/∂y, c = 1 + Σ gain and, per adapter,
-h = drop(x) Aᵀ and u = s g B, both (T, r). Then
+with x (T, in), W (out, in), A (r, in), B (out, r), gain (out,). Let g = ∂L/∂y, z = x Wᵀ, c = 1 + Σ gain and, per
+adapter, h = drop(x) Aᵀ and u = s g B, both (T, r). Then
 
-    ∂x    = (g ⊙ c) W + Σ drop(u A)      one buffer; the adapters are added to it in place
-    ∂A    = uᵀ drop(x)                   ∂B = s gᵀ h
-    ∂gain = Σ_t g ⊙ (x Wᵀ)               read off the output (see `gain_grad`): no second base product
+    ∂x = (g ⊙ c) W + Σ drop(u A)      one buffer; the adapters are added to it in place
+    ∂A = uᵀ drop(x)                   ∂B = s gᵀ h
+    ∂gain = Σ_t g ⊙ z                 z is not kept, nor computed again: y = c z + b + s h Bᵀ is, by what follows it, so
+                                      c ∂gain = Σ_t g ⊙ y - b ⊙ Σ_t g - Σ_r B ⊙ ∂B     (∂B taken without merging)
 
-Where W' = c W + Σ s B A is cheaper to form than the adapters are to apply (select.py: many rows, no dropout, 32 or 64
-bit), the base product runs on W' and the adapters cost nothing in forward and in ∂x; W' is formed again in backward,
-not kept. Otherwise they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy.
+Where W' = c W + Σ s B A is cheaper to form than the adapters are to apply (select.py), the base product runs on W' and
+the adapters cost nothing in forward and in ∂x; W' is formed again in backward, not kept. Otherwise, and for adapters
+with dropout, they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy.
 
 x is saved as it came, so that all projections of one input keep one copy. Dropout is made again from its seed. Nothing
 is computed for an input that needs no gradient. The plain twin is `adapted_linear_reference`.
@@ -21,54 +22,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from deltaw.ops.dropout import draw_seed, keep_mask
 from deltaw.ops.select import use_merged
+from deltaw.ops.terms import (
+    TENSORS,
+    Factors,
+    FrozenProduct,
+    Plan,
+    Term,
+    flat,
+    in_force,
+    merged_weight,
+    pack,
+    total_gain,
+    unpack,
+)
 
-
-class Factors(Protocol):
-    """The change ΔW = diag(gain) W + scale · B A of one adapter, as `deltaw.core.variant.LowRank`."""
-
-    @property
-    def A(self) -> Tensor: ...  # noqa: D102
-    @property
-    def B(self) -> Tensor: ...  # noqa: D102
-    @property
-    def scale(self) -> float: ...  # noqa: D102
-    @property
-    def gain(self) -> Tensor | None: ...  # noqa: D102
-    @property
-    def dropout(self) -> float: ...  # noqa: D102
-    @property
-    def dropout_at(self) -> str: ...  # noqa: D102
-
-
-class FrozenProduct(Protocol):
-    """A frozen weight W (out, in) kept in some other form, that knows its two products."""
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """x Wᵀ: (..., in) -> (..., out). A fresh tensor."""
-
-    def matmul_grad(self, g: Tensor) -> Tensor:
-        """g W: (..., out) -> (..., in). A fresh tensor."""
-
-
-class Term(NamedTuple):
-    """One adapter's part of the operation: its tensors, and the dropout that is in force for this call."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    gain: Tensor | None
-    p: float
-    at_output: bool
-    seed: Tensor | None
+SMALL = 2.0**-6
+"""Below this |c| the division by it would cost more than six bits: there ∂gain is computed from z."""
 
 
 def adapted_linear(
@@ -88,24 +65,15 @@ def adapted_linear(
     Adapters kept in another precision than x are rounded to x's for the products; their gradients come back in theirs.
     With B = 0 and gain = 0 the result equals `F.linear(x, weight, bias)` to the bit.
     """
-    if not adapters and frozen is None:
-        assert weight is not None
+    if not adapters and weight is not None:
         return F.linear(x, weight, bias)
     x, weight, bias = as_autocast(x, weight, bias)
-    terms = [in_force(a, training, x.device) for a in adapters]
+    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], math.prod(x.shape[:-1]), x.dtype)
+    terms = [in_force(a, training, merge, x.device) for a in adapters]
     if transformed():
         return plain(x, weight, bias, terms, frozen)
-    merged = (
-        weight is not None
-        and not any(t.p for t in terms)
-        and use_merged(weight.shape[0], weight.shape[1], math.prod(x.shape[:-1]), x.dtype)
-    )
-    tensors: list[Tensor | None] = []
-    plan: list[tuple[float, float, bool]] = []
-    for t in terms:
-        tensors += [t.A, t.B, t.gain, t.seed]
-        plan.append((t.scale, t.p, t.at_output))
-    y: Tensor = AdaptedLinear.apply(tuple(plan), merged, frozen, x, weight, bias, *tensors)
+    plan, tensors = pack(terms)
+    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -120,27 +88,27 @@ def adapted_linear_reference(
 ) -> Tensor:
     """The same function in plain differentiable PyTorch; with the same generator state, the same dropout."""
     x, weight, bias = as_autocast(x, weight, bias)
-    return plain(x, weight, bias, [in_force(a, training, x.device) for a in adapters], frozen)
+    return plain(x, weight, bias, [in_force(a, training, False, x.device) for a in adapters], frozen)
 
 
 def plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Sequence[Term], frozen: FrozenProduct | None
 ) -> Tensor:
     """The formula of the header, term by term."""
-    if frozen is not None:
-        base: Tensor = FrozenLinear.apply(frozen, x)
+    if weight is None:
+        base: Tensor = FrozenLinear.apply(frozen, x)  # type: ignore[no-untyped-call]
     else:
-        assert weight is not None
         base = F.linear(x, weight)
     y = base if bias is None else base + bias
-    rows = math.prod(x.shape[:-1])
     for t in terms:
         inputs, A, B = x, t.A.to(x.dtype), t.B.to(x.dtype)
-        if t.seed is not None and not t.at_output:
-            inputs = x * keep_mask(t.seed, rows, x.shape[-1], t.p, x.dtype).view(x.shape)
+        mask = t.input_mask(flat(x))
+        if mask is not None:
+            inputs = x * mask.view(x.shape)
         change = t.scale * F.linear(F.linear(inputs, A), B)
-        if t.seed is not None and t.at_output:
-            change = change * keep_mask(t.seed, rows, change.shape[-1], t.p, x.dtype).view(change.shape)
+        mask = t.output_mask(flat(change))
+        if mask is not None:
+            change = change * mask.view(change.shape)
         if t.gain is not None:
             change = change + t.gain * base
         y = y + change.to(y.dtype)
@@ -157,7 +125,7 @@ class FrozenLinear(torch.autograd.Function):
         return frozen.matmul(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """(..., out) -> (..., in)."""
         return None, ctx.frozen.matmul_grad(grads[0]) if ctx.needs_input_grad[1] else None
 
@@ -168,166 +136,177 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: tuple[tuple[float, float, bool], ...],
-        merged: bool,
+        plan: Plan,
+        merge: bool,
         frozen: FrozenProduct | None,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """See `adapted_linear`; `tensors` are A, B, gain, seed of each adapter, `plan` their scale, p, at_output."""
+        """`plan` and `tensors` are the packed terms; `merge` says whether gains and undropped factors are in W'."""
         terms = unpack(plan, tensors)
-        keep: list[Tensor | None] = [None] * len(terms)  # h of each adapter, (T, r)
-        if merged:
-            assert weight is not None
-            y = F.linear(x, merge(weight, terms), bias)
+        if weight is None:
+            assert frozen is not None
+            result = frozen.matmul(x)
+            if bias is not None:
+                result += bias
         else:
-            if frozen is not None:
-                y = frozen.matmul(x)
-                if bias is not None:
-                    y += bias
-            else:
-                assert weight is not None
-                y = F.linear(x, weight, bias)
-            shape = y.shape
-            y = y.reshape(-1, shape[-1]) if y.numel() else y.view(math.prod(shape[:-1]), shape[-1])
-            gain = total_gain(terms)
-            if gain is not None:  # c (x Wᵀ) + b from y = x Wᵀ + b: exact where gain is 0
-                y.mul_(1 + gain)
-                if bias is not None:
-                    y.sub_(gain * bias)
-            for i, t in enumerate(terms):
-                inputs = dropped_input(flat(x), t)
-                h = inputs @ t.A.to(x.dtype).t()  # (T, in) -> (T, r)
-                add_low_rank(y, h, t.B.to(x.dtype), t.scale, output_mask(y, t))
-                keep[i] = h
-            y = y.view(shape)
-        ctx.plan, ctx.merged, ctx.frozen = plan, merged, frozen
-        ctx.save_for_backward(x, weight, bias, *tensors, *keep)
-        return y
+            result = F.linear(x, merged_weight(weight, terms) if merge else weight, bias)
+        y = flat(result)
+        gain = None if merge else total_gain(terms)
+        if gain is not None:  # c z + b from z + b; exact where gain is 0
+            y.mul_(1 + gain)
+            if bias is not None:
+                y.sub_(gain * bias)
+        products: list[Tensor | None] = []  # h (T, r) of each term that was added
+        for t in terms:
+            h = None
+            if not t.merged:
+                inputs = flat(x)
+                mask = t.input_mask(inputs)
+                h = (inputs if mask is None else mask.mul_(inputs)) @ t.A.to(x.dtype).t()
+                mask = t.output_mask(y)
+                B = t.B.to(x.dtype)
+                if mask is None:
+                    y.addmm_(h, B.t(), alpha=t.scale)
+                else:
+                    y.addcmul_(h @ B.t(), mask, value=t.scale)
+            products.append(h)
+        y = torch.ops.aten._unsafe_view.default(y, result.shape)  # no view to autograd: `relu_(y)` is allowed
+        kept = None  # y, from which ∂gain is read
+        if any(t.gain is not None and t.gain.requires_grad for t in terms) and not torch.compiler.is_compiling():
+            kept, ctx.witness = alias(y)
+        ctx.plan, ctx.merge, ctx.frozen = plan, merge, frozen
+        ctx.save_for_backward(kept, x, weight, bias, *tensors, *products)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
-        x, weight, bias, *rest = ctx.saved_tensors
-        count = len(ctx.plan)
-        terms = unpack(ctx.plan, rest[: 4 * count])
-        keep = rest[4 * count :]
+        kept, x, weight, bias, *rest = ctx.saved_tensors
+        terms = unpack(ctx.plan, rest)
+        products = rest[TENSORS * len(terms) :]
         needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[3:]
+        needs_gain = any(needs[i] for i in range(2, len(needs), TENSORS))
         g = flat(grads[0]).contiguous()  # (T, out)
         rows = flat(x)  # (T, in)
         gain = total_gain(terms)
-
         scaled = g
-        if gain is not None and (needs_weight or (needs_x and not ctx.merged)):
+        if gain is not None and (needs_weight or (needs_x and not ctx.merge)):
             scaled = (g * (1 + gain)).to(g.dtype)
+
         dx: Tensor | None = None
         if needs_x:
-            if ctx.merged:
-                dx = g @ merge(weight, terms)
+            if weight is None:
+                dx = ctx.frozen.matmul_grad(scaled)
             else:
-                dx = scaled @ weight if ctx.frozen is None else ctx.frozen.matmul_grad(scaled)
-        dweight = scaled.t() @ rows if needs_weight else None
-        dbias = g.sum(0) if needs_bias else None
-
-        out: list[Tensor | None] = []
-        base: Tensor | None = None
-        for i, t in enumerate(terms):
-            needs_A, needs_B, needs_gain, _ = needs[4 * i : 4 * i + 4]
-            dA = dB = dgain = None
-            if needs_A or needs_B or needs_x:
-                through = g if t.seed is None or not t.at_output else g * output_mask(g, t)
-                mask = input_mask(rows, t)
-                A, B = t.A.to(x.dtype), t.B.to(x.dtype)
-                if needs_A or (needs_x and not ctx.merged):
-                    u = F.linear(through, (B.t() * t.scale).contiguous())  # (T, out) -> (T, r)
-                    if needs_A:
-                        dA = (u.t() @ (rows if mask is None else rows * mask)).to(t.A.dtype)
-                    if needs_x and not ctx.merged:
-                        assert dx is not None
-                        if mask is None:
-                            dx.addmm_(u, A)
-                        else:
-                            dx.addcmul_(u @ A, mask)
-                if needs_B:
-                    h = keep[i]
-                    if h is None:
-                        h = (rows if mask is None else rows * mask) @ A.t()
-                    dB = (h.t() @ through).t().to(t.B.dtype).mul_(t.scale)  # (r, out) is the fast orientation
+                dx = g @ merged_weight(weight, terms) if ctx.merge else scaled @ weight
+        dfactors: list[Tensor | None] = []
+        shares: list[Tensor] = []  # Σ_r B ⊙ ∂B of each term, (out,)
+        for i, (t, h) in enumerate(zip(terms, products, strict=True)):
+            needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or needs_gain
+            dA, dB = backward_factors(t, g, rows, h, needs_A, needs_B, None if t.merged else dx)
             if needs_gain:
-                assert t.gain is not None
-                if base is None:
-                    base = rows @ weight.t() if ctx.frozen is None else ctx.frozen.matmul(rows)
-                dgain = (g * base).sum(0, dtype=t.gain.dtype)
-            out += [dA, dB, dgain, None]
-        return None, None, None, None if dx is None else dx.view(x.shape), dweight, dbias, *out
+                assert dB is not None
+                shares.append((t.B * dB).sum(1))
+            dfactors += [dA, dB]
+        sums = g.sum(0) if needs_bias or (needs_gain and bias is not None) else None
+        dgain = None
+        if needs_gain:
+            if kept is not None and gain is not None and ctx.witness():
+                dgain = gain_from_output(g, flat(kept), bias, sums, shares, gain, rows, weight, ctx.frozen)
+            else:
+                dgain = column_dots(g, rows @ weight.t() if weight is not None else ctx.frozen.matmul(rows))
+        dterms: list[Tensor | None] = []
+        for i, t in enumerate(terms):
+            wanted = needs[TENSORS * i + 2]
+            dterms += dfactors[2 * i : 2 * i + 2]
+            dterms += [dgain.to(t.gain.dtype) if wanted and dgain is not None and t.gain is not None else None, None]
+        dweight = scaled.t() @ rows if needs_weight else None
+        dinput = None if dx is None else dx.view(x.shape)
+        return None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
 
 
-def in_force(adapter: Factors, training: bool, device: torch.device) -> Term:
-    """The adapter as it acts in this call: without dropout in eval, with a fresh seed in training."""
-    p = adapter.dropout if training else 0.0
-    seed = draw_seed(device) if p else None
-    return Term(adapter.A, adapter.B, adapter.scale, adapter.gain, p, adapter.dropout_at == "output", seed)
+def backward_factors(
+    t: Term, g: Tensor, x: Tensor, h: Tensor | None, needs_A: bool, needs_B: bool, dx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂A and ∂B of one term from g (T, out) and x (T, in); its part of ∂x is added to `dx` (T, in) if that is given.
+
+    Products with a side of length r run in the orientation in which a row of the long operand is read once.
+    """
+    dA = dB = None
+    mask = t.output_mask(g)
+    if mask is not None:
+        g = mask.mul_(g)
+    mask = t.input_mask(x)
+    A, B = t.A.to(x.dtype), t.B.to(x.dtype)
+    seen = x  # what A saw
+    if mask is not None and (needs_A or (needs_B and h is None)):
+        seen = x * mask
+    if needs_B:
+        if h is None:
+            h = seen @ A.t()
+        dB = (h.t() @ g).t().to(t.B.dtype).contiguous().mul_(t.scale)
+    if needs_A or dx is not None:
+        u = F.linear(g, (B.t() * t.scale).contiguous())  # (T, r)
+        if needs_A:
+            dA = (u.t() @ seen).to(t.A.dtype)
+        if dx is not None:
+            if mask is None:
+                dx.addmm_(u, A)
+            else:
+                dx.addcmul_(u @ A, mask)
+    return dA, dB
 
 
-def unpack(plan: Sequence[tuple[float, float, bool]], tensors: Sequence[Any]) -> list[Term]:
-    """The terms again, from what an autograd function can be given: a tuple of constants and a flat list of tensors."""
-    terms = []
-    for i, (scale, p, at_output) in enumerate(plan):
-        A, B, gain, seed = tensors[4 * i : 4 * i + 4]
-        terms.append(Term(A, B, scale, gain, p, at_output, seed))
-    return terms
+def gain_from_output(
+    g: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    shares: Sequence[Tensor],
+    gain: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    frozen: FrozenProduct,
+) -> Tensor:
+    """∂gain = Σ_t g ⊙ z, (out,), from y = c z + b + Σ s h Bᵀ; columns with a small c from z itself.
+
+    sums: Σ_t g. shares: Σ_r B ⊙ ∂B of each term.
+    """
+    total = column_dots(g, y)
+    if bias is not None:
+        assert sums is not None
+        total = total - bias * sums
+    for share in shares:
+        total = total - share
+    c = 1 + gain
+    small = c.abs() < SMALL
+    dgain = total / torch.where(small, 1.0, c)
+    if bool(small.any()):
+        few = small.nonzero().squeeze(1)
+        z = x @ weight[few].t() if weight is not None else frozen.matmul(x)[:, few]
+        dgain[few] = column_dots(g[:, few], z).to(dgain.dtype)
+    return dgain
 
 
-def flat(x: Tensor) -> Tensor:
-    """(..., k) -> (T, k), a view where x's strides allow; empty batches too."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+def column_dots(g: Tensor, y: Tensor) -> Tensor:
+    """Σ_t g ⊙ y, (T, out) -> (out,), summed in at least 32 bit."""
+    return (g * y).sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
 
 
-def total_gain(terms: Sequence[Term]) -> Tensor | None:
-    """Σ gain, (out,), or None if no adapter has one."""
-    gains = [t.gain for t in terms if t.gain is not None]
-    return sum(gains[1:], gains[0]) if gains else None
+def alias(y: Tensor) -> tuple[Tensor, Any]:
+    """`y` for `save_for_backward`, and a function that says whether y has not been written to since.
 
-
-def merge(weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """W' = (1 + Σ gain) W + Σ s B A, (out, in), a fresh tensor. With B = 0 and gain = 0 it is W to the bit."""
-    gain = total_gain(terms)
-    if gain is not None:
-        changed = weight * (1 + gain).unsqueeze(1)
-        rest = terms
-    else:
-        first, *rest = terms
-        changed = torch.addmm(weight, first.B.to(weight.dtype), first.A.to(weight.dtype), alpha=first.scale)
-    for t in rest:
-        changed.addmm_(t.B.to(weight.dtype), t.A.to(weight.dtype), alpha=t.scale)
-    return changed
-
-
-def add_low_rank(y: Tensor, h: Tensor, B: Tensor, scale: float, mask: Tensor | None) -> None:
-    """y += s h Bᵀ, in place; with `mask` (T, out) on what is added."""
-    if mask is None:
-        y.addmm_(h, B.t(), alpha=scale)
-    else:
-        y.addcmul_(h @ B.t(), mask, value=scale)
-
-
-def input_mask(x: Tensor, t: Term) -> Tensor | None:
-    """The mask on x (T, in), or None where A sees all of it."""
-    return None if t.seed is None or t.at_output else keep_mask(t.seed, x.shape[0], x.shape[1], t.p, x.dtype)
-
-
-def output_mask(y: Tensor, t: Term) -> Tensor | None:
-    """The mask on the low-rank output (T, out), or None."""
-    return None if t.seed is None or not t.at_output else keep_mask(t.seed, y.shape[0], y.shape[1], t.p, y.dtype)
-
-
-def dropped_input(x: Tensor, t: Term) -> Tensor:
-    """What A sees of x (T, in)."""
-    mask = input_mask(x, t)
-    return x if mask is None else mask.mul_(x)
+    Saving y itself would make `relu_(y)` an error, which it is not after a plain linear layer; here it only costs a
+    product in backward. The witness shares y's version counter, not its memory.
+    """
+    witness = y.detach()
+    witness.data = torch.empty(0, dtype=y.dtype, device=y.device)
+    version = witness._version
+    return y.data, lambda: witness._version == version
 
 
 def as_autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -343,6 +322,5 @@ def transformed() -> bool:
     """Whether `torch.func` transforms or forward-mode differentiation are at work, which need plain operations."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
-    )
+    stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    return stack is not None or torch.autograd.forward_ad._current_level >= 0

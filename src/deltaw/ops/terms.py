@@ -1,0 +1,129 @@
+"""What the adapted linear is told of one adapter, and how it travels through an autograd function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deltaw.ops.dropout import draw_seed, keep_mask
+
+
+class Factors(Protocol):
+    """The change ΔW = diag(gain) W + scale · B A of one adapter, as `deltaw.core.variant.LowRank`."""
+
+    @property
+    def A(self) -> Tensor:
+        """(rank, in)."""
+
+    @property
+    def B(self) -> Tensor:
+        """(out, rank)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B A."""
+
+    @property
+    def gain(self) -> Tensor | None:
+        """(out,), or None for zero."""
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing, in training."""
+
+    @property
+    def dropout_at(self) -> str:
+        """ "input" (of A) or "output" (of the low-rank change)."""
+
+
+class FrozenProduct(Protocol):
+    """A frozen weight W (out, in) kept in some other form, that knows its two products."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ: (..., in) -> (..., out). A fresh tensor."""
+
+    def matmul_grad(self, g: Tensor) -> Tensor:
+        """g W: (..., out) -> (..., in). A fresh tensor."""
+
+
+class Term(NamedTuple):
+    """One adapter as it acts in one call.
+
+    p: the dropout that is in force (0 in eval); `seed` is there where p > 0.
+    merged: whether s B A is part of W' in this call (see select.py).
+    """
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+    seed: Tensor | None
+    scale: float
+    p: float
+    at_output: bool
+    merged: bool
+
+    def input_mask(self, x: Tensor) -> Tensor | None:
+        """The dropout mask on x (T, in), or None where A sees all of it."""
+        if self.seed is None or self.at_output:
+            return None
+        return keep_mask(self.seed, x.shape[0], x.shape[1], self.p, x.dtype)
+
+    def output_mask(self, y: Tensor) -> Tensor | None:
+        """The dropout mask on the low-rank change, shaped as y (T, out), or None."""
+        if self.seed is None or not self.at_output:
+            return None
+        return keep_mask(self.seed, y.shape[0], y.shape[1], self.p, y.dtype)
+
+
+TENSORS = 4
+"""A, B, gain and seed: the tensors of a term."""
+
+Plan = tuple[tuple[float, float, bool, bool], ...]
+"""The constants of each term: scale, p, at_output, merged."""
+
+
+def in_force(adapter: Factors, training: bool, merge: bool, device: torch.device) -> Term:
+    """The adapter as it acts in this call: in training with a fresh seed for its dropout, which cannot be merged."""
+    p = adapter.dropout if training else 0.0
+    seed = draw_seed(device) if p else None
+    at_output = adapter.dropout_at == "output"
+    return Term(adapter.A, adapter.B, adapter.gain, seed, adapter.scale, p, at_output, merge and not p)
+
+
+def pack(terms: Sequence[Term]) -> tuple[Plan, list[Tensor | None]]:
+    """The terms as an autograd function takes them: a tuple of constants and a flat list of tensors."""
+    return tuple(tuple(t[TENSORS:]) for t in terms), [tensor for t in terms for tensor in t[:TENSORS]]  # type: ignore[misc]
+
+
+def unpack(plan: Plan, tensors: Sequence[Any]) -> list[Term]:
+    """The inverse of `pack`."""
+    return [Term(*tensors[TENSORS * i : TENSORS * (i + 1)], *constants) for i, constants in enumerate(plan)]
+
+
+def total_gain(terms: Sequence[Term]) -> Tensor | None:
+    """Σ gain, (out,), or None if no adapter has one."""
+    gains = [t.gain for t in terms if t.gain is not None]
+    return sum(gains[1:], gains[0]) if gains else None
+
+
+def merged_weight(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+    """W' = (1 + Σ gain) W + Σ s B A over the merged terms, (out, in). With B = 0 and gain = 0 it is W to the bit."""
+    gain = total_gain(terms)
+    merged = weight if gain is None else weight * (1 + gain).unsqueeze(1)
+    for t in terms:
+        if t.merged:
+            A, B = t.A.to(weight.dtype), t.B.to(weight.dtype)
+            if merged is weight:
+                merged = torch.addmm(weight, B, A, alpha=t.scale)
+            else:
+                merged.addmm_(B, A, alpha=t.scale)
+    return merged
+
+
+def flat(x: Tensor) -> Tensor:
+    """(..., k) -> (T, k), a view where x's strides allow; empty batches too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
