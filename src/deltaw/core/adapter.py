@@ -42,9 +42,12 @@ class Change:
         from deltaw.core.variant import Site
 
         first = next(iter(self.tensors.values()))
-        delta = self.variant.create(Site(self.matrix_shape, first.dtype, torch.device("meta")), {})
+        shape = self.matrix_shape if weight is None else tuple(weight.shape)
+        if -1 in shape:
+            raise ValueError(f"the tensors of {self.variant} do not tell the weight's shape: pass `weight`")
+        delta = self.variant.create(Site(shape, first.dtype, torch.device("meta")), {}).eval()
         delta.load_state_dict(dict(self.tensors), assign=True)
-        reference = torch.empty(self.matrix_shape, device="meta", dtype=first.dtype) if weight is None else weight
+        reference = torch.empty(shape, device="meta", dtype=first.dtype) if weight is None else weight
         with torch.no_grad():
             dense = delta.delta_weight(reference)
         if dense.is_meta:

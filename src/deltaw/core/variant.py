@@ -93,7 +93,11 @@ class Delta(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """ΔW(W), of W's shape, without dropout. `weight` is W as an (out, in) matrix (any shape for `any_shape`)."""
+        """ΔW(W), of W's shape. `weight` is W as an (out, in) matrix (any shape for `any_shape`).
+
+        Dropout of activations never shows here; dropout of the change itself (rank_dropout, module_dropout) does, in
+        training mode.
+        """
 
     def new_weight(self, weight: Tensor) -> Tensor:
         """W + ΔW(W). Overridden where the changed weight is known directly, so that no rounding is added."""
@@ -148,7 +152,8 @@ class Variant(ABC):
 
     @abstractmethod
     def matrix_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The shape of the weight that these tensors change, (out, in) or the stored shape.
+        """The shape of the weight that these tensors change, (out, in) or the stored shape; -1 for a size that they do
+        not tell (IA3's vector knows one side only).
 
         Raises KeyError, or AdapterError, if they are not this variant's tensors.
         """
@@ -168,3 +173,9 @@ class Variant(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
+
+
+def fits(found: Iterable[int], expected: Iterable[int]) -> bool:
+    """Whether `found`, a `matrix_shape`, is the shape `expected`: equal where it says something (-1 says nothing)."""
+    found, expected = tuple(found), tuple(expected)
+    return len(found) == len(expected) and all(f in (-1, e) for f, e in zip(found, expected))

@@ -1,4 +1,4 @@
-"""Random starts: A random, B zero, so that ΔW = 0. Each takes A (rank, in) and B (out, rank) and fills them in place."""
+"""Random starts: A random, B zero, so that ΔW = 0. Each takes A (..., rank, in) and B (..., out, rank) and fills them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from deltaw.core.registry import init
 def kaiming(A: Tensor, B: Tensor) -> None:
     """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), what loralib and PEFT use)."""
     with torch.no_grad():
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        for one in A.view(-1, *A.shape[-2:]):
+            nn.init.kaiming_uniform_(one, a=math.sqrt(5))
         B.zero_()
 
 
@@ -30,7 +31,7 @@ def gaussian(A: Tensor, B: Tensor) -> None:
 def gaussian_by_rank(A: Tensor, B: Tensor) -> None:
     """A normal with standard deviation 1/rank (PEFT's "gaussian")."""
     with torch.no_grad():
-        A.normal_(std=1 / A.shape[0])
+        A.normal_(std=1 / A.shape[-2])
         B.zero_()
 
 
@@ -38,5 +39,5 @@ def gaussian_by_rank(A: Tensor, B: Tensor) -> None:
 def gaussian_by_root(A: Tensor, B: Tensor) -> None:
     """A normal with standard deviation 1/sqrt(rank) (S. Raschka's from-scratch code)."""
     with torch.no_grad():
-        A.normal_(std=1 / math.sqrt(A.shape[0]))
+        A.normal_(std=1 / math.sqrt(A.shape[-2]))
         B.zero_()

@@ -19,7 +19,7 @@ from deltaw.core.adapter import Adapter, Change, join_key, split_key
 from deltaw.core.host import CHILD, Host
 from deltaw.core.registry import variants as variant_registry
 from deltaw.core.roster import Roster
-from deltaw.core.variant import Delta, Dense, Site, Variant
+from deltaw.core.variant import Delta, Dense, Site, Variant, fits
 from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite, TargetError, did_you_mean
 from deltaw.model import state, targeting
 
@@ -485,7 +485,7 @@ def fitted(model: nn.Module, adapter: Adapter) -> list[Planned]:
         except KeyError as missing:
             wrong.append(f"{key!r}: tensor {missing} of {change.variant} is missing")
             continue
-        if tuple(found) != tuple(expected):
+        if not fits(found, expected):
             wrong.append(f"{key!r} changes a {tuple(found)} weight, the model's is {tuple(expected)}")
             continue
         plan.append(item)

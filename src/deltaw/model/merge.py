@@ -132,12 +132,24 @@ def changed_weights(
     """(name, host, site, (new stored tensor, report line)) of every parameter that the active adapters change."""
     with torch.no_grad():
         for path, host in state.hosts(model):
-            with host.roster.using(active):
+            with host.roster.using(active), undropped(host):
                 sites = host.active_sites()
                 if any(delta.changes_bias for delta, _ in host.active("weight")) and "bias" in host._parameters:
                     sites.add("bias")
                 for site in sorted(sites):
                     yield join_key(path, site), host, site, merged_weight(join_key(path, site), host, site)
+
+
+@contextmanager
+def undropped(host: Host) -> Iterator[None]:
+    """Within the context the changes of `host` are whole, whatever its mode: no rank or module dropout is merged."""
+    before = {m: m.training for m in host.adapters.modules()}
+    host.adapters.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def merged_weight(key: str, host: Host, site: str) -> tuple[Tensor, MergedWeight]:

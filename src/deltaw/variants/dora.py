@@ -34,10 +34,10 @@ class DoRA(LoRA):
         return DoRADelta(self, site)
 
     def matrix_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        out, columns = super().matrix_shape(tensors)
-        if tuple(tensors["m"].shape) != (out,):
-            raise AdapterError(f"{self}: m must be ({out},), found {tuple(tensors['m'].shape)}")
-        return out, columns
+        shape = super().matrix_shape(tensors)
+        if tuple(tensors["m"].shape) != shape[:-1]:
+            raise AdapterError(f"{self}: m must be {shape[:-1]}, found {tuple(tensors['m'].shape)}")
+        return shape
 
 
 class DoRADelta(LoRADelta):
@@ -47,11 +47,19 @@ class DoRADelta(LoRADelta):
 
     def __init__(self, variant: DoRA, site: Site) -> None:
         super().__init__(variant, site)
-        self.m = nn.Parameter(torch.empty(site.rows, dtype=site.dtype, device=site.device))
+        self.m = nn.Parameter(torch.empty(site.shape[:-1], dtype=site.dtype, device=site.device))
         self.register_buffer("squares", None, persistent=False)
 
     def start(self, frozen: FrozenMatrix) -> None:
         super().start(frozen)
+        self.measure(frozen)
+
+    def begin(self, frozen: FrozenMatrix, seen: Tensor) -> None:
+        super().begin(frozen, seen)
+        self.measure(frozen)
+
+    def measure(self, frozen: FrozenMatrix) -> None:
+        """Let m be the very norms that the forward computes."""
         with torch.no_grad():
             self.prepare(frozen)
             self.m.copy_(self.norms(frozen))
@@ -64,7 +72,9 @@ class DoRADelta(LoRADelta):
         """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated."""
         squares = row_squares(frozen.dense().to(self.site.dtype)) if self.squares is None else self.squares
         with torch.no_grad():
-            return row_norms(squares, frozen.matmul(self.A), self.A, self.B, self.variant.scale)
+            A, B = self.factors()
+            product = frozen.matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
+            return row_norms(squares, product, A, B, self.variant.scale)
 
     def strengths(self, frozen: FrozenMatrix) -> Tensor:
         """c = m / norm, (out,); 1 where the norm is zero."""
@@ -73,9 +83,13 @@ class DoRADelta(LoRADelta):
         return torch.where(alive, self.m / torch.where(alive, norms, torch.ones_like(norms)), torch.ones_like(norms))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        c = self.strengths(Dense(weight))[:, None]
-        return (c - 1) * weight + c * super().delta_weight(weight)
+        c, present = self.strengths(Dense(weight))[..., None], self.presence()
+        gain = c - 1 if present is None else (c - 1) * present
+        return gain * weight + c * self.dense(present)
 
-    def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...]:
-        v, c = self.variant, self.strengths(frozen)
-        return (LowRank(self.A, c[:, None] * self.B, v.scale, c - 1, v.dropout, v.dropout_at),)
+    def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
+        if self.A.ndim > 2:
+            return None
+        c, present = self.strengths(frozen), self.presence()
+        first, *rest = (t._replace(B=c[:, None] * t.B) for t in self.terms(present))
+        return (first._replace(gain=c - 1 if present is None else (c - 1) * present), *rest)
