@@ -6,12 +6,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 Active = tuple[tuple[str, float], ...]
 """Names and weights of the adapters whose changes are added up."""
+
+
+class ByRow(ABC):
+    """Different adapters for different rows of one batch: decides how a host is called (see model/rows.py)."""
+
+    @abstractmethod
+    def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `forward(*args, **kwargs)` of `host` gives, each row with its own adapters."""
+
+
+Speaking = Active | ByRow
+"""Who speaks in a call: the same adapters for the whole batch, or some for each row."""
 
 
 class Roster:
@@ -29,6 +44,7 @@ class Roster:
         self.merged: Any = None
         self.notes: dict[str, dict[str, Any]] = {}
         self.local = threading.local()
+        self.journals: dict[int, tuple[list[int], list[Speaking]]] = {}
 
     def active(self) -> Active:
         """The active adapters of the calling thread; none while changes are merged into the weights."""
@@ -37,19 +53,31 @@ class Roster:
         override: Active | None = getattr(self.local, "override", None)
         return self.default if override is None else override
 
+    def speaking(self) -> Speaking:
+        """Who speaks in the calling thread."""
+        rows: ByRow | None = getattr(self.local, "rows", None)
+        return self.active() if rows is None else rows
+
     @contextmanager
-    def using(self, active: Active) -> Iterator[None]:
-        """Make `active` the active set of this thread; restores the previous one, also after an exception."""
-        before = getattr(self.local, "override", None)
-        self.local.override = active
+    def using(self, speaking: Speaking) -> Iterator[None]:
+        """Let `speaking` speak in this thread; restores what was before, also after an exception."""
+        local = self.local
+        before = getattr(local, "override", None), getattr(local, "rows", None), getattr(local, "again", False)
+        if isinstance(speaking, ByRow):
+            local.rows = speaking
+        else:
+            local.override, local.rows = speaking, None
+        if not torch.compiler.is_compiling():
+            local.again = torch._C._current_graph_task_id() != -1  # said again by a recomputation in backward
         try:
             yield
         finally:
-            self.local.override = before
+            local.override, local.rows, local.again = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "local"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.local = threading.local()
+        self.journals = {}
