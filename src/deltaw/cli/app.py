@@ -88,9 +88,12 @@ def _other(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     else:
-        print(f"error: unexpected {type(error).__name__}: {error}\n(run again with {DEBUG} for the traceback)", file=sys.stderr)
+        print(
+            f"error: unexpected {type(error).__name__}: {error}\n(run again with {DEBUG} for the traceback)",
+            file=sys.stderr,
+        )
     return 1
 
 
-class UsageText(Exception):  # noqa: N818
+class UsageText(Exception):
     """A usage error's text, from whichever click the command line library brings."""

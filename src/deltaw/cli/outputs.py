@@ -24,7 +24,9 @@ def new_folder(out: str | None, default: str, overwrite: bool) -> Path:
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
-            raise ConfigError(f"--out {out} exists: choose another folder, or give --overwrite to replace it (or `deltaw resume {out}` to go on with it)")
+            raise ConfigError(
+                f"--out {out} exists: choose another folder, or give --overwrite to replace it (or `deltaw resume {out}` to go on with it)"
+            )
         if not path.is_dir():
             raise ConfigError(f"--out {out} is a file: choose a folder")
         if path.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):

@@ -56,7 +56,14 @@ ALIASES = {
 }
 """Word of PEFT, TRL, axolotl or LLaMA-Factory -> ours."""
 
-INNER = {"r": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "text_column": "text", "label_column": "label"}
+INNER = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "text_column": "text",
+    "label_column": "label",
+}
 """The same, inside sections."""
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -76,7 +83,9 @@ def load(source: str, overrides: Iterable[str] = (), flags: Mapping[str, Any] | 
     elif Path(source).suffix in (".yaml", ".yml") or Path(source).is_file():
         _merge(given, read_yaml(Path(source)), source)
     else:
-        raise UnknownName(f"unknown recipe {source!r}{did_you_mean(source, [n for n, _ in recipes.items()])} (see `deltaw recipes`; a configuration file ends in .yaml)")
+        raise UnknownName(
+            f"unknown recipe {source!r}{did_you_mean(source, [n for n, _ in recipes.items()])} (see `deltaw recipes`; a configuration file ends in .yaml)"
+        )
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -84,7 +93,9 @@ def load(source: str, overrides: Iterable[str] = (), flags: Mapping[str, Any] | 
         _merge(given, _dotted(key.strip().lstrip("-"), parse(value)), text)
     _merge(given, {k: v for k, v in (flags or {}).items() if v is not None}, "the command line")
     if "recipe" not in given:
-        raise ConfigError(f"{source}: no `recipe:` says which task this is; known: {', '.join(n for n, _ in recipes.items())}")
+        raise ConfigError(
+            f"{source}: no `recipe:` says which task this is; known: {', '.join(n for n, _ in recipes.items())}"
+        )
     return build(given)
 
 
@@ -95,14 +106,18 @@ def build(given: Mapping[str, Any]) -> RunConfig:
     _merge(nested, recipe.defaults, recipe.name)
     _merge(nested, given, "the configuration")
     data = nested.get("data")
-    nested["data"] = check(DataConfig, {"path": data} if isinstance(data, str) else _mapping("data", data or {}), "data.")
+    nested["data"] = check(
+        DataConfig, {"path": data} if isinstance(data, str) else _mapping("data", data or {}), "data."
+    )
     options = check(recipe.options, _mapping(recipe.name, nested.pop(recipe.name, {})), f"{recipe.name}.")
     known = {*RunConfig.model_fields} - {"methods", "options"}
     sections: dict[str, dict[str, Any]] = {}
     for key in [k for k in nested if k not in known]:
         if key not in variants:
             every = [*known, recipe.name, *(n for n, _ in variants.items()), *ALIASES]
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, every)} (see `deltaw config schema {recipe.name}`)")
+            raise ConfigError(
+                f"unknown key {key!r}{did_you_mean(key, every)} (see `deltaw config schema {recipe.name}`)"
+            )
         sections[key] = _mapping(key, nested.pop(key))
     check_method_sections(sections.items())
     return check(RunConfig, {**nested, "methods": sections, "options": options.model_dump()})  # type: ignore[no-any-return]
@@ -116,7 +131,7 @@ def recipe_of(config: RunConfig) -> Recipe:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping; a key that comes twice is an error."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)  # noqa: S506  (a SafeLoader)
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise ConfigError(f"no such file: {path}{near}") from None
@@ -128,7 +143,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse(text: str) -> Any:
     """The value of `key=value`: YAML, with 1e-4 as a number."""
     try:
-        return _coerced(yaml.load(text, Loader=_Once))  # noqa: S506
+        return _coerced(yaml.load(text, Loader=_Once))
     except yaml.YAMLError:
         return text
 

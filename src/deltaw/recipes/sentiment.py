@@ -39,8 +39,15 @@ register(
         kept=kept,
         defaults={
             "model": "sentence-transformers/all-MiniLM-L6-v2",
-            "data": {"path": "cornell-movie-review-data/rotten_tomatoes", "split": "train", "validation": 0.12, "test": 0.12, "limit": 3000},
+            "data": {
+                "path": "cornell-movie-review-data/rotten_tomatoes",
+                "split": "train",
+                "validation": 0.08,
+                "test": 0.12,
+                "limit": 3000,
+            },
             "epochs": 2,
+            "evaluations": 2,
             "batch_size": 32,
             "lr": {"head": 3e-3, "full": 1e-4, "default": 1e-3},
             "base_dropout": 0.0,

@@ -40,7 +40,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], digest: str, keep: int) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    digest: str,
+    keep: int,
+) -> Path:
     """Write `folder`/step-N atomically, then remove all but the newest `keep`.
 
     Raises:
@@ -100,7 +107,9 @@ def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
         for name, expected in manifest["files"].items():
             content = (path / name).read_bytes()
             if len(content) != expected["bytes"]:
-                raise DataError(f"{path.name}: {name} has {len(content):,} bytes, its manifest says {expected['bytes']:,}")
+                raise DataError(
+                    f"{path.name}: {name} has {len(content):,} bytes, its manifest says {expected['bytes']:,}"
+                )
             if hashlib.sha256(content).hexdigest() != expected["sha256"]:
                 raise DataError(f"{path.name}: {name} is not what its manifest lists (sha256 differs)")
             files[name] = content

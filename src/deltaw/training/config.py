@@ -30,12 +30,16 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the examples come from and which columns matter."""
 
-    path: str | None = Field(None, description="jsonl, csv, tsv, json or parquet file, folder with train/validation/test files, or hub id")
+    path: str | None = Field(
+        None, description="jsonl, csv, tsv, json or parquet file, folder with train/validation/test files, or hub id"
+    )
     text: str = Field("text", description="column of the text")
     label: str = Field("label", description="column of the class")
     split: str | None = Field(None, description="take only this split of the source and split it ourselves")
     revision: str | None = Field(None, description="revision of a hub data set")
-    validation: float = Field(0.1, gt=0, lt=1, description="share held out to choose the best epoch, where the source has none")
+    validation: float = Field(
+        0.1, gt=0, lt=1, description="share held out to choose the best epoch, where the source has none"
+    )
     test: float = Field(0.1, ge=0, lt=1, description="share held out for the last word, where the source has none")
     limit: int | None = Field(None, gt=0, description="use at most so many training examples")
 
@@ -44,14 +48,20 @@ class RunConfig(Section):
     """One training run. Keys that a recipe does not set keep these defaults."""
 
     recipe: str = Field(description="the task: see `deltaw recipes`")
-    method: str = Field("lora", description="lora, dora, ... (`lora:4` sets the rank), head (frozen body), full, or base (no training)")
+    method: str = Field(
+        "lora", description="lora, dora, ... (`lora:4` sets the rank), head (frozen body), full, or base (no training)"
+    )
     model: str | None = Field(None, description="pretrained base: hub id or folder")
     revision: str | None = Field(None, description="revision of a hub model")
     data: DataConfig = Field(default_factory=lambda: DataConfig.model_construct(), description="the examples")
     targets: str | list[str] = Field("all-linear", description="layers to adapt: names, a regex, or all-linear")
-    train: list[str] | None = Field(None, description="modules trained in full; left out: those that the base does not have yet")
+    train: list[str] | None = Field(
+        None, description="modules trained in full; left out: those that the base does not have yet"
+    )
     max_length: int = Field(128, gt=0, description="longest text, in tokens")
-    base_dropout: float | None = Field(None, ge=0, lt=1, description="dropout inside the base while training; left out: the model's own")
+    base_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout inside the base while training; left out: the model's own"
+    )
 
     seed: int = Field(0, ge=0, description="of everything random")
     epochs: int = Field(3, gt=0, description="passes over the training examples")
@@ -64,6 +74,7 @@ class RunConfig(Section):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after warm-up")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    evaluations: int = Field(1, gt=0, description="evaluations per epoch")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
     bucket: bool = Field(True, description="batches of similar length: the same result for less padding")
     cache_prefix: bool = Field(True, description="compute what is frozen below every trained weight once per example")
@@ -75,8 +86,12 @@ class RunConfig(Section):
     log_every: int = Field(20, gt=0, description="steps between lines of metrics.jsonl")
     report_to: list[str] = Field(default_factory=list, description="trackers, by the names that transformers uses")
 
-    methods: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options of each method, in its own section")
-    options: dict[str, Any] = Field(default_factory=dict, description="the recipe's own options, in a section named as the recipe")
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="options of each method, in its own section"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the recipe's own options, in a section named as the recipe"
+    )
 
     def lr_for(self, method: str) -> float:
         """The learning rate of `method` ("lora:4" counts as "lora")."""
@@ -87,7 +102,9 @@ class RunConfig(Section):
             return self.lr[name]
         if "default" in self.lr:
             return self.lr["default"]
-        raise ConfigError(f"lr has no value for method {name!r} (it has {', '.join(self.lr)}): add lr.{name}= or lr.default=")
+        raise ConfigError(
+            f"lr has no value for method {name!r} (it has {', '.join(self.lr)}): add lr.{name}= or lr.default="
+        )
 
     def nested(self) -> dict[str, Any]:
         """The configuration as it is written in a file: sections by name, nothing that is only internal."""
@@ -118,7 +135,9 @@ def check(section: type[Section], values: Mapping[str, Any], where: str = "") ->
     known = section.model_fields
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown key {where + str(key)!r}{did_you_mean(str(key), known)} (known here: {', '.join(sorted(known))})")
+            raise ConfigError(
+                f"unknown key {where + str(key)!r}{did_you_mean(str(key), known)} (known here: {', '.join(sorted(known))})"
+            )
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
@@ -164,4 +183,6 @@ def check_method_sections(sections: Iterable[tuple[str, Mapping[str, Any]]]) -> 
         known = {f.name for f in dataclasses.fields(variants[name])}
         for key in options:
             if key not in known:
-                raise ConfigError(f"unknown key '{name}.{key}'{did_you_mean(key, known)} (known here: {', '.join(sorted(known))})")
+                raise ConfigError(
+                    f"unknown key '{name}.{key}'{did_you_mean(key, known)} (known here: {', '.join(sorted(known))})"
+                )

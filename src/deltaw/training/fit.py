@@ -7,6 +7,7 @@ loss over its examples (or tokens) divided by their number, however they are spr
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ class State:
     batch: int = 0
     seconds: float = 0.0
     micro: int = 0
-    best_epoch: int = 0
+    best_epoch: float = 0.0
     best_score: float | None = None
     loss_sum: float = 0.0
     loss_weight: float = 0.0
@@ -110,9 +111,16 @@ class Fit:
         if self.accelerator.is_main_process:
             tensors, plain = trained.pack_optimizer(self.optimizer)
             self.state.recorded_bytes = self.record.flush()
-            groups = {"trained": trained.trained_tensors(self.bare), "best": self.best, "optimizer": tensors, "random": trained.random_state()}
+            groups = {
+                "trained": trained.trained_tensors(self.bare),
+                "best": self.best,
+                "optimizer": tensors,
+                "random": trained.random_state(),
+            }
             state = {**asdict(self.state), "optimizer": plain}
-            checkpoint.write(self.checkpoints, self.state.step, groups, state, self.config.digest(), self.config.keep_checkpoints)
+            checkpoint.write(
+                self.checkpoints, self.state.step, groups, state, self.config.digest(), self.config.keep_checkpoints
+            )
         self.accelerator.wait_for_everyone()
 
     # ---- training
@@ -129,24 +137,31 @@ class Fit:
         self.progress.start(self.total, state.step)
         while state.epoch < config.epochs and not self._out_of_patience():
             self._epoch()
-            scores = self.evaluate("validation")
-            state.epoch += 1
-            state.batch = 0
-            row = {"epoch": state.epoch, "step": state.step, "seconds": round(state.seconds, 3), "train_loss": state.loss_sum / state.loss_weight, **scores}
-            state.loss_sum = state.loss_weight = 0.0
-            state.history.append(row)
-            if self._is_better(scores[self.task.metric]):
-                state.best_epoch, state.best_score = state.epoch, scores[self.task.metric]
-                self.best = trained.snapshot(self.bare)
-            self.record.write({"event": "epoch", **row})
-            self.progress.epoch(row, best=state.best_epoch == state.epoch)
-            if config.checkpoint_every == 0 or state.epoch == config.epochs:
-                self.save()
-            self.stop.check()
         self.progress.finish()
         if config.keep == "best" and self.best:
             trained.restore(self.bare, self.best)
         return state
+
+    def _judge(self) -> None:
+        """Evaluate, and remember the weights if they are the best so far."""
+        state = self.state
+        scores = self.evaluate("validation")
+        epoch = round(state.epoch + state.batch / self.steps_per_epoch, 4)
+        row = {
+            "epoch": epoch,
+            "step": state.step,
+            "seconds": round(state.seconds, 3),
+            "train_loss": state.loss_sum / state.loss_weight,
+            **scores,
+        }
+        state.loss_sum = state.loss_weight = 0.0
+        state.history.append(row)
+        if self._is_better(scores[self.task.metric]):
+            state.best_epoch, state.best_score = epoch, scores[self.task.metric]
+            self.best = trained.snapshot(self.bare)
+        self.record.write({"event": "epoch", **row})
+        self.progress.epoch(row, best=state.best_epoch == epoch)
+        self._train_mode()
 
     def _epoch(self) -> None:
         """The rest of the current epoch."""
@@ -172,13 +187,25 @@ class Fit:
                         raise
                     self._smaller_micro_batch(error)
                     break  # the same batch again, in smaller pieces
-                state.step += 1
-                state.batch += 1
-                if config.checkpoint_every and state.step % config.checkpoint_every == 0 and state.batch < len(order):
-                    self.save()
-                if self.stop.asked():
-                    self.save()
-                    self.stop.check()
+                self._after_step(len(order))
+        state.epoch += 1
+        state.batch = 0
+        if config.checkpoint_every == 0 or state.epoch == config.epochs:
+            self.save()
+        self.stop.check()
+
+    def _after_step(self, steps: int) -> None:
+        """Count the step; evaluate, save and stop where it is time. `steps`: those of the epoch."""
+        state, config = self.state, self.config
+        state.step += 1
+        state.batch += 1
+        if state.batch in {math.ceil(i * steps / config.evaluations) for i in range(1, config.evaluations + 1)}:
+            self._judge()
+        if state.batch == steps:
+            return  # the end of an epoch is `_epoch`'s
+        if (config.checkpoint_every and state.step % config.checkpoint_every == 0) or self.stop.asked():
+            self.save()
+        self.stop.check()
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -216,7 +243,15 @@ class Fit:
         loss_value = self._everywhere(loss_sum.item())
         state.loss_sum += loss_value
         state.loss_weight += total
-        facts = {"step": state.step + 1, "epoch": state.epoch + (state.batch + 1) / self.steps_per_epoch, "loss": loss_value / total, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(state.seconds, 3), "examples_per_second": round(examples / spent, 2)}
+        facts = {
+            "step": state.step + 1,
+            "epoch": state.epoch + (state.batch + 1) / self.steps_per_epoch,
+            "loss": loss_value / total,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "seconds": round(state.seconds, 3),
+            "examples_per_second": round(examples / spent, 2),
+        }
         self.progress.step(facts)
         if (state.step + 1) % config.log_every == 0:
             self.record.write({"event": "step", **facts})
@@ -233,15 +268,17 @@ class Fit:
 
     def _synced(self, *, last: bool) -> Any:
         """Processes exchange gradients at the last micro-batch only."""
-        import contextlib
-
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def _everywhere(self, value: float) -> float:
         """The sum of a number over all processes."""
         if self.accelerator.num_processes == 1:
             return float(value)
-        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device), "sum").item())
+        return float(
+            self.accelerator.reduce(
+                torch.tensor(value, dtype=torch.float64, device=self.accelerator.device), "sum"
+            ).item()
+        )
 
     def _clip(self) -> float:
         limit = math.inf if self.config.clip is None else self.config.clip
@@ -250,17 +287,25 @@ class Fit:
 
     def _refuse_non_finite(self, loss: Tensor, norm: float) -> None:
         if not math.isfinite(loss.item()):
-            raise NonFinite(f"step {self.state.step + 1}: the loss is {loss.item()}; lower lr (now {self.optimizer.param_groups[0]['lr']:g}), or look at the data of this step")
+            raise NonFinite(
+                f"step {self.state.step + 1}: the loss is {loss.item()}; lower lr (now {self.optimizer.param_groups[0]['lr']:g}), or look at the data of this step"
+            )
         if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise NonFinite(f"step {self.state.step + 1}: the gradient is not finite (norm {norm}); lower lr (now {self.optimizer.param_groups[0]['lr']:g}) or set clip=1.0")
+            raise NonFinite(
+                f"step {self.state.step + 1}: the gradient is not finite (norm {norm}); lower lr (now {self.optimizer.param_groups[0]['lr']:g}) or set clip=1.0"
+            )
 
     def _smaller_micro_batch(self, error: BaseException) -> None:
         if self.state.micro == 1:
-            raise OutOfMemory(f"a forward and backward pass of one example does not fit into memory ({error}): shorten max_length or take a smaller model") from error
+            raise OutOfMemory(
+                f"a forward and backward pass of one example does not fit into memory ({error}): shorten max_length or take a smaller model"
+            ) from error
         self.state.micro = max(1, self.state.micro // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.progress.say(f"out of memory at step {self.state.step + 1}: going on with {self.state.micro} examples per forward pass, the same {self.batch} per step")
+        self.progress.say(
+            f"out of memory at step {self.state.step + 1}: going on with {self.state.micro} examples per forward pass, the same {self.batch} per step"
+        )
 
     # ---- evaluation
 

@@ -23,7 +23,9 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise DataError(f"model={name}: the folder has no config.json (found {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'})")
+            raise DataError(
+                f"model={name}: the folder has no config.json (found {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'})"
+            )
         return str(path), name
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -34,7 +36,9 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str]:
     return name, name
 
 
-def load_pretrained(auto: Any, folder: str, name: str, *, with_missing: bool = False, base_dropout: float | None = None, **options: Any) -> Any:
+def load_pretrained(
+    auto: Any, folder: str, name: str, *, with_missing: bool = False, base_dropout: float | None = None, **options: Any
+) -> Any:
     """`auto.from_pretrained(folder)`, quietly; with `with_missing`, also the parameters that the checkpoint lacks.
 
     base_dropout: overrides every dropout probability of the model's configuration.
@@ -53,10 +57,13 @@ def load_pretrained(auto: Any, folder: str, name: str, *, with_missing: bool = F
                 options |= {k: base_dropout for k, v in config.to_dict().items() if _is_dropout(k, v)}
             if not with_missing:
                 return auto.from_pretrained(folder, **options)
-            model, info = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            model, info = auto.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise DataError(f"model={name} cannot be loaded: {reason}; {how_to_get(name)}") from error
+    model.config._name_or_path = name  # what adapters record as their base: the id, not where it lies on this machine
     lacking = set(info["missing_keys"]) | {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return model, [key for key, _ in model.named_parameters() if key in lacking]
 

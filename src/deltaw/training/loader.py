@@ -50,6 +50,8 @@ def micro_batches(
     plan = [share(batch, size, rank, world) for batch in order]
     flat = [own or [order[i][0]] for i, micros in enumerate(plan) for own in micros]
     private = torch.Generator().manual_seed(0)  # DataLoader would otherwise draw from the generator that dropout uses
-    loader = iter(DataLoader(epoch, batch_sampler=flat, collate_fn=epoch.collate, num_workers=workers, generator=private))  # type: ignore[arg-type]
+    loader = iter(
+        DataLoader(epoch, batch_sampler=flat, collate_fn=epoch.collate, num_workers=workers, generator=private)
+    )  # type: ignore[arg-type]
     for micros in plan:
         yield [(next(loader), bool(own)) for own in micros]

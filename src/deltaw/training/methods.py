@@ -52,7 +52,9 @@ def check_method(config: RunConfig) -> None:
             raise ConfigError(f"method {config.method!r}: {name!r} has no rank")
         return
     if name not in variants:
-        raise UnknownName(f"unknown method {name!r}{did_you_mean(name, known_methods())} (known: {', '.join(known_methods())})")
+        raise UnknownName(
+            f"unknown method {name!r}{did_you_mean(name, known_methods())} (known: {', '.join(known_methods())})"
+        )
     method_variant(config)
 
 
@@ -68,7 +70,9 @@ def prepare(model: nn.Module, task: Task, config: RunConfig) -> Prepared:
         return Prepared(None, False)
     if name == "head":
         if not new:
-            raise ConfigError("method 'head' has nothing to train: the base brings all its modules; name some with train=[...]")
+            raise ConfigError(
+                "method 'head' has nothing to train: the base brings all its modules; name some with train=[...]"
+            )
         attach(model, {target: variants["full"]() for target in new})
         return Prepared("default", True)
     targets = task.targets() if config.targets == "all-linear" and task.targets() is not None else config.targets

@@ -67,8 +67,12 @@ class Progress:
 
     def epoch(self, row: dict[str, Any], *, best: bool) -> None:
         """An epoch has been evaluated."""
-        scores = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k not in ("seconds", "train_loss"))
-        self.say(f"epoch {row['epoch']}  {row['seconds']:.1f} s  train loss {row['train_loss']:.4f}  validation {scores}{'  *' if best else ''}")
+        scores = "  ".join(
+            f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k not in ("seconds", "train_loss")
+        )
+        self.say(
+            f"epoch {row['epoch']}  {row['seconds']:.1f} s  train loss {row['train_loss']:.4f}  validation {scores}{'  *' if best else ''}"
+        )
 
     def finish(self) -> None:
         """Training is over."""

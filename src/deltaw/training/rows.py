@@ -19,7 +19,14 @@ from deltaw.training.copies import COPIES, how_to_get, installed
 from deltaw.training.order import generator
 
 Row = Mapping[str, Any]
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -30,7 +37,9 @@ def read_source(data: DataConfig) -> tuple[dict[str, list[Row]], str]:
         DataError: the source is missing, unreadable or empty.
     """
     if data.path is None:
-        raise DataError("no data: set data=FILE (jsonl, csv, tsv, json, parquet), a folder with train/validation/test files, or a hub id")
+        raise DataError(
+            "no data: set data=FILE (jsonl, csv, tsv, json, parquet), a folder with train/validation/test files, or a hub id"
+        )
     path = Path(data.path).expanduser()
     if path.is_dir():
         found = {}
@@ -39,7 +48,9 @@ def read_source(data: DataConfig) -> tuple[dict[str, list[Row]], str]:
             if split and file.suffix in READABLE:
                 found[split] = list(read_file(file))
         if "train" not in found:
-            raise DataError(f"{path}: no train file (train.jsonl, train.csv, train.parquet ...) among {sorted(p.name for p in path.iterdir())[:10]}")
+            raise DataError(
+                f"{path}: no train file (train.jsonl, train.csv, train.parquet ...) among {sorted(p.name for p in path.iterdir())[:10]}"
+            )
         return found, str(path)
     if path.is_file():
         return {"train": list(read_file(path))}, str(path)
@@ -81,7 +92,9 @@ def from_hub(data: DataConfig) -> dict[str, list[Row]]:
 def read_file(path: Path) -> Iterator[Row]:
     """The rows of one file, by its ending."""
     if path.suffix not in READABLE:
-        raise DataError(f"{path}: cannot read {path.suffix or 'a file without ending'}; readable: {', '.join(READABLE)}")
+        raise DataError(
+            f"{path}: cannot read {path.suffix or 'a file without ending'}; readable: {', '.join(READABLE)}"
+        )
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -120,13 +133,17 @@ class LabelledText:
         lines = []
         for name, rows in self.splits.items():
             counts = Counter(label for _, label in rows)
-            lines.append(f"{name}: {len(rows):,} examples ({', '.join(f'{self.labels[i]} {counts[i]:,}' for i in range(len(self.labels)))})")
+            lines.append(
+                f"{name}: {len(rows):,} examples ({', '.join(f'{self.labels[i]} {counts[i]:,}' for i in range(len(self.labels)))})"
+            )
         if self.dropped:
             lines.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in self.dropped.items()))
         return lines
 
 
-def labelled_text(data: DataConfig, seed: int, label_names: Mapping[str, str] | None = None) -> tuple[LabelledText, str]:
+def labelled_text(
+    data: DataConfig, seed: int, label_names: Mapping[str, str] | None = None
+) -> tuple[LabelledText, str]:
     """Read, clean and split `data`. Also returns where it came from.
 
     Rows without text or label, duplicates, and texts that carry two different labels are dropped and counted. Missing
@@ -138,7 +155,9 @@ def labelled_text(data: DataConfig, seed: int, label_names: Mapping[str, str] | 
     source, where = read_source(data)
     if data.split is not None:
         if data.split not in source:
-            raise DataError(f"data.split={data.split!r}: {where} has {', '.join(source)}{did_you_mean(data.split, source)}")
+            raise DataError(
+                f"data.split={data.split!r}: {where} has {', '.join(source)}{did_you_mean(data.split, source)}"
+            )
         source = {"train": source[data.split]}
     for name, rows in source.items():
         if not rows:
@@ -146,11 +165,15 @@ def labelled_text(data: DataConfig, seed: int, label_names: Mapping[str, str] | 
         for column in (data.text, data.label):
             if column not in rows[0]:
                 key = "text" if column == data.text else "label"
-                raise DataError(f"{where}: no column {column!r} among {', '.join(map(repr, rows[0]))}: set data.{key}=COLUMN")
+                raise DataError(
+                    f"{where}: no column {column!r} among {', '.join(map(repr, rows[0]))}: set data.{key}=COLUMN"
+                )
     dropped: Counter[str] = Counter()
     claimed: set[str] = set()
     clean: dict[str, list[tuple[str, str]]] = {}
-    for name in sorted(source, key=["test", "validation", "train"].index if set(source) <= {"test", "validation", "train"} else None):
+    for name in sorted(
+        source, key=["test", "validation", "train"].index if set(source) <= {"test", "validation", "train"} else None
+    ):
         clean[name] = _clean(source[name], data, claimed, dropped)
     rows = sorted(clean.pop("train"))
     generator("split", seed).shuffle(rows)  # type: ignore[arg-type]
@@ -161,13 +184,19 @@ def labelled_text(data: DataConfig, seed: int, label_names: Mapping[str, str] | 
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
     if len(labels) < 2:
-        raise DataError(f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}; a classifier needs at least two classes")
+        raise DataError(
+            f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}; a classifier needs at least two classes"
+        )
     missing = set(labels) - {label for _, label in clean["train"]}
     if missing:
         raise DataError(f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}")
     index = {label: i for i, label in enumerate(labels)}
     names = [str((label_names or {}).get(label, label)) for label in labels]
-    splits = {name: [(text, index[label]) for text, label in clean[name]] for name in ("train", "validation", "test") if name in clean}
+    splits = {
+        name: [(text, index[label]) for text, label in clean[name]]
+        for name in ("train", "validation", "test")
+        if name in clean
+    }
     return LabelledText(splits, names, dict(dropped)), where
 
 

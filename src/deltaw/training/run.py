@@ -1,7 +1,7 @@
 """One training run in its folder: from a task to an adapter (or a model), a record and a result.
 
-    RUN/  config.resolved.yaml  run.json (running, interrupted, finished)  metrics.jsonl  checkpoints/step-N/
-          results.json  and the result itself: adapter_config.json + adapter_model.safetensors, or model/
+RUN/  config.resolved.yaml  run.json (running, interrupted, finished)  metrics.jsonl  checkpoints/step-N/
+      results.json  and the result itself: adapter_config.json + adapter_model.safetensors, or model/
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import torch
 import yaml
 from torch import nn
 
-from deltaw.core.adapter import Adapter
 from deltaw.errors import ConfigError, DataError, OutOfMemory
-from deltaw.model.attach import get
+from deltaw.io import save
+from deltaw.io.folder import CONFIG as CONFIG_FILE
+from deltaw.io.folder import WEIGHTS
 from deltaw.model.groups import param_groups
+from deltaw.model.state import rosters
 from deltaw.training import checkpoint, memory
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import Fit, to_device
@@ -39,9 +41,12 @@ from deltaw.training.task import Task
 CONFIG = "config.resolved.yaml"
 STATUS = "run.json"
 RESULTS = "results.json"
+FACTS = "deltaw_facts.json"
 
 
-def train(make_task: Callable[[], Task], config: RunConfig, folder: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    make_task: Callable[[], Task], config: RunConfig, folder: Path, *, resume: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Run `config` in `folder` and return what results.json holds.
 
     make_task: builds the task; called once, so that nothing is read before the configuration is known to be right.
@@ -70,7 +75,9 @@ def train(make_task: Callable[[], Task], config: RunConfig, folder: Path, *, res
         torch.manual_seed(config.seed)
         loaded = memory.resident_bytes()
         size = counts(model)
-        progress.say(f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})")
+        progress.say(
+            f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})"
+        )
         fresh = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = folder / "checkpoints"
@@ -107,6 +114,7 @@ def train(make_task: Callable[[], Task], config: RunConfig, folder: Path, *, res
                     "peak_bytes": peak,
                     "peak_above_model_bytes": max(0, peak - loaded),
                     "kept_bytes": kept,
+                    "examples": {name: len(rows) for name, rows in task.splits.items()},
                     "seed": config.seed,
                     "notes": task.notes,
                     "versions": versions(),
@@ -129,7 +137,9 @@ def train(make_task: Callable[[], Task], config: RunConfig, folder: Path, *, res
             if fresh and not checkpoints.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, torch.OutOfMemoryError):
-                raise OutOfMemory(f"out of memory outside the training steps ({error}): take a smaller eval_batch_size or model") from error
+                raise OutOfMemory(
+                    f"out of memory outside the training steps ({error}): take a smaller eval_batch_size or model"
+                ) from error
             raise
 
 
@@ -144,16 +154,20 @@ def _fit(
     stop: Stop,
     checkpoints: Path,
 ) -> tuple[Fit, float]:
-    """The loop, its optimizer, and the recorded frozen body; also the seconds that recording took."""
+    """The loop, its optimizer, and the recorded frozen body; also the seconds that recording the training examples took."""
     body_path = task.prefix(model)
     body = model.get_submodule(body_path) if body_path is not None and prepared.trains else None
     if body is not None and not is_frozen(body):
         body = None
-    started = time.perf_counter()
-    recorded = record_body(model, body, task, config, accelerator.device, progress) if body is not None and config.cache_prefix else None
-    spent = time.perf_counter() - started
+    recorded = (
+        record_body(model, body, task, config, accelerator.device, progress)
+        if body is not None and config.cache_prefix
+        else None
+    )
     if prepared.trains:
-        groups = param_groups(model, config.lr_for(config.method), config.b_ratio if config.b_ratio != 1.0 else None, config.weight_decay)
+        groups = param_groups(
+            model, config.lr_for(config.method), config.b_ratio if config.b_ratio != 1.0 else None, config.weight_decay
+        )
     else:
         groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0}]
     for group in groups:
@@ -169,14 +183,16 @@ def _fit(
         progress=progress,
         stop=stop,
         checkpoints=checkpoints,
-        body=recorded,
+        body=recorded[:2] if recorded is not None else None,
         frozen_body=body,
     )
-    return fit, spent
+    return fit, recorded[2] if recorded is not None else 0.0
 
 
-def record_body(model: nn.Module, body: nn.Module, task: Task, config: RunConfig, device: torch.device, progress: Progress) -> tuple[Prefix, dict[str, list[Any]]] | None:
-    """The outputs of the frozen `body` for every example, or None (with the reason) where that is not possible."""
+def record_body(
+    model: nn.Module, body: nn.Module, task: Task, config: RunConfig, device: torch.device, progress: Progress
+) -> tuple[Prefix, dict[str, list[Any]], float] | None:
+    """The outputs of the frozen `body` for every example and the seconds that the training ones took, or None (with the reason) where that is not possible."""
     if task.augments:
         progress.say("the frozen body is computed in every epoch: examples are augmented")
         return None
@@ -187,12 +203,15 @@ def record_body(model: nn.Module, body: nn.Module, task: Task, config: RunConfig
 
     prefix = Prefix(body, answer)
     found: dict[str, list[Any]] = {}
-    count = 0
+    count, seconds = 0, 0.0
     for split, examples in task.splits.items():
+        started = time.perf_counter()
         lengths = task.lengths(split)
         order = in_order(len(examples), config.eval_batch_size, lengths)
         rows: list[Any] = [None] * len(examples)
-        for indices, micros in zip(order, micro_batches(Epoch(task, split, config.seed, 0), order, config.eval_batch_size)):
+        for indices, micros in zip(
+            order, micro_batches(Epoch(task, split, config.seed, 0), order, config.eval_batch_size)
+        ):
             for batch, _ in micros:
                 batch.pop(ROWS, None)
                 try:
@@ -204,8 +223,10 @@ def record_body(model: nn.Module, body: nn.Module, task: Task, config: RunConfig
                     rows[index] = row
         found[split] = rows
         count += len(rows)
+        if split == "train":
+            seconds = time.perf_counter() - started
     progress.say(f"the frozen body was computed once for each of {count:,} examples")
-    return prefix, found
+    return prefix, found, seconds
 
 
 def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress) -> None:
@@ -218,44 +239,47 @@ def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress
         fit.record.cut(0)
         return
     if manifest["config"] != config.digest():
-        raise ConfigError("the checkpoint belongs to another configuration: resume with the run's own config.resolved.yaml, or train into another folder")
+        raise ConfigError(
+            "the checkpoint belongs to another configuration: resume with the run's own config.resolved.yaml, or train into another folder"
+        )
     if manifest["versions"] != checkpoint.versions():
         progress.say(f"note: the checkpoint was written with {manifest['versions']}; going on is not bit-identical")
     fit.resume(found)
     progress.say(f"resumed at step {fit.state.step} of {fit.total}")
 
 
-def keep_result(model: nn.Module, task: Task, config: RunConfig, prepared: Prepared, folder: Path, test: dict[str, float] | None) -> int:
+def keep_result(
+    model: nn.Module, task: Task, config: RunConfig, prepared: Prepared, folder: Path, test: dict[str, float] | None
+) -> int:
     """Write what must be kept for the task; returns its size in bytes."""
+    facts = {**task.facts(), "recipe": config.recipe, "test": test}
     if prepared.adapter is not None:
-        facts = {**task.facts(), "recipe": config.recipe, "test": test}
-        adapter = get(model, prepared.adapter)
-        return write_adapter(adapter.replace(base={**adapter.base, "name": task.model_name}, extra=facts), folder)
+        for roster in rosters(model):
+            roster.notes[prepared.adapter] = {"base": {"name": task.model_name}, "extra": facts}
+        return keep_adapter(model, prepared.adapter, folder)
     if not prepared.trains:
         return 0
     aside = folder / "model.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     task.keep_model(model, aside)
-    checkpoint.write_atomic(aside / "deltaw_facts.json", json.dumps({**task.facts(), "recipe": config.recipe, "test": test}))
+    checkpoint.write_atomic(aside / FACTS, json.dumps(facts, indent=2))
     final = folder / "model"
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     return sum(p.stat().st_size for p in final.iterdir() if p.suffix == ".safetensors")
 
 
-def write_adapter(adapter: Adapter, folder: Path) -> int:
-    """Put an adapter's files into a run's folder; returns the size of its tensors' file."""
-    from deltaw.io import write
-
+def keep_adapter(model: nn.Module, name: str, folder: Path) -> int:
+    """Save an adapter among a run's other files; returns the size of its tensors' file."""
     aside = folder / "adapter.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    write(adapter, aside)
-    files = sorted(aside.iterdir(), key=lambda p: p.name == "adapter_config.json")  # last: its presence means all are there
+    save(model, aside, name)
+    files = sorted(aside.iterdir(), key=lambda p: p.name == CONFIG_FILE)  # last: its presence means that all are there
     for file in files:
         os.replace(file, folder / file.name)
     aside.rmdir()
-    return (folder / "adapter_model.safetensors").stat().st_size
+    return (folder / WEIGHTS).stat().st_size
 
 
 def best_row(history: list[dict[str, Any]], task: Task) -> dict[str, Any]:
@@ -304,4 +328,10 @@ def machine() -> dict[str, Any]:
     if info.exists():
         flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "architecture": platform.machine(), "features": [f for f in known if f in flags.split()], "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "architecture": platform.machine(),
+        "features": [f for f in known if f in flags.split()],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

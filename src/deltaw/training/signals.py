@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):  # noqa: N818  (an event, not an error)
+class Interrupted(Exception):
     """A run stopped because it was told to. `code` is what the process ends with: 130 or 143."""
 
     def __init__(self, number: int) -> None:

@@ -133,5 +133,7 @@ def area_under_curve(score: Tensor, label: Tensor) -> float:
     if positive == 0 or negative == 0:
         return float("nan")
     ordered = score.double().sort().values
-    ranks = (torch.searchsorted(ordered, score.double()) + torch.searchsorted(ordered, score.double(), right=True) + 1) / 2
+    ranks = (
+        torch.searchsorted(ordered, score.double()) + torch.searchsorted(ordered, score.double(), right=True) + 1
+    ) / 2
     return float((ranks[label == 1].sum() - positive * (positive + 1) / 2) / (positive * negative))

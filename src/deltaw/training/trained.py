@@ -33,7 +33,9 @@ def restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
     live = trained_tensors(model)
     if live.keys() != kept.keys():
         differing = sorted(live.keys() ^ kept.keys())
-        raise ValueError(f"the checkpoint's tensors are not the model's; {len(differing)} differ, for example {differing[0]!r}")
+        raise ValueError(
+            f"the checkpoint's tensors are not the model's; {len(differing)} differ, for example {differing[0]!r}"
+        )
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(kept[name])

@@ -17,7 +17,9 @@ def add(app: typer.Typer) -> None:
         from deltaw.training.methods import known_methods
 
         if as_json:
-            typer.echo(json.dumps({"recipes": {n: r.about for n, r in known.items()}, "methods": known_methods()}, indent=2))
+            typer.echo(
+                json.dumps({"recipes": {n: r.about for n, r in known.items()}, "methods": known_methods()}, indent=2)
+            )
             return
         typer.echo("recipes:")
         for name, recipe in known.items():

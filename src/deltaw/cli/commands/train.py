@@ -12,8 +12,12 @@ def add(app: typer.Typer) -> None:
 
     @app.command()
     def train(
-        source: str = typer.Argument(..., metavar="RECIPE|FILE.yaml", help="A recipe (see `deltaw recipes`) or a configuration file."),
-        overrides: list[str] = typer.Argument(None, metavar="key=value ...", help="Settings, for example epochs=3 lora.rank=4 lr=1e-4."),
+        source: str = typer.Argument(
+            ..., metavar="RECIPE|FILE.yaml", help="A recipe (see `deltaw recipes`) or a configuration file."
+        ),
+        overrides: list[str] = typer.Argument(
+            None, metavar="key=value ...", help="Settings, for example epochs=3 lora.rank=4 lr=1e-4."
+        ),
         method: str = typer.Option(None, "--method", "-m", help="lora, dora, lora:4, head, full, ..."),
         out: str = typer.Option(None, "--out", "-o", help="Run folder. Default: runs/RECIPE-METHOD."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run folder if it exists."),

@@ -25,7 +25,9 @@ class TextClassification(Task):
 
     metric = "accuracy"
 
-    def __init__(self, config: RunConfig, label_names: Mapping[str, str] | None = None, labels: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, label_names: Mapping[str, str] | None = None, labels: Sequence[str] | None = None
+    ) -> None:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -33,7 +35,9 @@ class TextClassification(Task):
         self.config = config
         self.notes = []
         if config.model is None:
-            raise DataError("no model: set model=FOLDER or a hub id, for example model=sentence-transformers/all-MiniLM-L6-v2")
+            raise DataError(
+                "no model: set model=FOLDER or a hub id, for example model=sentence-transformers/all-MiniLM-L6-v2"
+            )
         self.model_name = config.model
         self.folder, where = resolve(config.model, config.revision)
         self.notes.append(f"model: {where}")
@@ -49,7 +53,9 @@ class TextClassification(Task):
         self._new: list[str] = []
 
     def _tokens(self, rows: Sequence[tuple[str, int]]) -> list[tuple[list[int], int]]:
-        encoded = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.config.max_length)["input_ids"]
+        encoded = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.config.max_length)[
+            "input_ids"
+        ]
         return [(ids, label) for ids, (_, label) in zip(encoded, rows)]
 
     def build(self) -> nn.Module:
@@ -86,7 +92,9 @@ class TextClassification(Task):
         if self._new:
             return self._new
         body = getattr(model, "base_model_prefix", "")
-        return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+        return [
+            name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())
+        ]
 
     def prefix(self, model: nn.Module) -> str | None:
         name = getattr(model, "base_model_prefix", "")
@@ -128,8 +136,15 @@ class TextClassification(Task):
         model.eval()
         found = []
         for start in range(0, len(inputs), self.config.eval_batch_size):
-            batch = self.collate(self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]]))
+            batch = self.collate(
+                self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]])
+            )
             _, logits = self.loss(model, batch)
             for row in logits.float().softmax(-1):
-                found.append({"label": self.labels[int(row.argmax())], "probabilities": {n: float(p) for n, p in zip(self.labels, row)}})
+                found.append(
+                    {
+                        "label": self.labels[int(row.argmax())],
+                        "probabilities": {n: float(p) for n, p in zip(self.labels, row)},
+                    }
+                )
         return [{"text": text, **answer} for text, answer in zip(inputs, found)]
