@@ -79,12 +79,7 @@ def _admit(folder: Folder, verify: bool) -> Admitted:
     tensors = tensor_file.read_tensors(memoryview(raw_weights), header)
     size = len(raw_weights)
     del raw_weights
-    seal = header.metadata.get(tensor_file.CHECKSUM)
-    if seal is not None and verify and seal != tensor_file.checksum(raw_config, tensors):
-        raise AdapterError(
-            f"{CONFIG} and {WEIGHTS} are not what was written together (the checksum in the weights differs): damaged, "
-            f"mixed up, or edited; fetch them again, or read with verify=False (--no-verify) if you mean it"
-        )
+    sealed = verify and tensor_file.check_seal(raw_config, tensors, header)
     check_values(tensors)
     parsed = grammar_for(config).read(config, tensors)
     adapter = parsed.adapter
@@ -102,7 +97,7 @@ def _admit(folder: Folder, verify: bool) -> Admitted:
         identity,
         parsed,
         config,
-        seal is not None and verify,
+        sealed,
         parsed.notes,
         {CONFIG: len(raw_config), WEIGHTS: size},
     )

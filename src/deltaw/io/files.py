@@ -68,7 +68,8 @@ def write_parts(
 
     def fill(folder: Path) -> None:
         (folder / CONFIG).write_bytes(raw)
-        metadata = {"format": "pt", tensor_file.CHECKSUM: tensor_file.checksum(raw, tensors)}
+        metadata = {"format": "pt"}
+        metadata[tensor_file.CHECKSUM] = tensor_file.checksum(raw, tensors, metadata)
         with (folder / WEIGHTS).open("wb") as file:
             hashing = _Hashing(file)
             tensor_file.write(hashing, tensors, metadata)  # type: ignore[arg-type]

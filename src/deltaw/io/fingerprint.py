@@ -32,6 +32,8 @@ SEED = b"deltaw fingerprint 1"
 TOLERANCE = {"float": 0.01, "int8": 0.05, "other": 0.25}
 """Largest accepted sketch distance: between 16-bit roundings, to 8-bit and to other (4-bit) forms."""
 
+OTHER = "!other values"
+
 _seen: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, dict[str, Any]]]] = weakref.WeakKeyDictionary()
 
 
@@ -225,6 +227,12 @@ def compare(model: nn.Module, recorded: Mapping[str, Any], without: Collection[s
             other[name] = verdict[1:]
         elif verdict:
             precision[name] = verdict
+    # fp32 read from a 16-bit file, or the other way round
+    common = {n: e for n, e in here.items() if n in there and n not in without}
+    if other and all(why == OTHER[1:] for why in other.values()) and set(other) <= set(common):
+        short = rounding(there, common, {n: tensors[n][0] for n in common})
+        if short is not None:
+            return Comparison(True, {}, dict.fromkeys(other, f"{short} in F32"))
     for name in here:
         if name not in there and name not in without and aliases.get(name, name) not in there:
             other.setdefault(name, "not in the base that was trained on")
@@ -241,18 +249,13 @@ def judge(recorded: Mapping[str, Any], found: Mapping[str, Any], tensor: Tensor,
         return ""
     if was_form == form == "dense":
         if was == now:
-            # fp32 read from a 16-bit file, or the other way round: equal after that rounding, and one of them is rounded
-            for short in ("F16", "BF16"):
-                same = recorded.get(f"sha256_{short}") == found.get(f"sha256_{short}") is not None
-                if same and (rounded(tensor, short) or recorded.get("sha256") == sha(_round(tensor, short).float())):
-                    return f"{short} in {now}"
-            return "!other values"
+            return OTHER
         if recorded.get(f"sha256_{now}") == found["sha256"] is not None:
             return f"{was} -> {now}"
         if recorded.get("sha256") == found.get(f"sha256_{was}") is not None:
             return f"{was} -> {now}"
         if "F32" in (was, now) and {was, now} & {"F16", "BF16"}:
-            return "!other values"
+            return OTHER
     kinds = {was_form, form} - {"dense"}
     kind = "float" if not kinds else "int8" if all("8" in k for k in kinds) else "other"
     gap = distance(recorded.get("sketch"), found["sketch"])
@@ -261,9 +264,25 @@ def judge(recorded: Mapping[str, Any], found: Mapping[str, Any], tensor: Tensor,
     return f"!other values (about {gap:.0%} apart)"
 
 
-def rounded(tensor: Tensor, short: str) -> bool:
-    """Whether every value is one that the 16-bit dtype has."""
-    return bool(torch.equal(_round(tensor, short).to(tensor.dtype), tensor))
+def rounding(there: Mapping[str, Any], here: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """"F16" or "BF16" if one base is the other, read from a file of that precision, as a whole; else None.
+
+    A single value moved by less than a rounding does not count as such: over half of the matrices must differ.
+    """
+    matrices = [n for n, entry in here.items() if len(entry["shape"]) > 1]
+    moved = [n for n in matrices if there[n].get("sha256") != here[n]["sha256"]]
+    if not moved or 2 * len(moved) <= len(matrices):
+        return None
+    for short in ("F16", "BF16"):
+        field = f"sha256_{short}"
+        if any(there[n].get(field) is None or there[n].get(field) != here[n].get(field) for n in here):
+            continue
+        short_now = {n: _round(tensors[n], short).float() for n in here}
+        if all(torch.equal(short_now[n], tensors[n]) for n in here):
+            return short
+        if all(there[n].get("sha256") == sha(short_now[n]) for n in here):
+            return short
+    return None
 
 
 def _round(tensor: Tensor, short: str) -> Tensor:

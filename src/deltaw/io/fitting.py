@@ -59,6 +59,20 @@ def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
                 )
 
 
+def check_dtypes(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse whole numbers where the model has real ones, and the other way round.
+
+    Raises:
+        AdapterError: naming the tensor.
+    """
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for key, change in adapter.changes.items():
+        real = not change.variant.any_shape or key not in own or own[key].is_floating_point()
+        for name, tensor in change.tensors.items():
+            if tensor.is_floating_point() != real and not (change.variant.any_shape and key not in own):
+                raise AdapterError(f"{key}.{name} is {tensor.dtype}, which does not suit a parameter of real numbers")
+
+
 def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, ADAPTABLE) or type(module).__name__ == "Conv1D"
 

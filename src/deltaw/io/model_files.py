@@ -17,7 +17,7 @@ from deltaw.io import hub
 from deltaw.io.admission import Admitted, admit, check_values
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
-from deltaw.io.fitting import check_fit, folded, peft_can_place, task_of, tighten
+from deltaw.io.fitting import check_dtypes, check_fit, folded, peft_can_place, task_of, tighten
 from deltaw.io.folder import Folder
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
@@ -118,6 +118,7 @@ def load(
     else:
         admitted = admit(found(source, revision, token), verify=verify)
         adapter, notes = fitted(root, admitted)
+    check_dtypes(root, adapter)
     notes += check_base(root, adapter, allow_base_mismatch)
     install(root, adapter, name, active=active, trainable=trainable)
     for note in notes:

@@ -127,14 +127,37 @@ def read_tensors(buffer: memoryview, header: Header) -> dict[str, Tensor]:
     return found
 
 
-def checksum(config: bytes, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the config's bytes and every tensor's name, dtype, shape and content."""
+def checksum(config: bytes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over the config's bytes, the other metadata, and every tensor's name, dtype, shape and content."""
     digest = hashlib.sha256(hashlib.sha256(config).digest())
+    digest.update(strict_json.canonical({k: v for k, v in metadata.items() if k != CHECKSUM}))
     for name, tensor in sorted(tensors.items()):
         digest.update(strict_json.canonical([name, NAMES[tensor.dtype], list(tensor.shape)]))
         for piece in content(tensor):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def check_seal(config: bytes, tensors: Mapping[str, Tensor], header: Header) -> bool:
+    """Whether the file carries a checksum of ours, which then is right.
+
+    Raises:
+        AdapterError: it is wrong, or damaged itself.
+    """
+    meta = header.metadata
+    seal = meta.get(CHECKSUM)
+    if seal is None and not any(len(value) == 64 for value in meta.values()):
+        return False
+    plain = {k: v for k, v in meta.items() if len(v) != 64}
+    expected = checksum(config, tensors, plain)
+    if seal != expected:
+        if seal is None and expected not in meta.values():
+            return False
+        raise AdapterError(
+            "the config and the weights are not what was written together (the checksum in the weights differs): damaged, "
+            "mixed up, or edited; fetch them again, or read with verify=False (--no-verify) if you mean it"
+        )
+    return True
 
 
 def content(tensor: Tensor, piece: int = 1 << 24) -> Iterator[memoryview]:

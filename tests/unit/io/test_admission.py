@@ -1,0 +1,315 @@
+"""Damaged, foreign and hostile folders: none gets in, and the model is what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put
+from torch import Tensor
+
+import deltaw as dw
+from deltaw.errors import AdapterError, BaseMismatch, DeltawError
+from deltaw.io.admission import admit
+from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
+
+SEALED = KINDS[:2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    return {kind: make(kind, root / kind.replace(" ", "-")) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folders[request.param], tmp_path / "a"))
+
+
+def refused(model: torch.nn.Module, folder: Path) -> bool:
+    """Whether load refuses, with an error of ours and the model untouched."""
+    before = bits(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dw.load(model, folder)
+    except DeltawError:
+        assert bits(model) == before
+        return True
+    dw.detach(model)
+    assert bits(model) == before
+    return False
+
+
+def test_sound_folders_are_admitted(folder: Path) -> None:
+    assert not refused(net(), folder)
+
+
+def test_truncated_anywhere(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [*range(header + 1), *random.Random(0).sample(range(header + 1, len(whole)), 100)]
+    for cut in cuts:
+        (folder / WEIGHTS).write_bytes(whole[:cut])
+        with pytest.raises(AdapterError):
+            admit(folder)
+    config = (folder / CONFIG).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole)
+    for cut in range(len(config.rstrip())):
+        (folder / CONFIG).write_bytes(config[:cut])
+        with pytest.raises(AdapterError):
+            admit(folder)
+
+
+def flip(folder: Path, rng: random.Random, names: list[str]) -> tuple[Path, bytes]:
+    sizes = [(folder / n).stat().st_size for n in names]
+    file = folder / rng.choices(names, sizes)[0]
+    whole = file.read_bytes()
+    at = rng.randrange(len(whole) * 8)
+    damaged = bytearray(whole)
+    damaged[at // 8] ^= 1 << at % 8
+    file.write_bytes(damaged)
+    return file, whole
+
+
+def count_accepted_flips(folder: Path, count: int) -> int:
+    rng = random.Random(1)
+    names = [n for n in (CONFIG, WEIGHTS, MANIFEST) if (folder / n).exists()]
+    accepted = 0
+    for i in range(count):
+        file, whole = flip(folder, rng, [names[i % len(names)]])
+        try:
+            admit(folder)
+            accepted += 1
+        except DeltawError:
+            pass
+        file.write_bytes(whole)
+    return accepted
+
+
+@pytest.mark.parametrize("kind", SEALED)
+def test_no_flipped_bit_is_accepted(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    assert count_accepted_flips(Path(shutil.copytree(folders[kind], tmp_path / "a")), 400) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEALED)
+def test_no_flipped_bit_is_accepted_of_ten_thousand(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    assert count_accepted_flips(Path(shutil.copytree(folders[kind], tmp_path / "a")), 10_000) == 0
+
+
+def test_a_flipped_bit_in_a_foreign_file_loads_whole_or_not_at_all(folders: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's files have no checksum: a flip in a value cannot be seen, but one in a name, shape or rank is."""
+    folder = Path(shutil.copytree(folders["peft"], tmp_path / "a"))
+    keys, rng, model = set(admit(folder).adapter.changes), random.Random(2), net()
+    for _ in range(200):
+        file, whole = flip(folder, rng, [CONFIG, WEIGHTS])
+        if not refused(model, folder):
+            assert set(admit(folder).adapter.changes) == keys
+        file.write_bytes(whole)
+
+
+JUNK: list[Any] = [None, True, -1, 0, 3, 2.5, 1e9, "", "x", ".*", "(", [], ["x"], [1], {}, {"a": 1}, {"a": "b"}, [[]]]
+
+
+def mutate(config: dict[str, Any], tensors: dict[str, Tensor], rng: random.Random) -> None:
+    """One random damage, in place."""
+    name = rng.choice(sorted(tensors))
+    match rng.randrange(10):
+        case 0:
+            config[rng.choice(sorted(config))] = rng.choice(JUNK)
+        case 1:
+            config.pop(rng.choice(["r", "target_modules", "peft_type", "modules_to_save", "lora_alpha"]), None)
+        case 2:
+            del tensors[name]
+        case 3:
+            tensors[name + rng.choice(["x", ".weight", "_A"])] = tensors[name].clone()
+        case 4:
+            tensors[name.replace("0", "7").replace("first", "frist") + "" if rng.random() < 0.5 else "q." + name] = (
+                tensors.pop(name)
+            )
+        case 5:
+            tensors[name] = tensors[name].reshape(-1)
+        case 6:
+            tensors[name] = torch.cat([tensors[name], tensors[name]])
+        case 7:
+            tensors[name].view(-1)[0] = rng.choice([float("nan"), float("inf"), float("-inf")])
+        case 8:
+            tensors[name] = tensors[name][..., :0]
+        case 9:
+            tensors[name] = tensors[name].to(rng.choice([torch.int8, torch.bool, torch.int64]))
+
+
+def fuzz(folder: Path, scratch: Path, count: int) -> int:
+    """Mutate and load; returns how many were refused. What is accepted must have used every tensor."""
+    rng, model, total = random.Random(3), net(), 0
+    good = admit(folder).adapter
+    for _ in range(count):
+        config, tensors = parts(folder)
+        for _ in range(rng.choice([1, 1, 2])):
+            if tensors:
+                mutate(config, tensors, rng)
+        put(scratch, config, tensors)
+        if refused(model, scratch):
+            total += 1
+            continue
+        adapter = admit(scratch).adapter
+        assert len(adapter.tensors()) == len(tensors)
+        assert set(adapter.changes) >= set(good.changes) - {"head.weight", "head.bias"}
+    return total
+
+
+@pytest.mark.parametrize("kind", ["ours", "peft"])
+def test_no_mutant_loads_in_part(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    assert fuzz(folders[kind], tmp_path / "m", 300) > 200
+
+
+@pytest.mark.slow
+def test_no_mutant_of_ten_thousand_loads_in_part(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert fuzz(folders["peft"], tmp_path / "m", 10_000) > 7_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"peft_type": "LORA", "r": 2, "r": 2}', "twice"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
+        ('{"peft_type": "LORA", "lora_alpha": 1e999}', "too large"),
+        ("[" * 100_000, "nested"),
+        ('{"a":' * 40 + "1" + "}" * 40, "nested"),
+        ("[1]", "must be a JSON object"),
+        ("\ufeff{}", "not valid JSON"),
+        ('{"peft_type": "PROMPT_TUNING"}', "cannot be read"),
+        ('{"peft_type": null}', "cannot be read"),
+        ("{}" + " " * (1 << 20), "at most"),
+    ],
+)
+def test_bad_configs(folders: dict[str, Path], tmp_path: Path, text: str, message: str) -> None:
+    put(tmp_path / "a", text, parts(folders["peft"])[1])
+    with pytest.raises(AdapterError, match=message):
+        admit(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 3}, "A has rank 2, the config says 3"),
+        ({"use_dora": True}, "m missing"),
+        ({"rank_pattern": {"(a+)+b": 2}}, "nests repeats"),
+        ({"target_modules": "(" * 5}, "no valid regular expression"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"init_lora_weights": "pissa"}, "rewrites the base"),
+        ({"modules_to_save": None}, "nothing in its config accounts for"),
+        ({"target_modules": ["first", "0", "1", "norm", "head2"]}, None),
+        ({"lora_alpha": "8"}, "is no number"),
+        ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, None),
+        ({"megatron_core": "antigravity"}, None),
+    ],
+)
+def test_wrong_fields(folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str | None) -> None:
+    config, tensors = parts(folders["peft"])
+    put(tmp_path / "a", {**config, **change}, tensors)
+    if message is None:
+        admit(tmp_path / "a")
+        assert "antigravity" not in sys.modules
+    else:
+        with pytest.raises(AdapterError, match=message):
+            admit(tmp_path / "a")
+
+
+def test_a_target_without_tensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    config, tensors = parts(folders["peft"])
+    put(tmp_path / "a", config, {k: t for k, t in tensors.items() if "first" not in k})
+    with pytest.raises(AdapterError, match=r"targets 1 modules of Net for which the file has no tensors \(first\)"):
+        dw.load(net(), tmp_path / "a")
+    put(tmp_path / "a", config, {k: t for k, t in tensors.items() if "head.bias" not in k})
+    with pytest.raises(AdapterError, match=r"'head' is trained in full .* no tensor 'head.bias'"):
+        dw.load(net(), tmp_path / "a")
+
+
+def test_pickles_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"pickle .*save_pretrained"):
+        admit(folder)
+
+
+opened: list[str] | None = None
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if opened is not None and event == "open" and isinstance(args[0], (str, bytes)):
+        opened.append(os.fsdecode(args[0]))
+
+
+sys.addaudithook(_hook)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_no_link_is_followed(folder: Path, tmp_path: Path, name: str) -> None:
+    global opened
+    if not (folder / name).exists():
+        pytest.skip("this kind of folder has no such file")
+    outside = tmp_path / "outside"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    opened = []
+    try:
+        with pytest.raises(AdapterError, match="symbolic link"):
+            admit(folder)
+    finally:
+        seen, opened = opened, None
+    assert seen
+    assert [p for p in seen if Path(p).name == "outside"] == []
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(AdapterError, match="not a regular file"):
+        admit(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "x\x00y", "\u202ereversed", "", "a" * 5000]
+)
+def test_hostile_tensor_names_open_nothing(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    global opened
+    config, tensors = parts(folders["peft"])
+    put(tmp_path / "a", {**config, "base_model_name_or_path": "/etc/passwd"}, {**tensors, name: torch.ones(2)})
+    opened = []
+    try:
+        with pytest.raises(AdapterError):
+            dw.load(net(), tmp_path / "a")
+    finally:
+        seen, opened = opened, None
+    inside = {CONFIG, WEIGHTS, MANIFEST, "a"}
+    assert {Path(p).name for p in seen if "site-packages" not in p and not p.endswith((".py", ".pyc"))} <= inside
+
+
+def test_another_base_of_the_same_shape_is_refused(folders: dict[str, Path]) -> None:
+    rng = random.Random(4)
+    for trial in range(100):
+        other = net(seed=0 if trial % 2 else trial + 1)
+        if trial % 2:  # one entry of one parameter, targeted or not
+            parameter = rng.choice([p for n, p in other.named_parameters() if not n.startswith("head")])
+            with torch.no_grad():
+                parameter.view(-1)[rng.randrange(parameter.numel())] += 10.0 ** -rng.randrange(1, 5)
+        before = bits(other)
+        with pytest.raises(BaseMismatch):
+            dw.load(other, folders["ours"])
+        assert bits(other) == before
+
+
+def test_edited_files_need_a_word(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["ours"], tmp_path / "a"))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
+    with pytest.raises(AdapterError, match="verify=False"):
+        dw.read(folder)
+    assert dw.read(folder, verify=False).base["name"] == "elsewhere"
