@@ -14,6 +14,14 @@ _WHERE = {
     "LoRA": "deltaw.variants.lora",
     "DoRA": "deltaw.variants.dora",
     "Full": "deltaw.variants.full",
+    "LoRAFA": "deltaw.variants.lora_fa",
+    "VeRA": "deltaw.variants.vera",
+    "LoHa": "deltaw.variants.loha",
+    "LoKr": "deltaw.variants.lokr",
+    "IA3": "deltaw.variants.ia3",
+    "AdaLoRA": "deltaw.variants.adalora",
+    "Diff": "deltaw.variants.diff",
+    "Rows": "deltaw.variants.rows",
     # a model's adapters
     "attach": "deltaw.model.attach",
     "detach": "deltaw.model.attach",
@@ -85,6 +93,14 @@ if TYPE_CHECKING:
     from deltaw.model.merge import unmerge as unmerge
     from deltaw.model.summary import adapters as adapters
     from deltaw.model.summary import summary as summary
+    from deltaw.variants.adalora import AdaLoRA as AdaLoRA
+    from deltaw.variants.diff import Diff as Diff
     from deltaw.variants.dora import DoRA as DoRA
     from deltaw.variants.full import Full as Full
+    from deltaw.variants.ia3 import IA3 as IA3
+    from deltaw.variants.loha import LoHa as LoHa
+    from deltaw.variants.lokr import LoKr as LoKr
     from deltaw.variants.lora import LoRA as LoRA
+    from deltaw.variants.lora_fa import LoRAFA as LoRAFA
+    from deltaw.variants.rows import Rows as Rows
+    from deltaw.variants.vera import VeRA as VeRA

@@ -73,10 +73,9 @@ class Orthogonal(Start):
         if rank % 2:
             raise ConfigError(f"init='orthogonal' splits the rank in two halves: rank={rank} is odd, use {rank + 1}")
         *stack, out, columns = weight.shape
-        like = {"dtype": weight.dtype, "device": weight.device}
-        Q = torch.linalg.qr(torch.randn(*stack, rank, rank, **like)).Q
-        A = Q[..., 0::2, :].mT @ torch.randn(*stack, rank // 2, columns, **like) / 10
-        B = torch.randn(*stack, out, rank // 2, **like) @ Q[..., 1::2, :] / 10
+        Q = torch.linalg.qr(weight.new_empty(*stack, rank, rank).normal_()).Q
+        A = Q[..., 0::2, :].mT @ weight.new_empty(*stack, rank // 2, columns).normal_(std=0.1)
+        B = weight.new_empty(*stack, out, rank // 2).normal_(std=0.1) @ Q[..., 1::2, :]
         return A, B
 
 

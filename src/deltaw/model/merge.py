@@ -134,7 +134,7 @@ def changed_weights(
         for path, host in state.hosts(model):
             with host.roster.using(active), undropped(host):
                 sites = host.active_sites()
-                if any(delta.changes_bias for delta, _ in host.active("weight")) and "bias" in host._parameters:
+                if any(delta.changes_bias for delta, _ in host.active("weight")) and host._parameters.get("bias") is not None:
                     sites.add("bias")
                 for site in sorted(sites):
                     yield join_key(path, site), host, site, merged_weight(join_key(path, site), host, site)

@@ -125,9 +125,8 @@ class LoRADelta(Delta, Waiting):
     def __init__(self, variant: LoRA, site: Site) -> None:
         super().__init__(variant, site)
         *stack, out, columns = site.shape
-        like = {"dtype": site.dtype, "device": site.device}
-        self.A = nn.Parameter(torch.empty(*stack, variant.rank, columns, **like))
-        self.B = nn.Parameter(torch.empty(*stack, out, variant.rank, **like))
+        self.A = nn.Parameter(torch.empty(*stack, variant.rank, columns, dtype=site.dtype, device=site.device))
+        self.B = nn.Parameter(torch.empty(*stack, out, variant.rank, dtype=site.dtype, device=site.device))
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
         self.waiting = False
@@ -198,7 +197,7 @@ class LoRADelta(Delta, Waiting):
     def pairs(self, present: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of every term, under rank dropout in training. present: 1 or 0, what `presence` drew for this call."""
         self.check_begun()
-        found = [(self.A, self.B)]
+        found: list[tuple[Tensor, Tensor]] = [(self.A, self.B)]
         if self.A0 is not None and self.B0 is not None:
             found.append((self.A0, self.B0))
         v = self.variant
