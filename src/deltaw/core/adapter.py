@@ -25,12 +25,14 @@ class Change:
     layer: the layer family that the weight belongs to ("linear", "conv1d_gpt2", "embedding", ...); None if a file
         does not say (then the model decides at load).
     shape: the parameter's stored shape in the base, if known.
+    tied: names of other parameters that are the same storage in the base, and change with this one.
     """
 
     variant: Variant
     tensors: Mapping[str, Tensor]
     layer: str | None = None
     shape: tuple[int, ...] | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
 from deltaw.core.recall import in_backward, note_silent_call, recall, remember
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
@@ -31,9 +32,16 @@ class Example(NamedTuple):
 
 
 class Adapters(nn.Module):
-    """The child module of a host: adapter name -> `Changes`."""
+    """The child module of a host: adapter name -> `Changes`.
+
+    tied: adapter name -> site -> (host, site) of another layer that has the very same parameter and holds its change.
+    """
 
     _modules: dict[str, Changes]  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied: dict[str, dict[str, tuple[Host, str]]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -43,6 +51,15 @@ class Changes(nn.Module):
     """What one adapter changes in one layer: site name -> `Delta`."""
 
     _modules: dict[str, Delta]  # type: ignore[assignment]
+
+
+class Spoken(NamedTuple):
+    """A delta that speaks now, its weight, and the host and site in whose matrix form it is a change."""
+
+    delta: Delta
+    weight: float
+    host: Host
+    site: str
 
 
 class Host(nn.Module):
@@ -57,7 +74,13 @@ class Host(nn.Module):
     host: ClassVar[type[Host]]
     """The layer family's class, of which this host's own class is made (see `host_class`)."""
     full_only: ClassVar[bool] = False
-    """True for the host of last resort, which takes only variants that suit a parameter of any shape."""
+    """True for the host of last resort, which takes whole layers only for variants that suit a parameter of any shape."""
+    watches: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Layer classes that read the weights of layers inside them: one with a changed layer inside becomes this host."""
+    children_too: ClassVar[tuple[str, ...]] = ()
+    """Child layers that a target means as well when it names the layer (MultiheadAttention's out_proj)."""
+    beneath: ClassVar[bool] = False
+    """True to mix this host in behind the layer's class: the layer's own forward runs, and its `super().forward` is ours."""
 
     adapters: Adapters
     roster: Roster
@@ -78,6 +101,20 @@ class Host(nn.Module):
     def main_sites(cls, layer: nn.Module) -> tuple[str, ...]:
         """The sites that a target means when it names the layer. Default: all of them."""
         return tuple(cls.sites(layer))
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """Why a layer that `accepts` took cannot be adapted after all, or None. Asked at attach and load only."""
+        return None
+
+    def bias_of(self, site: str) -> tuple[str, slice | None] | None:
+        """The bias (and which rows of it) that is added to what a weight's site computes, or None. Default: "bias"."""
+        return ("bias", None) if site == "weight" and self._parameters.get("bias") is not None else None
+
+    @classmethod
+    def biases(cls, layer: nn.Module) -> tuple[str, ...]:
+        """The bias parameters that a variant with `bias=True` trains with the layer. Default: "bias", if there is one."""
+        return ("bias",) if layer._parameters.get("bias") is not None else ()
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -120,6 +157,7 @@ class Host(nn.Module):
     def remove(self, name: str) -> None:
         """Take adapter `name` out of this layer, if it is there."""
         self.adapters._modules.pop(name, None)
+        self.adapters.tied.pop(name, None)
 
     def deltas(self, name: str) -> dict[str, Delta]:
         """Site -> delta of adapter `name` (empty if it does not change this layer)."""
@@ -127,73 +165,127 @@ class Host(nn.Module):
         return {} if changes is None else dict(changes._modules)
 
     def parameter(self, site: str) -> Tensor:
-        """The frozen parameter (or buffer) behind a site, in stored shape."""
-        found: Tensor | None = self._parameters.get(site)
+        """The frozen parameter (or buffer) that a site is or is a part of, whole, in stored shape."""
+        name = parameter_of(site)
+        found: Tensor | None = self._parameters.get(name)
         if found is None:
-            found = self._buffers[site]
+            found = self._buffers[name]
         assert found is not None
         return found
 
+    def matrix(self, site: str, stored: Tensor) -> Tensor:
+        """The (out, in) matrix of a site, which may be a part, from the whole stored parameter."""
+        return part(self.to_matrix(parameter_of(site), stored), rows_of(site))
+
     def frozen(self, site: str) -> FrozenMatrix:
         """The frozen weight of a site as a matrix."""
-        return Dense(self.to_matrix(site, self.parameter(site)))
+        return Dense(self.matrix(site, self.parameter(site)))
 
     # ---- what the forwards use
 
-    def active(self, site: str) -> list[tuple[Delta, float]]:
-        """The deltas of `site` that speak now, with their weights."""
+    def speaking(self, site: str) -> list[Spoken]:
+        """The deltas that change the parameter `site` now: its own, those of its parts, those of a layer tied to it."""
         found = []
         for name, weight in self.roster.active():
             changes = self.adapters._modules.get(name)
             if changes is not None:
-                delta = changes._modules.get(site)
-                if delta is not None:
-                    found.append((delta, weight))
+                for own, delta in changes._modules.items():
+                    if parameter_of(own) == site:
+                        found.append(Spoken(delta, weight, self, own))
+            tied = self.adapters.tied.get(name)
+            if tied is not None and site in tied:
+                owner, theirs = tied[site]
+                for own, delta in owner.adapters._modules[name]._modules.items():
+                    if parameter_of(own) == theirs:
+                        found.append(Spoken(delta, weight, owner, own))
         return found
 
+    def active(self, site: str) -> list[tuple[Delta, float]]:
+        """The deltas that change the parameter `site` now, with their weights."""
+        return [(s.delta, s.weight) for s in self.speaking(site)]
+
     def active_sites(self) -> set[str]:
-        """The sites that some active adapter changes."""
+        """The parameters that some active adapter changes."""
         sites: set[str] = set()
         for name, _ in self.roster.active():
             changes = self.adapters._modules.get(name)
             if changes is not None:
-                sites.update(changes._modules)
+                for own, delta in changes._modules.items():
+                    sites.add(parameter_of(own))
+                    if delta.changes_bias:
+                        fed = self.bias_of(parameter_of(own))
+                        if fed is not None:
+                            sites.add(fed[0])
+            tied = self.adapters.tied.get(name)
+            if tied is not None:
+                sites.update(tied)
         return sites
 
-    def changed(self, site: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter with all active changes, in stored shape: W + Σ weight · ΔW(W).
+    def changed(self, site: str, dtype: torch.dtype | None = None, dropout: bool = False) -> Tensor:
+        """The parameter with all active changes, in stored shape: W + Σ weight · ΔW(W); for a bias, b + Σ weight · Δb(b).
 
         The sum is formed in the deltas' precision and rounded once to the stored dtype (or to `dtype`, if that is wider).
+        dropout: apply the variants' dropout, one mask for the whole call (see `change`).
         """
-        active = self.active(site)
+        spoken = self.speaking(site)
+        feeding = self.feeding(site)
         stored = self.parameter(site)
         wanted = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
-        if not active:
+        if not spoken and not feeding:
             return stored
-        if len(active) == 1 and active[0][1] == 1.0 and active[0][0].variant.any_shape:
-            return active[0][0].new_weight(stored.to(wanted))
-        summed = functools.reduce(torch.promote_types, (d.site.dtype for d, _ in active), stored.dtype)
+        if len(spoken) == 1 and not feeding and spoken[0].weight == 1.0 and spoken[0].delta.variant.any_shape:
+            return spoken[0].delta.new_weight(stored.to(wanted))
+        summed = functools.reduce(torch.promote_types, (s.delta.site.dtype for s in (*spoken, *feeding)), stored.dtype)
         wide = stored.to(summed)
         total = wide
-        for delta, weight in active:
-            if delta.variant.any_shape:
-                change = delta.delta_weight(wide)
-            else:
-                change = self.from_matrix(site, delta.delta_weight(self.to_matrix(site, wide)))
-            total = total + (change if weight == 1.0 else weight * change)
+        for s in spoken:
+            change = s.host.change(s.site, s.delta, wide, dropout)
+            total = total + (change if s.weight == 1.0 else s.weight * change)
+        for s in feeding:
+            rows = rows_of(s.site)
+            change_of_bias = s.delta.delta_bias(wide if rows is None else wide[rows])
+            if change_of_bias is not None:
+                total = total + s.weight * placed_rows(change_of_bias, rows, wide.shape[0])
         return total.to(wanted)
 
-    def changed_bias(self, weight_site: str = "weight", bias_site: str = "bias") -> Tensor | None:
+    def change(self, site: str, delta: Delta, stored: Tensor, dropout: bool = False) -> Tensor:
+        """ΔW of the whole stored parameter that `delta`, at `site`, makes.
+
+        dropout: for layers that run with W + ΔW, the variant's dropout zeroes features (columns of A, or rows of B with
+        dropout_at="output") for the whole call: the same mask for every row and time step (arXiv:1512.05287).
+        """
+        if delta.variant.any_shape:
+            return delta.delta_weight(stored)
+        name, rows = parameter_of(site), rows_of(site)
+        whole = self.to_matrix(name, stored)
+        weight = part(whole, rows)
+        change = dropped(delta, weight) if dropout else None
+        if change is None:
+            change = delta.delta_weight(weight)
+        return self.from_matrix(name, placed(change, rows, whole.shape[-2]))
+
+    def feeding(self, bias_site: str) -> list[Spoken]:
+        """The active deltas of weights that change this bias as well (IA3), each with the part of it as its site."""
+        found = []
+        for name, weight in self.roster.active():
+            changes = self.adapters._modules.get(name)
+            if changes is None:
+                continue
+            for own, delta in changes._modules.items():
+                if delta.changes_bias:
+                    fed = self.bias_of(parameter_of(own))
+                    if fed is not None and fed[0] == bias_site:
+                        start = 0 if fed[1] is None else fed[1].start
+                        rows = rows_of(own) or fed[1]
+                        if rows is not None and rows is not fed[1]:
+                            rows = slice(start + rows.start, start + rows.stop)
+                        end = "" if rows is None else f"[{rows.start}:{rows.stop}]"
+                        found.append(Spoken(delta, weight, self, bias_site + end))
+        return found
+
+    def changed_bias(self, bias_site: str = "bias") -> Tensor | None:
         """The bias with all active changes: its own deltas and those that come with the weight's (IA3)."""
-        if self._parameters.get(bias_site) is None:
-            return None
-        stored = self.parameter(bias_site)
-        bias = self.changed(bias_site)
-        for delta, weight in self.active(weight_site):
-            change = delta.delta_bias(stored)
-            if change is not None:
-                bias = bias + weight * change.to(bias.dtype)
-        return bias
+        return None if self._parameters.get(bias_site) is None else self.changed(bias_site)
 
     # ---- copies and pickles: a dynamic class is rebuilt from its two parts
 
@@ -213,7 +305,7 @@ def _blank(host: type[Host], base: type[nn.Module]) -> nn.Module:
 
 def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
     """`host`'s forward with what holds for every call of every host: rows with their own adapters, and recomputation."""
-    own = host.forward
+    own = base.forward if host.beneath else host.forward
 
     @functools.wraps(base.forward)
     def forward(self: Host, *args: Any, **kwargs: Any) -> Any:
@@ -244,8 +336,27 @@ def host_class(host: type[Host], base: type[nn.Module]) -> type[Host]:
     """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well."""
     if (host, base) not in _classes:
         body = {"base_class": base, "host": host, "__module__": base.__module__, "forward": called(host, base)}
-        _classes[host, base] = type(f"{base.__name__}Host", (host, base), body)
+        parents = (base, host) if host.beneath else (host, base)
+        _classes[host, base] = type(f"{base.__name__}Host", parents, body)
     return _classes[host, base]
+
+
+def dropped(delta: Delta, weight: Tensor) -> Tensor | None:
+    """ΔW (..., out, in) under the variant's dropout of whole features, or None if it has no dropout to apply."""
+    terms = delta.low_rank(Dense(weight))
+    if terms is None or not any(t.dropout for t in terms):
+        return None
+    total = torch.zeros((), dtype=delta.site.dtype, device=weight.device)
+    for t in terms:
+        A, B = t.A, t.B
+        if t.dropout and t.dropout_at == "input":
+            A = A * nn.functional.dropout(torch.ones_like(A[..., :1, :]), t.dropout)
+        elif t.dropout:
+            B = B * nn.functional.dropout(torch.ones_like(B[..., :, :1]), t.dropout)
+        total = total + t.scale * (B @ A)
+        if t.gain is not None:
+            total = total + t.gain.unsqueeze(-1) * weight
+    return total
 
 
 def shell(
@@ -264,4 +375,23 @@ def shell(
     if buffers is not None:
         state["_buffers"] = {**module._buffers, **buffers}
     object.__setattr__(twin, "__dict__", state)
+    return twin
+
+
+def written_out(module: nn.Module) -> nn.Module:
+    """A twin of `module` and of all layers inside it without hosts: every active change is written into its weights.
+
+    What reads the weights of a layer inside without calling it (a fast path) thereby sees W + ΔW. Nothing is mutated.
+    """
+    tensors: dict[str, Tensor | None] = {}
+    buffers: dict[str, Tensor | None] = {}
+    base = type(module)
+    if isinstance(module, Host):
+        base = module.base_class
+        for site in module.active_sites():
+            (tensors if site in module._parameters else buffers)[site] = module.changed(site)
+    twin = shell(module, base, tensors, buffers)
+    twin.__dict__["_modules"] = {
+        name: None if child is None else written_out(child) for name, child in module._modules.items() if name != CHILD
+    }
     return twin

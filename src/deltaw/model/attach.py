@@ -9,46 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Adapter, Change, join_key, split_key
-from deltaw.core.host import CHILD, Host
-from deltaw.core.registry import variants as variant_registry
+from deltaw.core.adapter import Adapter, Change, join_key
+from deltaw.core.host import Host
+from deltaw.core.part import parameter_of
 from deltaw.core.roster import Roster
-from deltaw.core.variant import Delta, Dense, Site, Variant, fits
-from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite, TargetError, did_you_mean
+from deltaw.core.variant import Delta, Dense, Site, Variant
+from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
 from deltaw.model import state, targeting
+from deltaw.model.plan import Planned, fitted, full_host, planned
 
 NAME = re.compile(r"[A-Za-z0-9_\-]+")
 CHECKED_AT_ONCE = 2**24
 """Up to so many values in all, the targeted weights are checked to be finite at attach; larger ones where they are read anyway."""
-
-
-@dataclass
-class Planned:
-    """One parameter to be changed: where, by what, and the host class that its layer will have."""
-
-    path: str
-    layer: nn.Module
-    site: str
-    variant: Variant
-    host: type[Host]
-    pattern: str = ""
-
-    @property
-    def key(self) -> str:
-        """The parameter's name in the base."""
-        return join_key(self.path, self.site)
-
-    @property
-    def stored(self) -> Tensor:
-        """The frozen parameter or buffer."""
-        found = self.layer._parameters.get(self.site)
-        return found if found is not None else self.layer._buffers[self.site]  # type: ignore[return-value]
 
 
 def attach(
@@ -121,146 +98,6 @@ def pairs(
     return [(targeting.as_targets(t)[0], v) for t, v in variants.items()]
 
 
-def planned(
-    model: nn.Module,
-    wanted: list[tuple[targeting.Target, Variant]],
-    train: str | Sequence[str],
-    exclude: Any,
-    layers: Sequence[int] | range | None,
-) -> list[Planned]:
-    """What `attach` will do, one entry per parameter. Raises TargetError or ConfigError; changes nothing."""
-    known = targeting.layers_of(model)
-    left = [p for t in (targeting.as_targets(exclude) if exclude else []) for p in targeting.matching(model, t, known)]
-    by_site: dict[tuple[int, str], Planned] = {}
-
-    trained: list[str] = []
-    full = variant_registry["full"]()
-    for name in [train] if isinstance(train, str) else list(train):
-        for item in trained_in_full(model, name, known, full):
-            trained.append(item.path)
-            add(by_site, item)
-    for target, variant in wanted:
-        leave = [*left, *trained] if target == targeting.ALL_LINEAR else left
-        paths = targeting.in_layers(targeting.matching(model, target, known, leave), layers)
-        if not paths:
-            raise TargetError(
-                f"{targeting.describe(target)} matches layers, but none is left after exclude={exclude!r}, layers={layers!r}"
-            )
-        if variant.any_shape:
-            for item in (i for p in paths for i in subtree(p, known, variant)):
-                item.pattern = targeting.describe(target)
-                add(by_site, item)
-        else:
-            for item in adapted(model, target, variant, paths, known):
-                add(by_site, item)
-    return list(by_site.values())
-
-
-def add(by_site: dict[tuple[int, str], Planned], item: Planned) -> None:
-    """Enter `item` unless the very same is there (a layer reached by two paths). Two different wishes are an error."""
-    before = by_site.setdefault((id(item.layer), item.site), item)
-    if before.variant != item.variant:
-        raise ConfigError(
-            f"{item.path!r} is wanted by {before.pattern} as {before.variant} and by {item.pattern} as {item.variant}: "
-            "make the targets disjoint, or use exclude="
-        )
-
-
-def adapted(
-    model: nn.Module, target: targeting.Target, variant: Variant, paths: Sequence[str], known: dict[str, nn.Module]
-) -> list[Planned]:
-    """The layers among `paths` with their sites. Containers that a pattern also matches are passed over."""
-    found: list[Planned] = []
-    misfits: list[str] = []
-    for path in paths:
-        layer = known[path]
-        cls = targeting.host_for(layer)
-        if cls is None:
-            if any(True for _ in layer.parameters(recurse=False)):
-                misfits.append(path)
-            continue
-        if targeting.belongs_to_parent(path, known):
-            raise TargetError(
-                f"{path!r} is read, never called, by its {type(known[path.rpartition('.')[0]]).__name__}: "
-                "target the attention module itself"
-            )
-        check_free(path, layer)
-        found += [Planned(path, layer, s, variant, cls, targeting.describe(target)) for s in cls.main_sites(layer)]
-        if variant.bias and layer._parameters.get("bias") is not None:
-            full = variant_registry["full"]()
-            found.append(Planned(path, layer, "bias", full, cls, targeting.describe(target)))
-    if misfits:
-        kind = type(known[misfits[0]]).__name__
-        raise TargetError(
-            f"{targeting.describe(target)} matches {misfits[0]!r}, a {kind}, which {type(variant).__name__} cannot adapt; "
-            f"narrow the target, or train it in full: train=[{misfits[0]!r}]"
-        )
-    if not found:
-        inner = [p for path in paths for p in known if p.startswith(path + ".") and targeting.host_for(known[p])]
-        raise TargetError(
-            f"{targeting.describe(target)} matches only containers such as {paths[0]!r} "
-            f"({type(known[paths[0]]).__name__}); name layers inside, for example {', '.join(map(repr, inner[:3])) or '...'}"
-        )
-    return found
-
-
-def check_free(path: str, layer: nn.Module) -> None:
-    """Refuse a layer that has something of its own called `adapters` or `roster`."""
-    if isinstance(layer, Host):
-        return
-    for attribute in (CHILD, "roster"):
-        if hasattr(layer, attribute):
-            raise TargetError(
-                f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs"
-            )
-
-
-def trained_in_full(model: nn.Module, name: str, known: dict[str, nn.Module], full: Variant) -> list[Planned]:
-    """The parameters that `train=name` means: those of the modules it names, or one parameter.
-
-    Raises:
-        TargetError: it names nothing, or something without parameters.
-    """
-    found: list[Planned] = []
-    try:
-        paths = targeting.exact(model, name, known)
-    except TargetError:
-        paths = []
-        for path, layer in known.items():
-            for site, parameter in layer._parameters.items():
-                key = join_key(path, site)
-                if parameter is not None and (key == name or key.endswith("." + name)):
-                    found.append(Planned(path, layer, site, full, full_host(layer), f"train={name!r}"))
-        if not found:
-            raise
-    for path in paths:
-        found += subtree(path, known, full)
-    for item in found:
-        item.pattern = f"train={name!r}"
-    if not found:
-        raise TargetError(f"train={name!r} names {type(known[paths[0]]).__name__}, which has no parameters")
-    return found
-
-
-def subtree(path: str, known: dict[str, nn.Module], full: Variant) -> list[Planned]:
-    """Every parameter and running statistic of the module at `path` and of those inside it."""
-    found = []
-    for inner, layer in known.items():
-        if inner != path and not inner.startswith(path + ".") and path:
-            continue
-        own = [s for s, p in layer._parameters.items() if p is not None]
-        kept = [s for s, b in layer._buffers.items() if b is not None and s not in layer._non_persistent_buffers_set]
-        if own:
-            check_free(inner, layer)
-            found += [Planned(inner, layer, s, full, full_host(layer)) for s in (*own, *kept)]
-    return found
-
-
-def full_host(layer: nn.Module) -> type[Host]:
-    """The host under which a layer's parameters are trained in full: its family's own, or the host of last resort."""
-    return targeting.host_for(layer) or targeting.host_of_any(layer)
-
-
 # ---- from a plan to a changed model
 
 
@@ -268,8 +105,7 @@ def place(model: nn.Module, plan: list[Planned], name: str, *, freeze: bool, act
     """Carry out a plan with freshly started deltas."""
     check_finite(plan)
     shared: dict[str, Any] = {}
-    deltas = [(item, item.variant.create(site_of(item), shared)) for item in plan]
-    fresh = [item.layer for item in plan if not isinstance(item.layer, Host)]
+    deltas = [(item, item.variant.create(item.site_seen(), shared)) for item in plan]
     roster = one_roster(model)
     try:
         for item, delta in deltas:
@@ -277,22 +113,19 @@ def place(model: nn.Module, plan: list[Planned], name: str, *, freeze: bool, act
             if not item.stored.is_meta:
                 delta.start(host.frozen(item.site) if not item.variant.any_shape else Dense(item.stored))
             host.add(name, item.site, delta)
+            tie(item, host, name, roster)
         enter(model, roster, name, freeze=freeze, active=active)
     except BaseException:
-        forget(model, roster, name, fresh)
+        forget(model, roster, name)
         raise
 
 
-def site_of(item: Planned, trainable: bool = True) -> Site:
-    """The site as the variant sees it: shape, dtype and device of the adapter's tensors."""
-    stored = item.stored
-    buffer = item.site in item.layer._buffers
-    dtype = stored.dtype
-    if not buffer and (dtype.itemsize <= 2 or not dtype.is_floating_point):
-        dtype = torch.float32
-    if item.variant.any_shape:
-        return Site(tuple(stored.shape), dtype, stored.device, buffer)
-    return Site(item.host.sites(item.layer)[item.site], dtype, stored.device)
+def tie(item: Planned, host: Host, name: str, roster: Roster) -> None:
+    """Let the other layers that have the same parameter follow its change."""
+    site = parameter_of(item.site)
+    for _, layer, other in item.tied:
+        follower = layer if isinstance(layer, Host) else full_host(layer).of(layer, roster)
+        follower.adapters.tied.setdefault(name, {})[other] = (host, site)
 
 
 def one_roster(model: nn.Module) -> Roster:
@@ -312,8 +145,9 @@ def one_roster(model: nn.Module) -> Roster:
 
 
 def enter(model: nn.Module, roster: Roster, name: str, *, freeze: bool, active: bool) -> None:
-    """Make `name` known, and freeze the base."""
+    """Make `name` known, let parents that read changed weights know of it, and freeze the base."""
     roster.names.append(name)
+    watch(model, roster)
     if active:
         roster.default = ((name, 1.0),)
     if freeze:
@@ -339,6 +173,14 @@ def keep_still(model: nn.Module, roster: Roster) -> None:
             targeting.host_of_any(module).of(module, roster)
 
 
+def watch(model: nn.Module, roster: Roster) -> None:
+    """Host every module that reads weights of layers inside it (fast paths), where one of those changes."""
+    for module in list(model.modules()):
+        cls = None if isinstance(module, Host) else targeting.watcher_of(module)
+        if cls is not None and any(isinstance(inner, Host) for inner in module.modules()):
+            cls.of(module, roster)
+
+
 def check_finite(plan: list[Planned]) -> None:
     """Refuse weights that are NaN or infinite, if they are few enough to be read now."""
     items = [i for i in plan if i.stored.is_floating_point() and not i.stored.is_meta]
@@ -353,19 +195,21 @@ def check_finite(plan: list[Planned]) -> None:
             )
 
 
-def forget(model: nn.Module, roster: Roster, name: str, fresh: Iterable[nn.Module] = ()) -> None:
+def forget(model: nn.Module, roster: Roster, name: str) -> None:
     """Take adapter `name` out of every layer; a layer without adapters becomes what it was."""
     if name in roster.names:
         roster.names.remove(name)
     roster.notes.pop(name, None)
     roster.default = tuple((n, w) for n, w in roster.default if n != name)
     last = not roster.names
-    for _, host in list(state.hosts(model)):
-        if host.roster is roster:
-            host.remove(name)
-            still = isinstance(host._buffers.get("running_mean"), Tensor)
-            if not host.adapters._modules and (last or not still):
-                host.release()
+    mine = [host for _, host in state.hosts(model) if host.roster is roster]
+    for host in mine:
+        host.remove(name)
+    for host in mine:
+        changes = host.adapters._modules or host.adapters.tied
+        stays = isinstance(host._buffers.get("running_mean"), Tensor) or isinstance(host, host.watches)
+        if not changes and (last or not stays):
+            host.release()
     if last:
         for parameter, key in list(base_parameters(model)):
             if roster.frozen.get(key):
@@ -406,6 +250,10 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
     root = state.unwrap(model)
     state.known(root, name)
     changes = {}
+    followers: dict[tuple[int, str], tuple[str, ...]] = {}
+    for path, host in state.hosts(root):
+        for site, (owner, theirs) in host.adapters.tied.get(name, {}).items():
+            followers[id(owner), theirs] = (*followers.get((id(owner), theirs), ()), join_key(path, site))
     notes: dict[str, Any] = {}
     for path, host in state.hosts(root):
         notes = host.roster.notes.get(name, notes)
@@ -413,7 +261,10 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
             variant, tensors = delta.kept()
             copies = {k: t.detach().clone() for k, t in tensors.items()}
             shape = tuple(host.parameter(site).shape)
-            changes[join_key(path, site)] = Change(variant, copies, host.family, shape)
+            key = join_key(path, site)
+            changes[key] = Change(
+                variant, copies, host.family, shape, followers.get((id(host), parameter_of(site)), ())
+            )
     return Adapter(changes, notes.get("base", {}), notes.get("extra", {}))
 
 
@@ -440,7 +291,6 @@ def install(
     state.unmerged(root, "load an adapter")
     plan = fitted(root, adapter)
     roster = one_roster(root)
-    fresh = [item.layer for item in plan if not isinstance(item.layer, Host)]
     shared: dict[str, Any] = {}
     deltas = [(item, loaded(item, adapter, shared, trainable)) for item in plan]
     try:
@@ -449,60 +299,19 @@ def install(
             if not item.stored.is_meta and not item.variant.any_shape:
                 delta.prepare(host.frozen(item.site))
             host.add(name, item.site, delta)
+            tie(item, host, name, roster)
         enter(root, roster, name, freeze=freeze, active=active)
         roster.notes[name] = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
     except BaseException:
-        forget(root, roster, name, fresh)
+        forget(root, roster, name)
         raise
     return model
-
-
-def fitted(model: nn.Module, adapter: Adapter) -> list[Planned]:
-    """The plan that puts every change of `adapter` on its parameter; AdapterError lists all that do not fit."""
-    if not adapter.changes:
-        raise AdapterError("the adapter is empty: it changes no weight")
-    known = targeting.layers_of(model)
-    wrong: list[str] = []
-    plan: list[Planned] = []
-    for key, change in adapter.changes.items():
-        path, site = split_key(key)
-        layer = known.get(path)
-        there = layer is not None and (layer._parameters.get(site) is not None or layer._buffers.get(site) is not None)
-        if layer is None or not there:
-            every = [join_key(p, s) for p, m in known.items() for s in m._parameters]
-            wrong.append(f"{key!r} is no parameter of {type(model).__name__}{did_you_mean(key, every, 1)}")
-            continue
-        cls = full_host(layer) if change.variant.any_shape else targeting.host_for(layer)
-        if cls is None or (not change.variant.any_shape and site not in cls.sites(layer)):
-            wrong.append(
-                f"{key!r} belongs to a {type(layer).__name__}, which {type(change.variant).__name__} cannot adapt"
-            )
-            continue
-        item = Planned(path, layer, site, change.variant, cls)
-        expected = tuple(item.stored.shape) if change.variant.any_shape else cls.sites(layer)[site]
-        try:
-            found = change.matrix_shape
-        except KeyError as missing:
-            wrong.append(f"{key!r}: tensor {missing} of {change.variant} is missing")
-            continue
-        if not fits(found, expected):
-            wrong.append(f"{key!r} changes a {tuple(found)} weight, the model's is {tuple(expected)}")
-            continue
-        plan.append(item)
-    if wrong:
-        more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise AdapterError(
-            f"the adapter does not fit {type(model).__name__} ({len(wrong)} of {len(adapter.changes)} changes):\n  "
-            + "\n  ".join(wrong[:8])
-            + more
-        )
-    return plan
 
 
 def loaded(item: Planned, adapter: Adapter, shared: dict[str, Any], trainable: bool) -> Delta:
     """A delta that holds the adapter's tensors (copies, in the site's dtype and on its device)."""
     change = adapter.changes[item.key]
-    site = site_of(item)
+    site = item.site_seen()
     with torch.device("meta"):
         delta = item.variant.create(Site(site.shape, site.dtype, torch.device("meta"), site.buffer), shared)
     expected = set(delta.state_dict())

@@ -7,7 +7,7 @@ subtraction. So `unmerge` is exact in any dtype, and a base that must not be wri
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from deltaw.core.roster import Active, Roster
 from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
+from deltaw.model.targeting import layers_of
+from deltaw.model.ties import refuse_one_sided
 
 Keep = Literal["memory", "file"] | None
 
@@ -130,21 +132,25 @@ def changed_weights(
     model: nn.Module, active: Active, rosters: Sequence[Roster]
 ) -> Iterator[tuple[str, Host, str, tuple[Tensor, MergedWeight]]]:
     """(name, host, site, (new stored tensor, report line)) of every parameter that the active adapters change."""
-    with torch.no_grad():
-        for path, host in state.hosts(model):
-            with host.roster.using(active), undropped(host):
-                sites = host.active_sites()
-                if any(delta.changes_bias for delta, _ in host.active("weight")) and host._parameters.get("bias") is not None:
-                    sites.add("bias")
-                for site in sorted(sites):
-                    yield join_key(path, site), host, site, merged_weight(join_key(path, site), host, site)
+    refuse_one_sided(layers_of(model), active)
+    hosts = list(state.hosts(model))
+    seen: set[int] = set()
+    with torch.no_grad(), undropped(host for _, host in hosts):
+        for path, host in hosts:
+            with host.roster.using(active):
+                for site in sorted(host.active_sites()):
+                    one = id(host.parameter(site))
+                    if one not in seen:  # a tied parameter is merged once
+                        seen.add(one)
+                        yield join_key(path, site), host, site, merged_weight(join_key(path, site), host, site)
 
 
 @contextmanager
-def undropped(host: Host) -> Iterator[None]:
-    """Within the context the changes of `host` are whole, whatever its mode: no rank or module dropout is merged."""
-    before = {m: m.training for m in host.adapters.modules()}
-    host.adapters.eval()
+def undropped(hosts: Iterable[Host]) -> Iterator[None]:
+    """Within the context the changes of `hosts` are whole, whatever their mode: no rank or module dropout is merged."""
+    before = {m: m.training for host in hosts for m in host.adapters.modules()}
+    for module in before:
+        module.training = False
     try:
         yield
     finally:
@@ -162,8 +168,7 @@ def merged_weight(key: str, host: Host, site: str) -> tuple[Tensor, MergedWeight
         return new.clone(), MergedWeight(key, str(stored.dtype).removeprefix("torch."), 0.0, 0.0, 0.0, 0.0)
     if not bool(torch.isfinite(stored).all()):
         raise NonFinite(f"cannot merge: base weight {key!r} holds NaN or infinity; reload the base model")
-    exact = host.changed_bias() if site == "bias" else host.changed(site, dtype=torch.float64)
-    assert exact is not None
+    exact = host.changed(site, dtype=torch.float64)
     if not bool(torch.isfinite(exact).all()):
         raise NonFinite(f"cannot merge: the change of {key!r} holds NaN or infinity; the adapter is damaged")
     new = exact.to(stored.dtype).contiguous().clone()

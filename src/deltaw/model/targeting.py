@@ -2,7 +2,8 @@
 
 A pattern is a dotted suffix ("query_proj", "layer.0.attention.query_proj"), a regular expression that matches the whole
 path or a dotted end of it ("layer\\.[0-5]\\..*query"), a module class, a predicate `(path, module) -> bool`, or
-"all-linear". `train=` takes exact dotted suffixes only: "head" never means "subhead".
+"all-linear". A text that matches no layer may name parameters ("experts.gate_up_proj"), and one that ends in rows means
+these parts of a fused weight ("qkv[0:64,128:192]"). `train=` takes exact dotted suffixes only: "head" never means "subhead".
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 from torch import nn
 
+from deltaw.core.adapter import join_key
 from deltaw.core.host import CHILD, Host
 from deltaw.core.registry import hosts as host_registry
 from deltaw.errors import TargetError
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 ALL_LINEAR = "all-linear"
+PARTS = re.compile(r"(.+)\[(\d+:\d+(?:,\d+:\d+)*)\]")
 PLAIN = re.compile(r"[\w.\-]+")
 HEADS = ("score", "classifier", "qa_outputs", "classification_head")
 
@@ -115,6 +118,42 @@ def host_for(layer: nn.Module) -> type[Host] | None:
     return None
 
 
+def parts_of(target: Target) -> tuple[Target, tuple[tuple[int, int], ...]]:
+    """A target and the rows it means: "qkv[0:64,128:192]" -> ("qkv", ((0, 64), (128, 192))); no rows: all of them."""
+    found = PARTS.fullmatch(target) if isinstance(target, str) else None
+    if found is None:
+        return target, ()
+    rows = [tuple(map(int, p.split(":"))) for p in found.group(2).split(",")]
+    return found.group(1), tuple((a, b) for a, b in rows)
+
+
+def parameters(target: Target, layers: dict[str, nn.Module]) -> list[tuple[str, str]]:
+    """(path, name) of the parameters that a text names as it would name a layer."""
+    if not isinstance(target, str):
+        return []
+    regex = pattern(target)
+    return [
+        (path, site)
+        for path, layer in layers.items()
+        for site, parameter in layer._parameters.items()
+        if parameter is not None and regex.fullmatch(join_key(path, site))
+    ]
+
+
+def host_for_parameter(layer: nn.Module, site: str) -> type[Host] | None:
+    """The host that adapts one parameter of `layer` with matrix variants, or None: its family's, or that of last resort."""
+    if isinstance(layer, Host):
+        own: type[Host] = layer.host
+        return own if site in own.sites(layer) else None
+    host = host_for(layer) or watcher_of(layer) or host_of_any(layer)
+    return host if site in host.sites(layer) else None
+
+
+def watcher_of(layer: nn.Module) -> type[Host] | None:
+    """The host for a module that reads the weights of layers inside it, or None."""
+    return next((cls for _, cls in reversed(host_registry.items()) if isinstance(layer, cls.watches)), None)
+
+
 def host_of_any(layer: nn.Module) -> type[Host]:
     """The host of last resort, which trains a module of any class in full."""
     return next(cls for _, cls in host_registry.items() if cls.full_only)
@@ -122,7 +161,8 @@ def host_of_any(layer: nn.Module) -> type[Host]:
 
 def is_linear(layer: nn.Module) -> bool:
     """nn.Linear and what computes like it (GPT-2's Conv1D), for "all-linear"."""
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    kind = layer.base_class if isinstance(layer, Host) else type(layer)
+    return isinstance(layer, nn.Linear) or kind.__name__ == "Conv1D"
 
 
 def belongs_to_parent(path: str, layers: dict[str, nn.Module]) -> bool:

@@ -1,0 +1,381 @@
+"""The plan of an attach or a load: which parameter of which layer gets which variant. Nothing changes while it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.adapter import Adapter, join_key, split_key
+from deltaw.core.host import CHILD, Host
+from deltaw.core.part import parameter_of, rows_of
+from deltaw.core.registry import variants as variant_registry
+from deltaw.core.variant import Site, Variant, fits
+from deltaw.errors import AdapterError, ConfigError, TargetError, did_you_mean
+from deltaw.model import targeting, ties
+
+
+@dataclass
+class Planned:
+    """One parameter (or part of one) to be changed: where, by what, and the host class that its layer will have.
+
+    tied: the other places of the same parameter, which follow this change.
+    """
+
+    path: str
+    layer: nn.Module
+    site: str
+    variant: Variant
+    host: type[Host]
+    pattern: str = ""
+    tied: Sequence[ties.Place] = ()
+
+    @property
+    def key(self) -> str:
+        """The parameter's name in the base."""
+        return join_key(self.path, self.site)
+
+    @property
+    def stored(self) -> Tensor:
+        """The frozen parameter or buffer, whole."""
+        name = parameter_of(self.site)
+        found = self.layer._parameters.get(name)
+        return found if found is not None else self.layer._buffers[name]  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what changes: (out, in) of the matrix or of its part; as stored for variants of any shape."""
+        if self.variant.any_shape:
+            return tuple(self.stored.shape)
+        *front, out, columns = self.host.sites(self.layer)[parameter_of(self.site)]
+        rows = rows_of(self.site)
+        return (*front, out if rows is None else rows.stop - rows.start, columns)
+
+    def site_seen(self) -> Site:
+        """The site as the variant sees it: shape, dtype and device of the adapter's tensors."""
+        stored = self.stored
+        buffer = self.site in self.layer._buffers
+        dtype = stored.dtype
+        if not buffer and (dtype.itemsize <= 2 or not dtype.is_floating_point):
+            dtype = torch.float32
+        return Site(self.shape, dtype, stored.device, buffer and self.variant.any_shape)
+
+
+Wanted = dict[tuple[Hashable, str], Planned]
+"""The plan while it grows: (identity of the parameter, the part of it) -> what happens to it."""
+
+
+def planned(
+    model: nn.Module,
+    wanted: list[tuple[targeting.Target, Variant]],
+    train: str | Sequence[str],
+    exclude: Any,
+    layers: Sequence[int] | range | None,
+) -> list[Planned]:
+    """What `attach` will do, one entry per parameter. Raises TargetError or ConfigError; changes nothing."""
+    known = targeting.layers_of(model)
+    shared = ties.shared(known)
+    left = [p for t in (targeting.as_targets(exclude) if exclude else []) for p in targeting.matching(model, t, known)]
+    plan: Wanted = {}
+
+    trained: list[str] = []
+    full = variant_registry["full"]()
+    for name in [train] if isinstance(train, str) else list(train):
+        for item in trained_in_full(model, name, known, full):
+            trained.append(item.path)
+            add(plan, item)
+    for target, variant in wanted:
+        leave = [*left, *trained] if target == targeting.ALL_LINEAR else left
+        for item in meant(model, target, variant, known, leave, layers, exclude):
+            add(plan, item)
+    for item in plan.values():
+        item.tied = ties.others(shared, item.layer, parameter_of(item.site))
+        for path, layer, _ in item.tied:
+            check_free(path, layer)
+    return list(plan.values())
+
+
+def add(plan: Wanted, item: Planned) -> None:
+    """Enter `item` unless the very same is there (a layer reached by two paths, a tied parameter).
+
+    Raises:
+        ConfigError: two different wishes for one parameter.
+    """
+    before = plan.setdefault((ties.identity(item.stored), item.site.removeprefix(parameter_of(item.site))), item)
+    if before.variant != item.variant:
+        one = (
+            f"{item.key!r}"
+            if before.key == item.key
+            else f"{item.key!r}, which is the same parameter as {before.key!r},"
+        )
+        raise ConfigError(
+            f"{one} is wanted by {before.pattern} as {before.variant} and by {item.pattern} as {item.variant}: "
+            "make the targets disjoint, or use exclude="
+        )
+
+
+def meant(
+    model: nn.Module,
+    target: targeting.Target,
+    variant: Variant,
+    known: dict[str, nn.Module],
+    leave: Sequence[str],
+    layers: Sequence[int] | range | None,
+    exclude: Any,
+) -> list[Planned]:
+    """The parameters that one target means: of the layers that it names, or those that it names themselves."""
+    name, parts = targeting.parts_of(target)
+    pattern = targeting.describe(target)
+    try:
+        paths = targeting.matching(model, name, known, leave)
+    except TargetError:
+        places = [(p, s) for p, s in targeting.parameters(name, known) if p not in set(leave)]
+        if not places:
+            raise
+        kept = set(targeting.in_layers([p for p, _ in places], layers))
+        found = [parameter_planned(p, known[p], s, variant, pattern) for p, s in places if p in kept]
+    else:
+        paths = targeting.in_layers(paths, layers)
+        if not paths:
+            found = []
+        elif variant.any_shape:
+            found = [i for p in paths for i in subtree(p, known, variant)]
+        else:
+            found = adapted(target, variant, paths, known, bool(parts))
+    if not found:
+        raise TargetError(f"{pattern} matches layers, but none is left after exclude={exclude!r}, layers={layers!r}")
+    if parts:
+        found = [p for item in found for p in in_parts(item, parts, pattern)]
+    for item in found:
+        item.pattern = item.pattern or pattern
+    return found
+
+
+def parameter_planned(path: str, layer: nn.Module, site: str, variant: Variant, pattern: str) -> Planned:
+    """The plan for a parameter that a target names itself.
+
+    Raises:
+        TargetError: it is no matrix (nor a stack of them), and the variant needs one.
+    """
+    check_free(path, layer)
+    if variant.any_shape:
+        return Planned(path, layer, site, variant, full_host(layer), pattern)
+    host = targeting.host_for_parameter(layer, site)
+    if host is None:
+        shape = tuple(layer._parameters[site].shape)  # type: ignore[union-attr]
+        raise TargetError(
+            f"{pattern} names {join_key(path, site)!r} {shape}, which {type(variant).__name__} cannot adapt: it takes "
+            f"matrices and stacks of them; train it in full: train=[{join_key(path, site)!r}]"
+        )
+    return Planned(path, layer, site, variant, host, pattern)
+
+
+def in_parts(item: Planned, parts: Sequence[tuple[int, int]], pattern: str) -> list[Planned]:
+    """`item` once for each part, rows [start, stop) of its matrix.
+
+    Raises:
+        TargetError: a part lies outside of the weight, or the variant changes whole parameters only.
+    """
+    if item.variant.any_shape:
+        if item.site in item.host.biases(item.layer):
+            return [item]
+        raise TargetError(f"{pattern}: {type(item.variant).__name__} changes whole parameters, no parts of them")
+    out = item.shape[-2]
+    for start, stop in parts:
+        if not 0 <= start < stop <= out:
+            raise TargetError(f"{pattern}: {item.key!r} has the rows 0:{out}; {start}:{stop} is no part of them")
+    return [Planned(item.path, item.layer, f"{item.site}[{a}:{b}]", item.variant, item.host, pattern) for a, b in parts]
+
+
+def adapted(
+    target: targeting.Target, variant: Variant, paths: Sequence[str], known: dict[str, nn.Module], one: bool
+) -> list[Planned]:
+    """The layers among `paths` with their sites. Containers that a pattern also matches are passed over.
+
+    one: exactly one weight of each layer is wanted (the target names parts of it).
+    """
+    found: list[Planned] = []
+    misfits: list[str] = []
+    for path in paths:
+        cls = targeting.host_for(known[path])
+        if cls is not None:
+            found += layer_planned(path, known[path], cls, variant, target, one)
+        elif any(True for _ in known[path].parameters(recurse=False)):
+            misfits.append(path)
+    if misfits:
+        sample = known[misfits[0]]
+        raise TargetError(
+            f"{targeting.describe(target)} matches {misfits[0]!r}, a {type(sample).__name__}, "
+            f"which {type(variant).__name__} cannot adapt; narrow the target, "
+            f"{parameters_hint(misfits[0], sample)}or train it in full: train=[{misfits[0]!r}]"
+        )
+    if not found:
+        inner = [p for path in paths for p in known if p.startswith(path + ".") and targeting.host_for(known[p])]
+        raise TargetError(
+            f"{targeting.describe(target)} matches only containers such as {paths[0]!r} "
+            f"({type(known[paths[0]]).__name__}); name layers inside, for example {', '.join(map(repr, inner[:3])) or '...'}"
+        )
+    return found
+
+
+def parameters_hint(path: str, layer: nn.Module) -> str:
+    """How to name the matrices among a layer's raw parameters, for a message."""
+    sites = [s for s in layer._parameters if targeting.host_for_parameter(layer, s)]
+    return f"name its parameters (targets=[{join_key(path, sites[0])!r}]), " if sites else ""
+
+
+def layer_planned(
+    path: str, layer: nn.Module, cls: type[Host], variant: Variant, target: targeting.Target, one: bool
+) -> list[Planned]:
+    """The sites of one layer, its children that belong to it, and its biases if the variant trains them."""
+    pattern = targeting.describe(target)
+    check_free(path, layer)
+    why = None if isinstance(layer, Host) else cls.refusal(layer)
+    if why is not None:
+        raise TargetError(f"{pattern} matches {path!r} ({type(layer).__name__}): {why}")
+    sites = cls.main_sites(layer)
+    if one and len(sites) != 1:
+        raise TargetError(
+            f"{pattern}: {path!r} ({type(layer).__name__}) has the weights {', '.join(map(repr, sites))}; "
+            f"name the one that is meant, for example '{join_key(path, sites[0])}[...]'"
+        )
+    found = [Planned(path, layer, s, variant, cls, pattern) for s in sites]
+    if variant.bias:
+        full = variant_registry["full"]()
+        found += [Planned(path, layer, b, full, cls, pattern) for b in cls.biases(layer)]
+    for child in () if one else cls.children_too:
+        inner = layer._modules[child]
+        host = None if inner is None else targeting.host_for(inner)
+        if inner is not None and host is not None:
+            found += layer_planned(join_key(path, child), inner, host, variant, target, False)
+    return found
+
+
+def check_free(path: str, layer: nn.Module) -> None:
+    """Refuse a layer that has something of its own called `adapters` or `roster`."""
+    if isinstance(layer, Host):
+        return
+    for attribute in (CHILD, "roster"):
+        if hasattr(layer, attribute):
+            raise TargetError(
+                f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs"
+            )
+
+
+def trained_in_full(model: nn.Module, name: str, known: dict[str, nn.Module], full: Variant) -> list[Planned]:
+    """The parameters that `train=name` means: those of the modules it names, or one parameter.
+
+    Raises:
+        TargetError: it names nothing, or something without parameters.
+    """
+    found: list[Planned] = []
+    try:
+        paths = targeting.exact(model, name, known)
+    except TargetError:
+        paths = []
+        for path, layer in known.items():
+            for site, parameter in layer._parameters.items():
+                key = join_key(path, site)
+                if parameter is not None and (key == name or key.endswith("." + name)):
+                    found.append(Planned(path, layer, site, full, full_host(layer), f"train={name!r}"))
+        if not found:
+            raise
+    for path in paths:
+        found += subtree(path, known, full)
+    for item in found:
+        item.pattern = f"train={name!r}"
+    if not found:
+        raise TargetError(f"train={name!r} names {type(known[paths[0]]).__name__}, which has no parameters")
+    return found
+
+
+def subtree(path: str, known: dict[str, nn.Module], full: Variant) -> list[Planned]:
+    """Every parameter and running statistic of the module at `path` and of those inside it."""
+    found = []
+    for inner, layer in known.items():
+        if inner != path and not inner.startswith(path + ".") and path:
+            continue
+        own = [s for s, p in layer._parameters.items() if p is not None]
+        kept = [s for s, b in layer._buffers.items() if b is not None and s not in layer._non_persistent_buffers_set]
+        if own:
+            check_free(inner, layer)
+            found += [Planned(inner, layer, s, full, full_host(layer)) for s in (*own, *kept)]
+    return found
+
+
+def full_host(layer: nn.Module) -> type[Host]:
+    """The host under which a layer's parameters are trained in full: its family's own, or the host of last resort."""
+    return targeting.host_for(layer) or targeting.host_of_any(layer)
+
+
+# ---- the plan of a load
+
+
+def fitted(model: nn.Module, adapter: Adapter) -> list[Planned]:
+    """The plan that puts every change of `adapter` on its parameter.
+
+    Raises:
+        AdapterError: changes that do not fit, all of them listed.
+    """
+    if not adapter.changes:
+        raise AdapterError("the adapter is empty: it changes no weight")
+    known = targeting.layers_of(model)
+    shared = ties.shared(known)
+    wrong: list[str] = []
+    plan: list[Planned] = []
+    for key in adapter.changes:
+        item = fitted_one(model, known, shared, adapter, key)
+        if isinstance(item, Planned):
+            plan.append(item)
+        else:
+            wrong.append(item)
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise AdapterError(
+            f"the adapter does not fit {type(model).__name__} ({len(wrong)} of {len(adapter.changes)} changes):\n  "
+            + "\n  ".join(wrong[:8])
+            + more
+        )
+    return plan
+
+
+def fitted_one(
+    model: nn.Module,
+    known: dict[str, nn.Module],
+    shared: Mapping[Hashable, list[ties.Place]],
+    adapter: Adapter,
+    key: str,
+) -> Planned | str:
+    """The plan for one change, or what is wrong with it."""
+    change = adapter.changes[key]
+    path, site = split_key(key)
+    name = parameter_of(site)
+    layer = known.get(path)
+    there = layer is not None and (layer._parameters.get(name) is not None or layer._buffers.get(name) is not None)
+    if layer is None or not there:
+        every = [join_key(p, s) for p, m in known.items() for s in m._parameters]
+        return f"{key!r} is no parameter of {type(model).__name__}{did_you_mean(key, every, 1)}"
+    cls = full_host(layer) if change.variant.any_shape else targeting.host_for_parameter(layer, name)
+    why = None if cls is None or isinstance(layer, Host) or change.variant.any_shape else cls.refusal(layer)
+    if cls is None or why is not None:
+        kind, method = type(layer).__name__, type(change.variant).__name__
+        return f"{key!r} belongs to a {kind}, which {method} cannot adapt" + (f": {why}" if why else "")
+    rows = rows_of(site)
+    if rows is not None and (change.variant.any_shape or rows.stop > cls.sites(layer)[name][-2]):
+        return f"{key!r}: {name!r} of the model has no such part"
+    item = Planned(path, layer, site, change.variant, cls)
+    try:
+        found = change.matrix_shape
+    except KeyError as missing:
+        return f"{key!r}: tensor {missing} of {change.variant} is missing"
+    if not fits(found, item.shape):
+        return f"{key!r} changes a {tuple(found)} weight, the model's is {item.shape}"
+    places = ties.others(shared, layer, name)
+    absent = set(change.tied) - {join_key(p, s) for p, _, s in places}
+    if absent:
+        return f"{key!r} was one parameter with {', '.join(map(repr, sorted(absent)))}, which this model does not tie to it"
+    item.tied = [p for p in places if join_key(p[0], p[2]) in change.tied]
+    return item
