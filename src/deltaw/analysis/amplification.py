@@ -20,7 +20,7 @@ import torch
 
 from deltaw.analysis.directions import directions
 from deltaw.core.adapter import Adapter
-from deltaw.core.base_weights import Base, dense_base
+from deltaw.core.base_weights import Base
 from deltaw.core.options import positive_int
 from deltaw.ops.truncated_svd import top_singular
 
@@ -115,7 +115,7 @@ def amplification(adapter: Adapter, base: Base, *, rank: int | None = None) -> A
         if not r:
             skipped[key] = "is not changed at all"
             continue
-        W = dense_base(base, key, adapter.changes[key])
+        W = d.of.base(base)
         norm = float(W.norm())
         top = top_singular(W, r)[1]
         weights[key] = Amplification(

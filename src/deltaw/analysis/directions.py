@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.core.adapter import Adapter, split_key
+from deltaw.core.adapter import Adapter, Change, split_key
 from deltaw.core.base_weights import Base, dense_base
-from deltaw.core.true_change import is_copy, true_change
+from deltaw.core.true_change import Matrix, any_shape, true_changes
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
 
@@ -19,7 +19,7 @@ RESOLUTION = 1e-7
 
 
 class Directions(NamedTuple):
-    """ΔW = U diag(S) Vh of one weight, without the directions that are rounding noise.
+    """ΔW = U diag(S) Vh of one matrix, without the directions that are rounding noise.
 
     `U` (out, k) and `Vh` (k, in) orthonormal, `S` (k,) descending, in float64. k is 0 where nothing changes.
     """
@@ -27,6 +27,7 @@ class Directions(NamedTuple):
     U: Tensor
     S: Tensor
     Vh: Tensor
+    of: Matter
 
     def side(self, side: str) -> Tensor:
         """Orthonormal columns (d, k): the input directions ("in", right singular) or the output ones ("out", left)."""
@@ -35,45 +36,64 @@ class Directions(NamedTuple):
         return self.Vh.T if side == "in" else self.U
 
 
+class Matter(NamedTuple):
+    """Which change a matrix is of: the parameter's name, its change, and the place in a stack of expert weights."""
+
+    key: str
+    change: Change
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, with "#3" for the fourth expert of a stack."""
+        return self.key if self.expert is None else f"{self.key}#{self.expert}"
+
+    def base(self, base: Base) -> Tensor:
+        """The base weight behind it, (out, in), in float64."""
+        weight = dense_base(base, self.key, self.change)
+        return weight if self.expert is None else weight[self.expert]
+
+
 def directions(adapter: Adapter, base: Base | None = None) -> tuple[dict[str, Directions], dict[str, str]]:
-    """Parameter name -> `Directions`; and parameter name -> why it is left out.
+    """Name -> `Directions` of every changed matrix; and name -> why it is left out.
 
     Left out: vectors (a bias has no directions), and trained copies if no base is given (their ΔW is not known).
 
     Raises:
         ConfigError: another change depends on the base weight (DoRA), and none was given.
     """
-    found: dict[str, Directions] = {}
     skipped: dict[str, str] = {}
-    for key, matrix in matrices(adapter, base, skipped):
-        if isinstance(matrix, Product):
-            found[key] = without_noise(*matrix.svd())
-        elif matrix.ndim != 2:
-            skipped[key] = f"of shape {tuple(matrix.shape)}: only matrices have singular directions"
-        else:
-            found[key] = without_noise(*torch.linalg.svd(matrix, full_matrices=False))
+    found: dict[str, Directions] = {}
+    for matter, matrix in matrices(adapter, base, skipped):
+        parts = matrix.svd() if isinstance(matrix, Product) else torch.linalg.svd(matrix, full_matrices=False)
+        found[matter.name] = without_noise(parts[0], parts[1], parts[2], matter)
     return found, skipped
 
 
-def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> Iterator[tuple[str, Product | Tensor]]:
-    """(parameter name, true change), one at a time; what cannot be known is added to `skipped`."""
+def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> Iterator[tuple[Matter, Matrix]]:
+    """Every changed matrix with its true change, one at a time; what has none is added to `skipped`."""
     for key, change in adapter.changes.items():
-        if is_copy(change) and base is None:
-            skipped[key] = "a trained copy: its change is known only beside the base weight (give base)"
-            continue
         try:
-            matrix = true_change(key, change)
+            found = true_changes(key, change)
         except ConfigError:
+            if base is None and any_shape(change):
+                skipped[key] = "a trained copy: its change is known only beside the base weight (give base)"
+                continue
             if base is None:
                 raise
-            matrix = true_change(key, change, dense_base(base, key, change))
-        yield key, matrix
+            found = true_changes(key, change, dense_base(base, key, change))
+        if len(found[0].shape) != 2:
+            skipped[key] = f"of shape {tuple(found[0].shape)}: only matrices have singular directions"
+            continue
+        stacked = len(change.matrix_shape) > 2
+        for n, matrix in enumerate(found):
+            yield Matter(key, change, n if stacked else None), matrix
 
 
-def without_noise(U: Tensor, S: Tensor, Vh: Tensor) -> Directions:
+def without_noise(U: Tensor, S: Tensor, Vh: Tensor, of: Matter) -> Directions:
     """The decomposition without what is below `RESOLUTION` of the largest singular value."""
     keep = int((RESOLUTION * S[:1] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
-    return Directions(U[:, :keep], S[:keep], Vh[:keep])
+    return Directions(U[:, :keep], S[:keep], Vh[:keep], of)
 
 
 class Place(NamedTuple):

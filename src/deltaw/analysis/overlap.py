@@ -19,7 +19,7 @@ import torch
 from deltaw.analysis.directions import directions, matrices
 from deltaw.analysis.similarity import Similarities, subspace_similarity
 from deltaw.core.adapter import Adapter
-from deltaw.core.base_weights import Base, dense_base
+from deltaw.core.base_weights import Base
 from deltaw.core.options import one_of, positive_int
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
@@ -39,7 +39,7 @@ def overlap(adapter: Adapter, base: Base, *, side: str = "in", top: int = 64) ->
         if not d.S.numel():
             skipped[key] = "is not changed at all"
             continue
-        U, _, Vh = top_singular(dense_base(base, key, adapter.changes[key]), top)
+        U, _, Vh = top_singular(d.of.base(base), top)
         weights[key] = subspace_similarity(d.side(side), Vh.T if side == "in" else U)
     return Similarities(weights, side, skipped)
 
@@ -95,17 +95,14 @@ def intruders(
         raise ConfigError(f"threshold={threshold!r}: a cosine in (0, 1], for example 0.5")
     skipped: dict[str, str] = {}
     weights: dict[str, Intruders] = {}
-    for key, change in matrices(adapter, base, skipped):
+    for matter, change in matrices(adapter, base, skipped):
         dense = change.dense() if isinstance(change, Product) else change
-        if dense.ndim != 2:
-            skipped[key] = f"of shape {tuple(dense.shape)}: only matrices have singular directions"
-            continue
-        W = dense_base(base, key, adapter.changes[key])
+        W = matter.base(base)
         if min(W.shape) > EXACT_UP_TO:
             W, dense = W.float(), dense.float()  # a full SVD: float64 would take minutes
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         top_U, _, top_Vh = top_singular(W + dense, top)
         before, after = (U, top_U) if side == "out" else (Vh.T, top_Vh.T)
         cosines = (before.T @ after).abs().amax(dim=0).clamp(max=1.0)
-        weights[key] = Intruders(cosines=tuple(cosines.tolist()), threshold=threshold)
+        weights[matter.name] = Intruders(cosines=tuple(cosines.tolist()), threshold=threshold)
     return IntruderTable(weights, skipped)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.analysis.directions import Directions, directions, without_noise
+from deltaw.analysis.directions import Directions, Matter, directions, without_noise
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.core.options import one_of
@@ -152,8 +152,9 @@ def similarity(
         skipped.update(left_out)
         found.append(part)
     weights = {}
-    for key in common:
-        if key not in found[0] or key not in found[1]:
+    for key in found[0]:
+        if key not in found[1]:
+            skipped[key] = "of another form in the other adapter"
             continue
         one, other = found[0][key].side(side)[:, :top], found[1][key].side(side)[:, :top]
         if one.shape[0] != other.shape[0]:
@@ -170,11 +171,14 @@ def _of_factors(adapter: Adapter, base: Base | None) -> tuple[dict[str, Directio
     found: dict[str, Directions] = {}
     skipped: dict[str, str] = {}
     for key, change in adapter.changes.items():
-        product = as_product(change)
+        product = as_product(change) if len(change.matrix_shape) == 2 else None
         if product is None:
             skipped[key] = "has no factors A and B of its own"
             continue
-        left = without_noise(*torch.linalg.svd(product.left.double(), full_matrices=False))
-        right = without_noise(*torch.linalg.svd(product.right.double(), full_matrices=False))
-        found[key] = Directions(left.U, left.S, right.Vh)
+        matter = Matter(key, change)
+        U, S, Vh = torch.linalg.svd(product.left.double(), full_matrices=False)
+        left = without_noise(U, S, Vh, matter)
+        U, S, Vh = torch.linalg.svd(product.right.double(), full_matrices=False)
+        right = without_noise(U, S, Vh, matter)
+        found[key] = Directions(left.U, left.S, right.Vh, matter)
     return found, skipped

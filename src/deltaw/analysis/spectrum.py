@@ -185,7 +185,7 @@ def spectrum(adapter: Adapter, base: Base | None = None) -> Spectra:
     found, skipped = directions(adapter, base)
     weights = {}
     for key, d in found.items():
-        given = getattr(adapter.changes[key].variant, "rank", None)
+        given = getattr(d.of.change.variant, "rank", None)
         shape = (d.U.shape[0], d.Vh.shape[1])
         weights[key] = Spectrum(shape=shape, given=given, values=tuple(d.S.tolist()))
     return Spectra(weights, skipped)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltaw.compose.combiner import Combiner, Matrix, Term, combiner
+from deltaw.compose.combiner import Combiner, Term, combiner
+from deltaw.core.true_change import Matrix
 from deltaw.ops.product import Product, total
 
 

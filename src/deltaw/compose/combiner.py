@@ -17,20 +17,18 @@ import torch
 from torch import Tensor
 
 from deltaw.core.registry import Registry
+from deltaw.core.true_change import Matrix
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
-
-Matrix = Product | Tensor
-"""A change's matrix: factors if it has them, else dense in float64."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One adapter's change of one weight. `index` is the adapter's place in the list that was given to `combine`."""
+    """One adapter's change of one weight. `place` is the adapter's in the list that `combine` was given."""
 
     weight: float
     change: Matrix
-    index: int
+    place: int
 
     def dense(self) -> Tensor:
         """ΔW without the weight, (out, in), in float64."""
@@ -54,8 +52,8 @@ class Combiner(ABC):
     def blend(self, key: str, terms: Sequence[Term], seed: int) -> Matrix:
         """The blended change of the weight `key`. `terms` is not empty, and all are of one (out, in) shape."""
 
-    def blend_copies(self, key: str, terms: Sequence[Term], seed: int) -> Matrix:
-        """The same for dense changes of a parameter of any shape, which will be kept as a copy. Default: `blend`."""
+    def blend_any_shape(self, key: str, terms: Sequence[Term], seed: int) -> Matrix:
+        """The same for dense changes of a parameter of any shape, which is kept dense. Default: `blend`."""
         return self.blend(key, terms, seed)
 
     def __repr__(self) -> str:
@@ -95,7 +93,7 @@ def keep_largest(dense: Tensor, density: float) -> Tensor:
     return torch.where(kept.view_as(dense), dense, 0.0)
 
 
-def draw_mask(shape: torch.Size, density: float, *, seed: int, key: str, index: int) -> Tensor:
+def draw_mask(shape: torch.Size, density: float, *, seed: int, key: str, place: int) -> Tensor:
     """A boolean mask that is True with probability `density`; depends on seed, weight and adapter only, not on order."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 4_294_967_291 + zlib.crc32(key.encode()))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + place) * 4_294_967_291 + zlib.crc32(key.encode()))
     return torch.rand(shape, generator=generator, dtype=torch.float32) < density

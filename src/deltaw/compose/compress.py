@@ -6,10 +6,13 @@ of alpha. After an SVD each side carries √σ, so that neither factor is much l
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from deltaw.compose.combiner import Matrix
+from deltaw.core.true_change import Matrix
 from deltaw.ops.product import Product, total
 from deltaw.ops.truncated_svd import rank_for_energy, top_singular
 
@@ -56,9 +59,12 @@ def length(a: Matrix) -> float:
     return a.norm() if isinstance(a, Product) else float(a.norm())
 
 
-def relative_error(kept: Matrix, exact: Matrix, parts: float) -> float:
-    """‖kept - exact‖ / ‖exact‖; where the parts (of lengths that add up to `parts`) cancel, relative to them instead."""
-    error, size = distance(kept, exact), length(exact)
+def relative_error(kept: Sequence[Matrix], exact: Sequence[Matrix], parts: float) -> float:
+    """‖kept - exact‖ / ‖exact‖ over all matrices; where the parts (of lengths that add up to `parts`) cancel, relative
+    to them instead.
+    """
+    error = math.hypot(*(distance(k, e) for k, e in zip(kept, exact)))
+    size = math.hypot(*(length(e) for e in exact))
     if size <= 1e-12 * parts:
         size = parts
     return error / size if size > 0 else error

@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltaw.compose.combiner import Combiner, Matrix, Term, check_density, combiner, draw_mask
+from deltaw.compose.combiner import Combiner, Term, check_density, combiner, draw_mask
 from deltaw.compose.ties import elect_and_average
 from deltaw.core.options import one_of
+from deltaw.core.true_change import Matrix
 
 
 @combiner
@@ -40,5 +41,5 @@ class Dare(Combiner):
     def drop(self, key: str, term: Term, seed: int) -> Tensor:
         """The term's ΔW with its entries dropped and rescaled."""
         dense = term.dense()
-        mask = draw_mask(dense.shape, self.density, seed=seed, key=key, index=term.index).to(dense.device)
+        mask = draw_mask(dense.shape, self.density, seed=seed, key=key, place=term.place).to(dense.device)
         return torch.where(mask, dense / self.density, 0.0)

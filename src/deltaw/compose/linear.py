@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from deltaw.compose.cat import weighted_sum
-from deltaw.compose.combiner import Combiner, Matrix, Term, combiner
+from deltaw.compose.combiner import Combiner, Term, combiner
+from deltaw.core.true_change import Matrix
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
 
@@ -46,5 +47,5 @@ class Linear(Combiner):
             right[: product.width] += root * product.right.double()
         return Product(left, right)
 
-    def blend_copies(self, key: str, terms: Sequence[Term], seed: int) -> Matrix:
+    def blend_any_shape(self, key: str, terms: Sequence[Term], seed: int) -> Matrix:
         return weighted_sum(terms)

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from deltaw.compose.combiner import Combiner, Matrix, Term, check_density, combiner, keep_largest
+from deltaw.compose.combiner import Combiner, Term, check_density, combiner, keep_largest
+from deltaw.core.true_change import Matrix
 
 
 @combiner

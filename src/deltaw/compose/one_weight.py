@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaw.compose.cat import weighted_sum
-from deltaw.compose.combiner import Combiner, Matrix, Term
+from deltaw.compose.combiner import Combiner, Term
 from deltaw.compose.compress import compress, length, relative_error
 from deltaw.core.adapter import Change
 from deltaw.core.base_weights import Base, dense_base
-from deltaw.core.true_change import check_finite, delta_of, is_copy, true_change
+from deltaw.core.true_change import Matrix, any_shape, check_finite, delta_of, true_change, true_changes
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.ops.product import Product
+from deltaw.variants.diff import Diff
 from deltaw.variants.full import Full
 from deltaw.variants.lora import LoRA
 
@@ -49,38 +51,48 @@ class OneWeight:
 
     def blend(self, key: str, parts: Sequence[Part]) -> Blended:
         """Blend the changes of the parameter `key`. All weights are different from zero."""
-        shapes = {tuple(p.change.matrix_shape) for p in parts}
-        if len(shapes) > 1:
-            raise AdapterError(
-                f"{key}: the adapters change matrices of different shapes, {' and '.join(map(str, sorted(shapes)))}; "
-                f"they were not trained on the same base"
-            )
+        _check_alike(key, parts)
         for part in parts:
             check_finite(key, part.change)
         if self.keeps(parts):
             return Blended(parts[0].change, 0.0, 0.0)
         for part in parts:
             _refuse_bias(key, part.change)
-        return self.copies(key, parts) if any(is_copy(p.change) for p in parts) else self.low_rank(key, parts)
+        if self.averages(parts):
+            return self.averaged(parts)
+        return self.dense(key, parts) if any(any_shape(p.change) for p in parts) else self.low_rank(key, parts)
 
     def keeps(self, parts: Sequence[Part]) -> bool:
         """Whether the result is the one change there is, as it is."""
         if not self.how.keeps_one or len(parts) > 1 or parts[0].weight != 1.0:
             return False
-        if is_copy(parts[0].change) or (self.rank is None and self.energy is None):
+        if any_shape(parts[0].change) or (self.rank is None and self.energy is None):
             return True
         narrow = getattr(parts[0].change.variant, "rank", None)
         return self.energy is None and self.rank is not None and narrow is not None and narrow <= self.rank
 
     def low_rank(self, key: str, parts: Sequence[Part]) -> Blended:
-        """Changes of a matrix: the result is a LoRA."""
-        terms = [Term(p.weight, self.change(key, p.change), p.place) for p in parts]
-        blended = self.how.blend(key, terms, self.seed)
-        product = compress(blended, rank=self.rank_to_keep(terms, blended), energy=self.energy, seed=self.seed)
+        """Changes of a matrix, or of a stack of matrices: the result is a LoRA."""
+        each = [self.changes(key, p.change) for p in parts]
+        products: list[Product] = []
+        blends: list[Matrix] = []
+        terms: list[list[Term]] = []
+        for n, matrices in enumerate(zip(*each)):
+            terms.append([Term(p.weight, matrix, p.place) for p, matrix in zip(parts, matrices)])
+            blends.append(self.how.blend(key if len(each[0]) == 1 else f"{key}[{n}]", terms[n], self.seed))
+            rank = self.rank_to_keep(terms[n], blends[n])
+            products.append(compress(blends[n], rank=rank, energy=self.energy, seed=self.seed))
         dtype = _result_dtype(parts)
-        A, B = product.right.to(dtype).contiguous(), product.left.to(dtype).contiguous()
-        change = Change(LoRA(rank=A.shape[0], alpha=A.shape[0]), {"A": A, "B": B}, _layer(parts), _shape(parts))
-        return _with_errors(change, Product(B, A), blended, terms)
+        width = max(p.width for p in products)
+        A = torch.stack([pad(p.right.to(dtype), (0, 0, 0, width - p.width)) for p in products])
+        B = torch.stack([pad(p.left.to(dtype), (0, width - p.width)) for p in products])
+        kept = [Product(b, a) for a, b in zip(A, B)]
+        if len(_shape(parts)) == 2:
+            A, B = A[0], B[0]
+        change = replace(
+            _facts(parts), variant=LoRA(rank=width, alpha=width), tensors={"A": A.contiguous(), "B": B.contiguous()}
+        )
+        return _with_errors(change, kept, blends, terms)
 
     def rank_to_keep(self, terms: Sequence[Term], blended: Matrix) -> int | None:
         """The rank to truncate to; None if nothing is to be cut."""
@@ -97,47 +109,92 @@ class OneWeight:
             return None
         return rank
 
-    def copies(self, key: str, parts: Sequence[Part]) -> Blended:
-        """Trained copies of a parameter (and low-rank changes of it): the result is a copy again."""
+    def averages(self, parts: Sequence[Part]) -> bool:
+        """Whether all are copies of the same entries with weights that add up to 1: any W gives the same."""
+        first = parts[0].change.variant
+        return (
+            self.how.adds
+            and any_shape(parts[0].change)
+            and all(p.change.variant == first for p in parts)
+            and abs(sum(p.weight for p in parts) - 1) < 1e-12
+        )
+
+    def averaged(self, parts: Sequence[Part]) -> Blended:
+        """W + Σ wᵢ (Wᵢ - W) = Σ wᵢ Wᵢ, without W. The errors are relative to the values, for the change is not known."""
         dtype = _result_dtype(parts)
-        first = next(p.change for p in parts if is_copy(p.change))
-        add_up = sum(p.weight for p in parts)
-        if self.base is not None:
-            start = dense_base(self.base, key, first)
-            terms = [Term(p.weight, self.change(key, p.change), p.place) for p in parts]
-            terms = [Term(t.weight, t.dense(), t.index) for t in terms]
-        elif self.how.adds and all(is_copy(p.change) for p in parts) and abs(add_up - 1) < 1e-12:
-            # W + Σ wᵢ (Wᵢ - W) = Σ wᵢ Wᵢ: any W will do, so take zero.
-            start = torch.zeros(
-                first.matrix_shape, dtype=torch.float64, device=next(iter(first.tensors.values())).device
-            )
-            terms = [Term(p.weight, true_change(key, p.change, start), p.place) for p in parts]
-        else:
-            raise ConfigError(
-                f"{key} is a trained copy in {len(parts)} of the adapters, and the weights add up to {add_up:g}: the "
-                f"result depends on the base weight. Give `base=` (`--base`), or, with how='cat', weights that add up to 1"
-            )
-        blended = self.how.blend_copies(key, terms, self.seed)
-        change_of_value = blended.dense() if isinstance(blended, Product) else blended
-        value = start + change_of_value
-        value = value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)
-        change = Change(Full(), {"value": value}, _layer(parts), _shape(parts))
-        return _with_errors(change, value.double() - start, change_of_value, terms)
+        tensors: dict[str, Tensor] = {}
+        blends: list[Matrix] = []
+        kept: list[Matrix] = []
+        terms: list[list[Term]] = []
+        for name in parts[0].change.tensors:
+            terms.append([Term(p.weight, p.change.tensors[name].double(), p.place) for p in parts])
+            blends.append(weighted_sum(terms[-1]))
+            tensors[name] = _rounded(terms[-1], dtype)
+            kept.append(tensors[name].double())
+        return _with_errors(
+            replace(_facts(parts), variant=parts[0].change.variant, tensors=tensors), kept, blends, terms
+        )
 
-    def change(self, key: str, change: Change) -> Matrix:
-        """The true change, with the base weight only if it needs one."""
-        if self.base is None:
-            return true_change(key, change)
+    def dense(self, key: str, parts: Sequence[Part]) -> Blended:
+        """Changes of a parameter of any shape (and low-rank ones of the same): the result is dense too.
+
+        A dense difference if all changes are known without the base weight, else a trained copy.
+        """
+        dtype = _result_dtype(parts)
         try:
-            return true_change(key, change)
+            terms = [Term(p.weight, true_change(key, p.change), p.place) for p in parts]
+            start = None
         except ConfigError:
-            return true_change(key, change, dense_base(self.base, key, change))
+            if self.base is None:
+                add_up = sum(p.weight for p in parts)
+                raise ConfigError(
+                    f"{key} is a trained copy in some of the adapters, and the weights add up to {add_up:g}: the result "
+                    f"depends on the base weight. Give `base=` (`--base`), or, with how='cat', weights that add up to 1"
+                ) from None
+            first = next(p.change for p in parts if any_shape(p.change))
+            start = dense_base(self.base, key, first)
+            terms = [Term(p.weight, true_change(key, p.change, start), p.place) for p in parts]
+        terms = [Term(t.weight, t.dense(), t.place) for t in terms]
+        if len({tuple(t.change.shape) for t in terms}) > 1:
+            raise ConfigError(
+                f"{key}: a low-rank change and a trained copy of a weight that is not stored as an (out, in) matrix "
+                f"cannot be added up; merge them into a model (dw.merge) and extract the difference instead"
+            )
+        blended = self.how.blend_any_shape(key, terms, self.seed)
+        blended = blended.dense() if isinstance(blended, Product) else blended
+        if start is None:
+            value = blended.to(dtype)
+            change = replace(_facts(parts), variant=Diff(), tensors={"diff": value})
+            return _with_errors(change, [value.double()], [blended], [terms])
+        value = start + blended
+        value = value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)
+        change = replace(_facts(parts), variant=Full(), tensors={"value": value})
+        return _with_errors(change, [value.double() - start], [blended], [terms])
+
+    def changes(self, key: str, change: Change) -> list[Matrix]:
+        """The true changes, with the base weight only if they need one."""
+        try:
+            return true_changes(key, change)
+        except ConfigError:
+            if self.base is None:
+                raise
+            return true_changes(key, change, dense_base(self.base, key, change))
 
 
-def _with_errors(change: Change, kept: Matrix, blended: Matrix, terms: Sequence[Term]) -> Blended:
-    size = sum(abs(t.weight) * length(t.change) for t in terms)
-    error = relative_error(kept, weighted_sum(terms), size)
-    return Blended(change, error, relative_error(kept, blended, size))
+def _with_errors(
+    change: Change, kept: Sequence[Matrix], blends: Sequence[Matrix], terms: Sequence[Sequence[Term]]
+) -> Blended:
+    """`change` with its distances to the exact sums and to the blends, over all matrices of a stack together."""
+    size = sum(abs(t.weight) * length(t.change) for each in terms for t in each)
+    sums = [weighted_sum(each) for each in terms]
+    return Blended(change, relative_error(kept, sums, size), relative_error(kept, blends, size))
+
+
+def _rounded(terms: Sequence[Term], dtype: torch.dtype) -> Tensor:
+    """The weighted sum in `dtype`; whole numbers (a counter) are rounded to whole numbers."""
+    exact = weighted_sum(terms)
+    assert isinstance(exact, Tensor)
+    return exact.to(dtype) if dtype.is_floating_point else exact.round().to(dtype)
 
 
 def _result_dtype(parts: Sequence[Part]) -> torch.dtype:
@@ -149,22 +206,38 @@ def _result_dtype(parts: Sequence[Part]) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
-def _layer(parts: Sequence[Part]) -> str | None:
-    return next((p.change.layer for p in parts if p.change.layer is not None), None)
+def _facts(parts: Sequence[Part]) -> Change:
+    """A change with what is known of the weight itself: layer family, stored shape, ties."""
+    layer = next((p.change.layer for p in parts if p.change.layer is not None), None)
+    shape = next((p.change.shape for p in parts if p.change.shape is not None), None)
+    return replace(parts[0].change, layer=layer, shape=shape)
 
 
-def _shape(parts: Sequence[Part]) -> tuple[int, ...] | None:
-    return next((p.change.shape for p in parts if p.change.shape is not None), None)
+def _shape(parts: Sequence[Part]) -> tuple[int, ...]:
+    return tuple(parts[0].change.matrix_shape)
+
+
+def _check_alike(key: str, parts: Sequence[Part]) -> None:
+    """Refuse changes of weights that cannot be the same one."""
+    first = parts[0].change
+    for part in parts[1:]:
+        one, other = tuple(first.matrix_shape), tuple(part.change.matrix_shape)
+        if len(one) != len(other) or any(a != b and -1 not in (a, b) for a, b in zip(one, other)):
+            raise AdapterError(
+                f"{key}: the adapters change weights of different shapes, {one} and {other}; they were not trained on "
+                f"the same base"
+            )
+        if set(first.tied) != set(part.change.tied):
+            raise AdapterError(
+                f"{key}: one adapter changes it together with {first.tied or 'nothing else'}, the other with "
+                f"{part.change.tied or 'nothing else'}: a sum of the two has no meaning for the tied weights"
+            )
 
 
 def _refuse_bias(key: str, change: Change) -> None:
     """IA3's one tensor changes the bias too; a combination of weights alone would silently lose that half."""
-    if is_copy(change):
-        return
-    probe = torch.ones(change.matrix_shape[0], device=next(iter(change.tensors.values())).device)
-    with torch.no_grad():
-        if delta_of(change).delta_bias(probe) is not None:
-            raise ConfigError(
-                f"{key}: {change.variant.kind} changes the layer's bias together with its weight, which a low-rank "
-                f"result cannot hold; merge it into the model instead (dw.merge)"
-            )
+    if not any_shape(change) and delta_of(change).changes_bias:
+        raise ConfigError(
+            f"{key}: {change.variant.kind} changes the layer's bias together with its weight, which a low-rank result "
+            f"cannot hold; merge it into the model instead (dw.merge)"
+        )

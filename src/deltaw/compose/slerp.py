@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from deltaw.compose.cat import weighted_sum
-from deltaw.compose.combiner import Combiner, Matrix, Term, combiner
+from deltaw.compose.combiner import Combiner, Term, combiner
+from deltaw.core.true_change import Matrix
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
 

@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltaw.compose.combiner import Combiner, Matrix, Term, check_density, combiner, keep_largest
+from deltaw.compose.combiner import Combiner, Term, check_density, combiner, keep_largest
+from deltaw.core.true_change import Matrix
 
 
 def elect_and_average(weighted: Sequence[Tensor]) -> Tensor:

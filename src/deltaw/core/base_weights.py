@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Change, split_key
+from deltaw.core.adapter import Change, join_key, split_key
 from deltaw.core.host import Host
+from deltaw.core.part import parameter_of, part, rows_of
 from deltaw.core.registry import hosts
 from deltaw.core.variant import fits
 from deltaw.errors import AdapterError, ModelError, UnknownName, did_you_mean
@@ -22,14 +23,18 @@ Base = nn.Module | Mapping[str, Tensor]
 
 
 def base_weight(base: Base, key: str, change: Change) -> Tensor:
-    """The base weight behind `change`: the (out, in) matrix, or the stored parameter for a trained copy.
+    """The base weight behind `change`: the (out, in) matrix (its part, for a site like "weight[0:64]"), or the stored
+    parameter for a change of any shape.
 
     Raises:
         UnknownName: the base has no parameter `key`.
         ModelError: an adapter is merged into the weight, so that it is no longer the base's.
         AdapterError: the weight does not have the shape that the change is for.
     """
-    weight = _from_model(base, key, change) if isinstance(base, nn.Module) else _from_mapping(base, key, change)
+    path, site = split_key(key)
+    name = join_key(path, parameter_of(site))
+    weight = _from_model(base, name, change) if isinstance(base, nn.Module) else _from_mapping(base, name, change)
+    weight = part(weight, rows_of(site))
     if not fits(change.matrix_shape, weight.shape):
         raise AdapterError(
             f"{key}: the base has {tuple(weight.shape)}, the adapter changes {tuple(change.matrix_shape)}: "
@@ -85,9 +90,9 @@ def _from_mapping(tensors: Mapping[str, Tensor], key: str, change: Change) -> Te
 
 def _by_shape(stored: Tensor, change: Change) -> Tensor:
     """The matrix that the shapes alone suggest: as stored, flattened behind the first dimension, or transposed."""
-    rows, columns = change.matrix_shape
-    if tuple(stored.shape) == (rows, columns):
+    if len(change.matrix_shape) != 2 or fits(change.matrix_shape, stored.shape):
         return stored
+    rows, columns = change.matrix_shape
     if stored.ndim > 2 and stored.shape[0] == rows and stored.numel() == rows * columns:
         return stored.reshape(rows, columns)
     if tuple(stored.shape) == (columns, rows):

@@ -386,6 +386,73 @@ class TestChangesThatNeedTheBase:
         assert torch.allclose(ties.changes["head.weight"].tensors["value"].double(), expected, atol=1e-6)
 
 
+class TestOtherForms:
+    def test_stacks_of_experts_are_combined_expert_by_expert(self):
+        g = torch.Generator().manual_seed(1)
+        make = lambda rank: dw.Adapter(  # noqa: E731
+            {
+                "experts": dw.Change(
+                    dw.LoRA(rank=rank),
+                    {"A": torch.randn(4, rank, 7, generator=g), "B": torch.randn(4, 5, rank, generator=g)},
+                )
+            }
+        )
+        a, b = make(2), make(1)
+        exact = 0.5 * dense(a, "experts") - 2 * dense(b, "experts")
+        result = dw.combine([a, b], [0.5, -2])
+        assert result.changes["experts"].tensors["A"].shape == (4, 3, 7)
+        assert relative(dense(result, "experts"), exact) < ROUNDING
+        small = dw.combine([a, b], [0.5, -2], how="svd", energy=0.9)
+        for e in range(4):
+            values = torch.linalg.svdvals(exact[e]).square()
+            rank = int((values.cumsum(0) < 0.9 * values.sum()).sum()) + 1
+            assert relative(dense(small, "experts")[e], best_of_rank(exact[e], rank)) < 1e-6
+        assert small.error["experts"] == pytest.approx(relative(dense(small, "experts"), exact), rel=1e-6)
+
+    def test_dense_differences_add_up_without_a_base(self):
+        from deltaw.variants.diff import Diff
+
+        D, E = torch.randn(5), torch.randn(5)
+        a, b = (dw.Adapter({"norm.bias": dw.Change(Diff(), {"diff": x})}) for x in (D, E))
+        result = dw.combine([a, b], [2, -1])
+        assert result.changes["norm.bias"].variant == Diff()
+        assert torch.allclose(result.changes["norm.bias"].tensors["diff"], 2 * D - E, atol=1e-6)
+
+    def test_ia3_is_refused_for_its_bias(self):
+        from deltaw.variants.ia3 import IA3
+
+        a = dw.Adapter({"x.weight": dw.Change(IA3(), {"l": torch.rand(9)})})
+        with pytest.raises(errors.ConfigError, match="changes the layer's bias together with its weight"):
+            dw.combine([a, adapter(2)], [0.5, 0.5], base={"x.weight": torch.randn(9, 13)})
+
+    def test_ia3_of_the_input_enters_by_its_true_change(self):
+        from deltaw.variants.ia3 import IA3
+
+        l, W = torch.rand(13), torch.randn(9, 13)
+        a, b = dw.Adapter({"x.weight": dw.Change(IA3(of="input"), {"l": l})}), adapter(2, keys=("x.weight",))
+        with pytest.raises(errors.ConfigError, match="depends on the base weight"):
+            dw.combine([a, b])
+        result = dw.combine([a, b], [0.5, 2], base={"x.weight": W})
+        exact = 0.5 * W.double() * (l.double() - 1) + 2 * dense(b, "x.weight")
+        assert relative(dense(result, "x.weight"), exact) < ROUNDING
+
+    def test_a_part_of_a_weight_reads_its_part_of_the_base(self):
+        W = torch.randn(27, 13, dtype=torch.float64)
+        a = dw.Adapter({"qkv.weight[9:18]": dora(1, W[9:18])})
+        result = dw.combine([a], [0.5], base={"qkv.weight": W})
+        exact = 0.5 * (dense(a, "qkv.weight[9:18]", W[9:18]))
+        assert relative(dense(result, "qkv.weight[9:18]"), exact) < ROUNDING
+
+    def test_ties_of_the_base_must_agree_and_are_kept(self):
+        from dataclasses import replace
+
+        a = adapter(1, keys=("x.weight",))
+        tied = dw.Adapter({"x.weight": replace(a.changes["x.weight"], tied=("head.weight",))})
+        assert dw.combine([tied, tied]).changes["x.weight"].tied == ("head.weight",)
+        with pytest.raises(errors.AdapterError, match="tied"):
+            dw.combine([a, tied])
+
+
 class TestRefusals:
     def test_unknown_ways_and_options_name_the_nearest(self):
         with pytest.raises(errors.UnknownName, match="did you mean 'ties'"):
@@ -412,7 +479,7 @@ class TestRefusals:
             dw.combine([a, adapter(2)])
 
     def test_different_shapes(self):
-        with pytest.raises(errors.AdapterError, match="different shapes"):
+        with pytest.raises(errors.AdapterError, match="of different shapes"):
             dw.combine([adapter(1), adapter(2, columns=12)])
 
     def test_different_bases_by_fingerprint(self):

@@ -1,0 +1,64 @@
+"""`deltaw analyze`: what adapters learned, as a report with pictures and numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+
+    @app.command()
+    def analyze(
+        adapters: list[str] = typer.Argument(..., metavar="ADAPTER ...", help="Folders or hub ids."),
+        out: str = typer.Option(..., "--out", "-o", help="Folder for report.html, PNGs and analysis.json."),
+        base: str = typer.Option(
+            None, "--base", help="Base model (folder, file or hub id): adds amplification and overlap."
+        ),
+        energy: float = typer.Option(0.95, "--energy", help="The share of the change that the advised rank must hold."),
+        top: int = typer.Option(64, "--top", help="How many of W's leading directions to compare with."),
+        intruders: int = typer.Option(10, "--intruders", help="Look among this many directions of W + ΔW; 0 skips it."),
+        overwrite: bool = typer.Option(False, "--overwrite", help="Replace --out if it exists."),
+        as_json: bool = typer.Option(False, "--json", help="Print all numbers as JSON."),
+    ) -> None:
+        """Spectra, shares, similarity of every pair, and with --base how the changes lie to the weights."""
+        from deltaw.analysis.report import analyze as look
+        from deltaw.analysis.report import write
+        from deltaw.cli.commands.combine import base_weights, read
+        from deltaw.cli.outputs import new_folder
+
+        names = distinct(adapters)
+        values = dict(zip(names, (read(source) for source in adapters)))
+        findings = look(values, base_weights(base), energy=energy, top=top, intruders_of=intruders)
+        folder = new_folder(out, "analysis", overwrite)
+        write(findings, folder)
+        if as_json:
+            typer.echo(json.dumps(findings.facts(), indent=1))
+            return
+        for name, spectra in findings.spectra.items():
+            typer.echo(f"{name}: {len(spectra)} weights, ‖ΔW‖ {spectra.norm:.3g}; {spectra.advice(energy).text}")
+        for (a, b), sides in findings.pairs.items():
+            means = {side: sum(s.above_random for s in found.values()) / len(found) for side, found in sides.items()}
+            typer.echo(
+                f"{a} and {b}: directions agree {means['in']:.2f} in, {means['out']:.2f} out (0 random, 1 nested)"
+            )
+        for (a, b), why in findings.apart.items():
+            typer.echo(f"{a} and {b}: {why}")
+        for name, found in findings.amplification.items():
+            factors = sorted(x.factor for x in found.values())
+            if factors:
+                typer.echo(f"{name}: amplification {factors[len(factors) // 2]:.2f} (median)")
+        typer.echo(f"report: {folder / 'report.html'}")
+
+
+def distinct(sources: list[str]) -> list[str]:
+    """Short names for adapters: the last part of each path, with as many parts more as it takes to tell them apart."""
+    parts = [Path(source).resolve().parts if Path(source).exists() else tuple(source.split("/")) for source in sources]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{source} ({n})" for n, source in enumerate(sources, 1)]
