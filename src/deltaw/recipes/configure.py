@@ -86,17 +86,29 @@ def load(source: str, overrides: Iterable[str] = (), flags: Mapping[str, Any] | 
         raise UnknownName(
             f"unknown recipe {source!r}{did_you_mean(source, [n for n, _ in recipes.items()])} (see `deltaw recipes`; a configuration file ends in .yaml)"
         )
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{text!r} is not of the form key=value")
-        _merge(given, _dotted(key.strip().lstrip("-"), parse(value)), text)
+    lay_over(given, overrides)
     _merge(given, {k: v for k, v in (flags or {}).items() if v is not None}, "the command line")
     if "recipe" not in given:
         raise ConfigError(
             f"{source}: no `recipe:` says which task this is; known: {', '.join(n for n, _ in recipes.items())}"
         )
     return build(given)
+
+
+def overridden(nested: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
+    """A nested configuration with `key=value` laid over it."""
+    given = dict(nested)
+    lay_over(given, overrides)
+    return build(given)
+
+
+def lay_over(given: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Lay every `key=value` over `given`."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{text!r} is not of the form key=value")
+        _merge(given, _dotted(key.strip().lstrip("-"), parse(value)), text)
 
 
 def build(given: Mapping[str, Any]) -> RunConfig:

@@ -28,7 +28,14 @@ def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
     """The task of a kept run, without data."""
     from deltaw.training.tasks.text_classification import TextClassification
 
-    return TextClassification(config, labels=facts["labels"])
+    return TextClassification(config, labels=facts["labels"], read="no")
+
+
+def scored(config: RunConfig, facts: Mapping[str, Any], other: bool) -> Task:
+    """The task with data, for the classes of a kept run."""
+    from deltaw.training.tasks.text_classification import TextClassification
+
+    return TextClassification(config, NAMES, labels=facts["labels"], read="whole" if other else "splits")
 
 
 register(
@@ -37,6 +44,7 @@ register(
         about="film reviews, favourable or not: MiniLM on 8,434 sentences of Rotten Tomatoes",
         task=task,
         kept=kept,
+        scored=scored,
         defaults={
             "model": "sentence-transformers/all-MiniLM-L6-v2",
             "data": {

@@ -23,7 +23,14 @@ def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
     """The task of a kept run, without data."""
     from deltaw.training.tasks.text_classification import TextClassification
 
-    return TextClassification(config, labels=facts["labels"])
+    return TextClassification(config, labels=facts["labels"], read="no")
+
+
+def scored(config: RunConfig, facts: Mapping[str, Any], other: bool) -> Task:
+    """The task with data, for the classes of a kept run."""
+    from deltaw.training.tasks.text_classification import TextClassification
+
+    return TextClassification(config, labels=facts["labels"], read="whole" if other else "splits")
 
 
 register(
@@ -32,6 +39,7 @@ register(
         about="your own labelled texts (data=FILE, FOLDER or hub id) with any encoder (model=)",
         task=task,
         kept=kept,
+        scored=scored,
         defaults={
             "model": "sentence-transformers/all-MiniLM-L6-v2",
             "lr": {"head": 3e-3, "full": 5e-5, "default": 5e-4},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -309,21 +309,9 @@ class Fit:
 
     # ---- evaluation
 
-    @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and scores over a split, model in eval mode. Every process computes all of it."""
-        self.model.eval()
-        lengths = self._lengths(split)
-        order = in_order(len(self.task.splits[split]), self.config.eval_batch_size, lengths)
-        epoch = Epoch(self.task, split, self.config.seed, 0, self.recorded.get(split))
-        tally, loss_sum, weight = self.task.tally(), 0.0, 0.0
-        for micros in micro_batches(epoch, order, self.config.eval_batch_size):
-            for batch, _ in micros:
-                weight += self.task.weight(batch)
-                loss, outputs = self._loss(batch)
-                loss_sum += loss.item()
-                tally.add(outputs, batch)
-        return {"loss": loss_sum / weight, **tally.scores()}
+        return evaluate(self.model, self.task, self.config, split, self._loss, self.recorded.get(split))
 
     def _lengths(self, split: str) -> Sequence[int] | None:
         return self.task.lengths(split) if self.config.bucket else None
@@ -337,6 +325,29 @@ class Fit:
     def _out_of_patience(self) -> bool:
         patience, state = self.config.patience, self.state
         return patience is not None and state.epoch - state.best_epoch >= patience
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    config: RunConfig,
+    split: str,
+    answer: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
+    recorded: Sequence[Any] | None = None,
+) -> dict[str, float]:
+    """Loss and scores of `model` over a split. `answer`: how a batch is computed, if not plainly by the task."""
+    model.eval()
+    device = next(model.parameters()).device
+    order = in_order(len(task.splits[split]), config.eval_batch_size, task.lengths(split) if config.bucket else None)
+    tally, loss_sum, weight = task.tally(), 0.0, 0.0
+    for micros in micro_batches(Epoch(task, split, config.seed, 0, recorded), order, config.eval_batch_size):
+        for batch, _ in micros:
+            weight += task.weight(batch)
+            loss, outputs = task.loss(model, to_device(batch, device)) if answer is None else answer(batch)
+            loss_sum += loss.item()
+            tally.add(outputs, batch)
+    return {"loss": loss_sum / weight, **tally.scores()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

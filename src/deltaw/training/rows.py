@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,14 +160,7 @@ def labelled_text(
             )
         source = {"train": source[data.split]}
     for name, rows in source.items():
-        if not rows:
-            raise DataError(f"{where}: split {name} has no rows")
-        for column in (data.text, data.label):
-            if column not in rows[0]:
-                key = "text" if column == data.text else "label"
-                raise DataError(
-                    f"{where}: no column {column!r} among {', '.join(map(repr, rows[0]))}: set data.{key}=COLUMN"
-                )
+        _check_columns(rows, data, f"{where} ({name})")
     dropped: Counter[str] = Counter()
     claimed: set[str] = set()
     clean: dict[str, list[tuple[str, str]]] = {}
@@ -179,8 +172,7 @@ def labelled_text(
     generator("split", seed).shuffle(rows)  # type: ignore[arg-type]
     for name, share in (("test", data.test), ("validation", data.validation)):
         if name not in clean and share > 0:
-            count = max(1, round(share * len(rows)))
-            clean[name], rows = rows[:count], rows[count:]
+            clean[name], rows = _cut(rows, share)
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
     if len(labels) < 2:
@@ -198,6 +190,56 @@ def labelled_text(
         if name in clean
     }
     return LabelledText(splits, names, dict(dropped)), where
+
+
+def _cut(rows: Sequence[tuple[str, str]], share: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(held out, rest): `share` of every class, at least one row of each that has two, in the order of `rows`."""
+    counts = Counter(label for _, label in rows)
+    wanted = {label: min(max(1, round(share * count)), count - 1) for label, count in counts.items()}
+    held, rest = [], []
+    for row in rows:
+        if wanted[row[1]] > 0:
+            wanted[row[1]] -= 1
+            held.append(row)
+        else:
+            rest.append(row)
+    return held, rest
+
+
+def all_rows(
+    data: DataConfig, labels: Sequence[str], label_names: Mapping[str, str] | None = None
+) -> tuple[list[tuple[str, int]], str]:
+    """Every row of `data` (of its test split, if it has splits) for a model that knows the classes `labels`.
+
+    Raises:
+        DataError: a column is missing, nothing is usable, or a class is unknown.
+    """
+    source, where = read_source(data)
+    rows = source[data.split] if data.split in source else source.get("test") or source["train"]
+    _check_columns(rows, data, where)
+    dropped: Counter[str] = Counter()
+    index = {name: i for i, name in enumerate(labels)}
+    found = []
+    for text, label in _clean(rows, data, set(), dropped):
+        name = str((label_names or {}).get(label, label))
+        if name not in index:
+            raise DataError(
+                f"{where}: class {label!r} is none of {', '.join(map(repr, labels))}{did_you_mean(label, labels)}"
+            )
+        found.append((text, index[name]))
+    if not found:
+        raise DataError(f"{where}: no usable row ({', '.join(f'{n} {why}' for why, n in dropped.items())})")
+    return found, where
+
+
+def _check_columns(rows: Sequence[Row], data: DataConfig, where: str) -> None:
+    if not rows:
+        raise DataError(f"{where}: there are no rows")
+    for key, column in (("text", data.text), ("label", data.label)):
+        if column not in rows[0]:
+            raise DataError(
+                f"{where}: no column {column!r} among {', '.join(map(repr, rows[0]))}: set data.{key}=COLUMN"
+            )
 
 
 def _natural(label: str) -> tuple[int, float, str]:

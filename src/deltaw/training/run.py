@@ -117,6 +117,7 @@ def train(
                     "examples": {name: len(rows) for name, rows in task.splits.items()},
                     "seed": config.seed,
                     "notes": task.notes,
+                    "facts": task.facts(),
                     "versions": versions(),
                     "machine": machine(),
                 }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import RunConfig
-from deltaw.training.hub import load_pretrained, resolve
-from deltaw.training.rows import labelled_text
+from deltaw.training.hub import load_pretrained, quiet_transformers, resolve
+from deltaw.training.rows import all_rows, labelled_text
 from deltaw.training.task import Batch, Classified, Task
 
 
@@ -20,13 +20,18 @@ class TextClassification(Task):
     """Sentences and their classes.
 
     label_names: what the source's labels are called, where the source only numbers them.
-    labels: the class names, in order, when the data need not be read (prediction from a kept run).
+    labels: the class names, in order, of a kept run. read: whether the data are wanted as well; "whole" reads all of
+        it as the one split "all".
     """
 
     metric = "accuracy"
 
     def __init__(
-        self, config: RunConfig, label_names: Mapping[str, str] | None = None, labels: Sequence[str] | None = None
+        self,
+        config: RunConfig,
+        label_names: Mapping[str, str] | None = None,
+        labels: Sequence[str] | None = None,
+        read: Literal["splits", "whole", "no"] = "splits",
     ) -> None:
         try:
             from transformers import AutoTokenizer
@@ -43,10 +48,15 @@ class TextClassification(Task):
         self.notes.append(f"model: {where}")
         self.tokenizer = load_pretrained(AutoTokenizer, self.folder, config.model, revision=config.revision)
         self.splits = {}
-        if labels is not None:
-            self.labels = list(labels)
-        else:
+        self.labels = list(labels or ())
+        if read == "whole":
+            rows, source = all_rows(config.data, self.labels, label_names)
+            self.notes.append(f"data: {source}, {len(rows):,} examples")
+            self.splits = {"all": self._tokens(rows)}
+        elif read == "splits":
             data, source = labelled_text(config.data, config.seed, label_names)
+            if labels is not None and data.labels != self.labels:
+                raise DataError(f"the data have the classes {data.labels}, the kept result knows {self.labels}")
             self.labels = data.labels
             self.notes += [f"data: {source}", *data.notes()]
             self.splits = {name: self._tokens(rows) for name, rows in data.splits.items()}
@@ -101,7 +111,8 @@ class TextClassification(Task):
         return name if name and hasattr(model, name) else None
 
     def keep_model(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with quiet_transformers():
+            model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
 
     # ---- examples

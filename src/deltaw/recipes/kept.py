@@ -1,0 +1,116 @@
+"""Open a kept result again: a run's folder, or a bare adapter folder that records which base and recipe it is of."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltaw.errors import ConfigError, DataError
+from deltaw.io import AdapterNotice, load, read
+from deltaw.io.folder import CONFIG as ADAPTER_CONFIG
+from deltaw.recipes.configure import build, overridden, recipe_of
+from deltaw.recipes.configure import load as load_config
+from deltaw.training.config import RunConfig
+from deltaw.training.fit import evaluate
+from deltaw.training.run import CONFIG, FACTS, RESULTS, status
+from deltaw.training.task import Task
+
+
+def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, nn.Module]:
+    """(configuration, task without data, model with the trained change) of a run or adapter folder.
+
+    model: the base to use instead of the recorded one (a copy elsewhere); an adapter checks that it is the same.
+
+    Raises:
+        DataError: the folder is no run and no adapter, or the run is not finished.
+        ConfigError: it does not say which task it is of, or its recipe cannot predict.
+        BaseMismatch: the base is another than the one that it was trained on.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    config, facts = described(folder)
+    if model is not None:
+        config = config.model_copy(update={"model": model})
+    recipe = recipe_of(config)
+    if recipe.kept is None:
+        raise ConfigError(f"{folder}: the recipe {recipe.name!r} cannot predict")
+    whole = folder / "model"
+    if whole.is_dir():
+        task = recipe.kept(config.model_copy(update={"model": str(recipe.whole(whole))}), facts)
+        return config, task, task.build().eval()
+    task = recipe.kept(config, facts)
+    bare = task.build()
+    if (folder / ADAPTER_CONFIG).is_file():
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", AdapterNotice)
+            load(bare, folder)
+        for note in notes:
+            print(f"note: {note.message}", flush=True)
+    return config, task, bare.eval()
+
+
+def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
+    """The configuration and the facts (labels ...) of a kept result."""
+    if (folder / CONFIG).is_file():
+        config = load_config(str(folder / CONFIG))
+        if status(folder) != "finished":
+            raise DataError(f"{folder}: the run is {status(folder)}, not finished; go on with `deltaw resume {folder}`")
+        if (folder / ADAPTER_CONFIG).is_file():
+            return config, read(folder).extra
+        if (folder / "model" / FACTS).is_file():
+            return config, json.loads((folder / "model" / FACTS).read_text())
+        return config, json.loads((folder / RESULTS).read_text())["facts"]
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise DataError(f"{folder} is no run ({CONFIG}) and no adapter ({ADAPTER_CONFIG})")
+    adapter = read(folder)
+    facts = dict(adapter.extra)
+    name = adapter.base.get("name")
+    if facts.get("task_type") == "SEQ_CLS":
+        facts.setdefault("recipe", "text-classification")
+        facts.setdefault("labels", list(facts.get("id2label", {}).values()) or class_names(adapter))
+    if "recipe" not in facts:
+        raise ConfigError(
+            f"{folder} does not say which recipe it is of: use dw.load in Python, or keep it in its run folder"
+        )
+    given = {"recipe": facts["recipe"], **({"model": name} if name else {})}
+    if "max_length" in facts:
+        given["max_length"] = facts["max_length"]
+    return build(given), facts
+
+
+def class_names(adapter: Any) -> list[str]:
+    """LABEL_0, LABEL_1 ...: as many as the rows of the last module trained in full."""
+    rows = [change.matrix_shape[0] for change in adapter.changes.values() if change.variant.any_shape]
+    if not rows:
+        raise ConfigError("the adapter has no classifier of its own and no label map: its number of classes is unknown")
+    return [f"LABEL_{i}" for i in range(rows[-1])]
+
+
+def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
+    """Scores of a kept result on `split` of its own data, or on all of other data (`data=...` among the overrides).
+
+    Raises:
+        ConfigError: there is no such split, or the recipe cannot be scored. DataError: the data cannot be used.
+    """
+    config, facts = described(folder)
+    changed = list(overrides)
+    other = any(text.partition("=")[0].partition(".")[0] in ("data", "dataset") for text in changed)
+    if changed:
+        given = config.nested()
+        if other:
+            given["data"] = {k: given["data"][k] for k in ("text", "label")}
+        config = overridden(given, changed)
+    recipe = recipe_of(config)
+    if recipe.scored is None:
+        raise ConfigError(f"{folder}: results of the recipe {recipe.name!r} cannot be scored")
+    _, _, model = open_kept(folder, config.model)
+    task = recipe.scored(config, facts, other)
+    split = "all" if other else split
+    if split not in task.splits:
+        raise ConfigError(f"--split {split}: the data have {', '.join(task.splits)}")
+    return {"split": split, "examples": len(task.splits[split]), **evaluate(model, task, config, split)}
