@@ -30,6 +30,7 @@ _WHERE = {
     "use": "deltaw.model.activate",
     "disabled": "deltaw.model.activate",
     "activate": "deltaw.model.activate",
+    "rows": "deltaw.model.rows",
     "merge": "deltaw.model.merge",
     "unmerge": "deltaw.model.merge",
     "merged": "deltaw.model.merge",
@@ -37,6 +38,8 @@ _WHERE = {
     "adapters": "deltaw.model.summary",
     "param_groups": "deltaw.model.groups",
     "after_step": "deltaw.model.groups",
+    "orthogonality_loss": "deltaw.variants.adalora",
+    "initialize": "deltaw.model.initialize",
     # adapters as values and files
     "Adapter": "deltaw.core.adapter",
     "Change": "deltaw.core.adapter",
@@ -88,12 +91,15 @@ if TYPE_CHECKING:
     from deltaw.model.attach import install as install
     from deltaw.model.groups import after_step as after_step
     from deltaw.model.groups import param_groups as param_groups
+    from deltaw.model.initialize import initialize as initialize
     from deltaw.model.merge import merge as merge
     from deltaw.model.merge import merged as merged
     from deltaw.model.merge import unmerge as unmerge
+    from deltaw.model.rows import rows as rows
     from deltaw.model.summary import adapters as adapters
     from deltaw.model.summary import summary as summary
     from deltaw.variants.adalora import AdaLoRA as AdaLoRA
+    from deltaw.variants.adalora import orthogonality_loss as orthogonality_loss
     from deltaw.variants.diff import Diff as Diff
     from deltaw.variants.dora import DoRA as DoRA
     from deltaw.variants.full import Full as Full

@@ -35,6 +35,7 @@ class Roster:
     default: active in every thread that is not inside `use` or `disabled`.
     frozen: parameter name -> whether it required a gradient before the first attach; `detach` restores it.
     merged: None, or what `unmerge` needs.
+    journals: thread -> who spoke in its calls without a graph (see recall.py). probes: what `rows` found out.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,7 @@ class Roster:
         self.notes: dict[str, dict[str, Any]] = {}
         self.local = threading.local()
         self.journals: dict[int, tuple[list[int], list[Speaking]]] = {}
+        self.probes: dict[Any, Any] = {}
 
     def active(self) -> Active:
         """The active adapters of the calling thread; none while changes are merged into the weights."""
@@ -75,9 +77,10 @@ class Roster:
             local.override, local.rows, local.again = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.local = threading.local()
         self.journals = {}
+        self.probes = {}

@@ -1,0 +1,110 @@
+"""One pass over a mixed batch: the model runs once, and every adapted layer splits its own call by adapter.
+
+Rows that no adapter of theirs changes in a layer go through it in one group. Sizes are checked in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaw.core.host import Host
+from deltaw.core.roster import Active, ByRow
+from deltaw.errors import ModelError
+from deltaw.model import state, trees
+
+Group = tuple[Active, list[int]]
+"""Adapters, and the rows that have them."""
+
+
+class Unproven(Exception):
+    """In one pass, a layer was called otherwise than in the probe."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class OnePass(ByRow):
+    """Speaks during one pass: splits the call of every host by the adapters that change it.
+
+    groups: adapters and the rows that have them. multiples: id of a host -> entries per row, where not 1.
+    follows: id of a host -> which of its tensor arguments follow the rows (from the probe); None: the caller vouches.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        groups: Sequence[Group],
+        multiples: Mapping[int, int],
+        follows: Mapping[int, tuple[bool, ...]] | None,
+    ) -> None:
+        self.root = root
+        self.groups = groups
+        self.count = sum(len(group) for _, group in groups)
+        self.multiples = multiples
+        self.follows = follows
+
+    def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        groups: dict[Active, list[int]] = {}
+        for active, group in self.groups:
+            here = tuple((name, weight) for name, weight in active if name in host.adapters)
+            groups.setdefault(here, []).extend(group)
+        if len(groups) == 1:
+            with host.roster.using(next(iter(groups))):
+                return forward(host, *args, **kwargs)
+        multiple = self.multiples.get(id(host), 1)
+        follows = self.checked(host, args, kwargs, multiple)
+        entries = [trees.unfold(sorted(group), multiple) for group in groups.values()]
+        outputs = []
+        for active, some in zip(groups, entries):
+            some_args, some_kwargs = trees.taken((args, kwargs), dict.fromkeys(follows, 0), some)
+            with host.roster.using(active):
+                outputs.append(forward(host, *some_args, **some_kwargs))
+        return trees.together(outputs, functools.partial(self.join, host, entries))
+
+    def checked(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], multiple: int) -> set[str]:
+        """The names of the arguments that follow the rows."""
+        tensors = [(n, t) for n, t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
+        entries = self.count * multiple
+        seen = None if self.follows is None else self.follows.get(id(host))
+        if self.follows is not None and (seen is None or len(seen) != len(tensors)):
+            raise Unproven(self.path(host), "was called otherwise than in the probe")
+        names = set()
+        for i, (name, tensor) in enumerate(tensors):
+            fits = tensor.ndim > 0 and tensor.shape[0] == entries
+            if fits and (seen is None or seen[i]):
+                names.add(name)
+            elif seen is not None and seen[i]:
+                raise Unproven(self.path(host), f"was called with {tuple(tensor.shape)} for {self.count} rows")
+        if not names:
+            self.refuse(host, f"no tensor of its call has {entries} entries in its first dimension")
+        return names
+
+    def join(self, host: Host, entries: Sequence[Sequence[int]], name: str, pieces: Sequence[Any]) -> Any:
+        """One output of a host from those of the groups."""
+        if not isinstance(pieces[0], Tensor):
+            if any(p is not pieces[0] and p != pieces[0] for p in pieces):
+                self.refuse(host, f"gives {name!r}, which is no tensor and differs between the rows")
+            return pieces[0]
+        if any(p.ndim == 0 or p.shape[0] != len(some) for p, some in zip(pieces, entries)):
+            self.refuse(
+                host, f"gives shapes {[tuple(p.shape) for p in pieces]} for {[len(e) for e in entries]} entries"
+            )
+        return trees.place(pieces, entries)
+
+    def refuse(self, host: Host, reason: str) -> None:
+        """Give up one pass: the caller splits, or, where one pass was demanded, learns why it cannot be."""
+        if self.follows is None:
+            raise ModelError(
+                f"dw.rows(how='one pass'): {self.path(host)} {reason}: declare its multiple, or use 'auto' or 'split'"
+            )
+        raise Unproven(self.path(host), reason)
+
+    def path(self, host: Host) -> str:
+        """The host's path."""
+        return next((p for p, h in state.hosts(self.root) if h is host), "a layer")

@@ -1,0 +1,369 @@
+"""Rows: one adapter, or none, for each row of a batch; in eval and in training, for every variant and layer.
+
+Two ways lead to the same result, that every row equals the same row run alone with its adapter:
+
+- **split**: at the model's entry the batch is split by adapter, the model runs once per group under `use`, and the
+  outputs are put together again. Exact for any layer, since no layer sees two adapters in one call.
+- **one pass**: the model runs once, and every adapted layer splits its own call by adapter. Only where each layer that
+  an adapter of the batch changes is proven to see the rows in its first dimension (model/probe.py; once per form of the
+  arguments, on three rows and then on two). A layer of which that is not so is named, and the call is split.
+
+Randomness: a split batch draws dropout group by group, in the order in which the adapters first appear, one pass layer
+by layer. Both are the model's own distribution; neither has the very bits of the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.host import Host
+from deltaw.core.roster import Active, Roster, Speaking
+from deltaw.errors import ConfigError, ModelError
+from deltaw.model import probe, state, targeting, trees
+from deltaw.model.activate import Choice, chosen
+from deltaw.model.entry import AtEntry, entered, entrance, is_compiled
+from deltaw.model.one_pass import Group, OnePass, Unproven
+
+How = Literal["auto", "one pass", "split"]
+Dims = int | Mapping[str | int, int | None] | None
+
+NEVER_ROWS = ("cache_position",)
+"""Arguments of transformers models that have a length, never rows, in their only dimension."""
+
+
+@contextmanager
+def rows(
+    model: nn.Module,
+    names: Sequence[Choice],
+    *,
+    how: How = "auto",
+    dims: Dims = None,
+    multiples: Mapping[str, int] | None = None,
+    scalars: Literal["refuse", "mean"] = "refuse",
+) -> Iterator[Rows]:
+    """Within the context, in this thread, row i of the batch that `model` is called with has the adapter `names[i]`.
+
+    names: for each row what `use` takes: a name, a list, {name: weight}, or None for the bare base.
+    how: "split", "one pass" (you vouch for the layers' first dimensions; their sizes are checked), or "auto".
+    dims: the dimension of the tensor arguments that counts the rows (default 0; 1 for torch.nn's own modules with
+        batch_first=False), or {argument name or position: dimension, or None if all rows share it}.
+    multiples: {module path or dotted suffix: k}: layers in there see k entries for each row, one row's after another's.
+    scalars: a split call cannot put numbers that describe the whole batch (a loss) together, and refuses; "mean" gives
+        the mean weighted by the groups' rows, which is right for means over rows.
+
+    Yields an object that says how the last call went: `strategy`, and `named`, {layer path: why it forced a split}.
+
+    Raises:
+        UnknownName, ConfigError: as `use`; `multiples` names no module.
+        ModelError: a call does not have that many rows, its rows cannot be taken apart, or changes are merged.
+    """
+    if isinstance(names, (str, Mapping)):
+        raise ConfigError(f"rows(model, {names!r}): give a list, one name (or None) for each row of the batch")
+    if how not in ("auto", "one pass", "split"):
+        raise ConfigError(f"how={how!r} is not one of 'auto', 'one pass', 'split'")
+    if scalars not in ("refuse", "mean"):
+        raise ConfigError(f"scalars={scalars!r} is not one of 'refuse', 'mean'")
+    state.unmerged(model, "give rows adapters")
+    actives = [chosen(model, choice) for choice in names]
+    place = entrance(model)
+    request = Rows(place, actives, how, dims, multiples_by_host(model, multiples or {}), scalars)
+    with ExitStack() as stack:
+        stack.enter_context(entered(place))
+        for roster in request.rosters:
+            stack.enter_context(roster.using(request))
+        yield request
+
+
+class Rows(AtEntry):
+    """The request of one `rows` context, and the report on its last call."""
+
+    def __init__(
+        self,
+        place: nn.Module,
+        actives: Sequence[Active],
+        how: How,
+        dims: Dims,
+        multiples: Mapping[int, int],
+        scalars: str,
+    ) -> None:
+        self.root = state.unwrap(place)
+        self.how: How = how
+        self.compiled = any(is_compiled(m) for m in (place, *place.modules()))
+        self.dims = usual_dim(self.root) if dims is None else dims
+        self.multiples = multiples
+        self.scalars = scalars
+        self.count = len(actives)
+        self.rosters: list[Roster] = state.rosters(self.root)
+        groups: dict[Active, list[int]] = {}
+        for row, active in enumerate(actives):
+            groups.setdefault(active, []).append(row)
+        self.groups: list[Group] = list(groups.items())
+        self.strategy: Literal["none yet", "one adapter", "one pass", "split"] = "none yet"
+        self.named: dict[str, str] = {}
+
+    def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A host was reached without passing the model's entry: rows are not known there."""
+        path = next((p for p, h in state.hosts(self.root) if h is host), "a layer")
+        raise ModelError(
+            f"{path} was called inside of dw.rows, but not by calling the model that dw.rows was given: "
+            f"call that {type(self.root).__name__}, or give dw.rows the module that you call"
+        )
+
+    @contextmanager
+    def speak(self, speaking: Speaking) -> Iterator[None]:
+        """`speaking` for all rosters of the model."""
+        with ExitStack() as stack:
+            for roster in self.rosters:
+                stack.enter_context(roster.using(speaking))
+            yield
+
+    def run(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the model."""
+        where = self.row_dims(plain, args, kwargs)
+        self.named = {}
+        if len(self.groups) <= 1:
+            self.strategy = "one adapter"
+            with self.speak(self.groups[0][0] if self.groups else ()):
+                return plain(*args, **kwargs)
+        found: probe.Found | None = None
+        if self.how == "one pass":
+            if self.compiled:
+                raise ModelError("how='one pass' does not reach into compiled modules: use 'auto' or 'split'")
+            return self.one_pass(plain, args, kwargs, None)
+        if self.how == "auto" and self.can_be_probed(args, kwargs):
+            found = self.probed(plain, args, kwargs, where)
+            self.named = self.foreign(found)
+            if not self.named:
+                try:
+                    return self.one_pass(plain, args, kwargs, found)
+                except Unproven as late:
+                    self.named = {late.path: late.reason}
+            self.warn()
+        return self.split(plain, args, kwargs, where, found)
+
+    # ---- one call per group
+
+    def split(
+        self,
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        where: Mapping[str, int],
+        found: probe.Found | None,
+    ) -> Any:
+        """The model, once for each group; the outputs put together."""
+        for name, leaf in trees.leaves((args, kwargs)):
+            if probe.opaque(leaf):
+                raise ModelError(
+                    f"dw.rows: {argument(name)} is a {type(leaf).__name__}, whose rows cannot be taken apart: leave it "
+                    "out (use_cache=False), or vouch for the layers with how='one pass'"
+                )
+        self.strategy = "split"
+        outputs = []
+        for active, group in self.groups:
+            some_args, some_kwargs = trees.taken((args, kwargs), where, group)
+            with self.speak(active):
+                outputs.append(plain(*some_args, **some_kwargs))
+        return trees.together(outputs, functools.partial(self.join, found))
+
+    def join(self, found: probe.Found | None, name: str, pieces: Sequence[Any]) -> Any:
+        """One output of the model from those of the groups."""
+        first = pieces[0]
+        label = f"output {name!r}" if name else "the output"
+        if not isinstance(first, Tensor):
+            if any(type(p) is not type(first) or p != first for p in pieces):
+                raise ModelError(f"dw.rows: {label} differs between the groups of the batch and is no tensor: {pieces}")
+            return first
+        sizes = [len(group) for _, group in self.groups]
+        if first.ndim == 0 or (found is not None and found.outputs.get(name, 0) is None):
+            return self.join_shared(label, pieces, sizes)
+        dim = found.outputs.get(name) if found is not None else None
+        if dim is None:
+            dim = self.guessed_dim(label, pieces, sizes)
+        multiple = first.shape[dim] // sizes[0]
+        if any(p.shape[dim] != multiple * size for p, size in zip(pieces, sizes)):
+            raise ModelError(
+                f"dw.rows: {label} has shapes {[tuple(p.shape) for p in pieces]} for groups of {sizes} rows: "
+                "they cannot be put together"
+            )
+        return trees.place(pieces, [trees.unfold(group, multiple) for _, group in self.groups], dim)
+
+    def join_shared(self, label: str, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """An output that does not count rows: a number for the batch, or a tensor that all rows share."""
+        if all(torch.equal(p, pieces[0]) for p in pieces[1:]):
+            return pieces[0]
+        if self.scalars == "mean" and pieces[0].is_floating_point():
+            return sum((p * (size / self.count) for p, size in zip(pieces, sizes)), torch.zeros_like(pieces[0]))
+        raise ModelError(
+            f"dw.rows: {label}, {tuple(pieces[0].shape)}, speaks for the whole batch, and the batch ran in {len(sizes)} "
+            "groups of adapters: compute it from the rows' outputs outside of the model, or, if it is a mean over rows, "
+            "pass scalars='mean'"
+        )
+
+    def guessed_dim(self, label: str, pieces: Sequence[Tensor], sizes: Sequence[int]) -> int:
+        """The dimension of an output that counts the rows, from its shapes alone."""
+        usual = self.dims if isinstance(self.dims, int) else 0
+        fits = [
+            d
+            for d in range(pieces[0].ndim)
+            if all(p.shape[d] * sizes[0] == pieces[0].shape[d] * s for p, s in zip(pieces, sizes))
+            and pieces[0].shape[d] % sizes[0] == 0
+            and pieces[0].shape[d] > 0
+        ]
+        exact = [d for d in fits if pieces[0].shape[d] == sizes[0]]
+        for options in ([usual] if usual in exact else [], exact, [usual] if usual in fits else []):
+            if len(options) == 1:
+                return options[0]
+        raise ModelError(
+            f"dw.rows: {label} has shapes {[tuple(p.shape) for p in pieces]} for groups of {sizes} rows: "
+            "which dimension counts the rows cannot be told"
+        )
+
+    # ---- one call in all
+
+    def one_pass(
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], found: probe.Found | None
+    ) -> Any:
+        """The model once, every adapted layer splitting its own call."""
+        plan = OnePass(self.root, self.groups, self.multiples, None if found is None else found.follows)
+        self.strategy = "one pass"
+        with self.speak(plan):
+            return plain(*args, **kwargs)
+
+    def can_be_probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model can run on a few rows without side effects."""
+        moving = any(
+            m.training and not isinstance(m, Host) and isinstance(m._buffers.get("running_mean"), Tensor)
+            for m in self.root.modules()
+        )
+        return not self.compiled and not moving and not any(probe.opaque(v) for _, v in trees.leaves((args, kwargs)))
+
+    def probed(
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: Mapping[str, int]
+    ) -> probe.Found:
+        """What the probe found for arguments of this form; remembered."""
+        form = tuple(
+            (name, leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
+            for name, leaf in trees.leaves((args, kwargs))
+        )
+        hosts = frozenset(id(host) for _, host in state.hosts(self.root))
+        key = (form, tuple(sorted(where.items())), self.root.training, hosts, tuple(sorted(self.multiples.items())))
+        known: dict[Any, probe.Found] = self.rosters[0].probes
+        if key not in known:
+            devices = {t.device.index for t in self.root.parameters() if t.device.type == "cuda"}
+            runs = []
+            outputs = []
+            with torch.no_grad(), torch.random.fork_rng([d for d in devices if d is not None]), probe.NoDropout():
+                for sample in probe.sample(self.count):
+                    some_args, some_kwargs = trees.taken((args, kwargs), where, sample)
+                    recorder = probe.Recorder()
+                    with self.speak(recorder):
+                        outputs.append(plain(*some_args, **some_kwargs))
+                    runs.append(recorder)
+            known[key] = probe.compared(runs[0], runs[1], self.multiples, (outputs[0], outputs[1]))
+        return known[key]
+
+    def foreign(self, found: probe.Found) -> dict[str, str]:
+        """Path -> reason of the layers that an adapter of the batch changes and that do not see the rows."""
+        names = {name for active, _ in self.groups for name, _ in active}
+        return {
+            path: found.foreign[id(host)]
+            for path, host in state.hosts(self.root)
+            if id(host) in found.foreign and names & set(host.adapters._modules)
+        }
+
+    def warn(self) -> None:
+        """Name, once per model and layer, the layers that force a split."""
+        said = self.rosters[0].probes.setdefault("said", set())
+        new = {path: why for path, why in self.named.items() if path not in said}
+        said.update(new)
+        if new:
+            path, why = next(iter(new.items()))
+            more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+            warnings.warn(
+                f"dw.rows: {path}{more} {why}: the batch runs once for each of its {len(self.groups)} adapter groups, "
+                "which is exact. To say so yourself: how='split', or multiples={...}",
+                stacklevel=2,
+            )
+
+    # ---- which rows an argument has
+
+    def row_dims(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+        """Dotted name (in the tree `(args, kwargs)`) -> dimension that counts the rows, of the arguments that have rows."""
+        try:
+            parameters = list(inspect.signature(plain).parameters)
+        except (TypeError, ValueError):
+            parameters = []
+        where: dict[str, int] = {}
+        shapes: list[str] = []
+        for name, leaf in trees.leaves((args, kwargs)):
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+                continue
+            side, _, rest = name.partition(".")
+            top = rest.partition(".")[0]
+            position = int(top) if side == "0" else None
+            called = top if position is None else parameters[position] if position < len(parameters) else top
+            shapes.append(f"{called} {tuple(leaf.shape)}")
+            dim, declared = self.declared_dim(called, position)
+            if dim is None:
+                continue
+            if -leaf.ndim <= dim < leaf.ndim and leaf.shape[dim] == self.count:
+                where[name] = dim % leaf.ndim
+            elif declared:
+                raise ModelError(
+                    f"dw.rows: argument {called} has shape {tuple(leaf.shape)}; its dimension {dim} is declared to be the "
+                    f"rows, of which there are {self.count}"
+                )
+        if not where:
+            raise ModelError(
+                f"dw.rows names {self.count} rows, but no argument has so many: {', '.join(shapes) or 'no tensors'}; "
+                "give one name for each row, or say which dimension is the rows: dims=1, or dims={'x': 1, 'mask': None}"
+            )
+        return where
+
+    def declared_dim(self, name: str, position: int | None) -> tuple[int | None, bool]:
+        """(dimension, whether it was declared for this very argument)."""
+        if isinstance(self.dims, Mapping):
+            for key in (name, position):
+                if key is not None and key in self.dims:
+                    return self.dims[key], True
+            return (None if name in NEVER_ROWS else 0), False
+        return (None if name in NEVER_ROWS else self.dims), False
+
+
+def usual_dim(model: nn.Module) -> int:
+    """The dimension of the rows in the inputs of torch.nn's own sequence modules, 0 for all other models."""
+    seen: Any = model
+    if isinstance(model, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        seen = model.layers[0]
+    if isinstance(seen, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        seen = seen.self_attn
+    own = isinstance(seen, (nn.RNNBase, nn.Transformer, nn.MultiheadAttention))
+    return 1 if own and not seen.batch_first else 0
+
+
+def multiples_by_host(model: nn.Module, multiples: Mapping[str, int]) -> dict[int, int]:
+    """{pattern: multiple} -> {id of a host inside of the modules that the pattern names: multiple}."""
+    root = state.unwrap(model)
+    known = targeting.layers_of(root)
+    found: dict[int, int] = {}
+    for pattern, multiple in multiples.items():
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+            raise ConfigError(f"multiples={{{pattern!r}: {multiple!r}}}: entries per row are a whole number above 0")
+        for path in targeting.matching(root, pattern, known) if pattern else [""]:
+            found |= {id(m): multiple for m in known[path].modules() if isinstance(m, Host)}
+    return found
+
+
+def argument(name: str) -> str:
+    """How a leaf of `(args, kwargs)` is called in messages."""
+    side, _, rest = name.partition(".")
+    return f"positional argument {rest}" if side == "0" else f"argument {rest!r}"

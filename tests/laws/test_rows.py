@@ -1,0 +1,406 @@
+"""Law 6, isolation: in a mixed batch each row equals the same row run alone with its adapter, and touches no other."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import deltaw as dw
+from deltaw.core.registry import variants
+from deltaw.errors import ConfigError, ModelError
+from deltaw.model import probe
+
+from .conftest import shaken
+
+VARIANTS = [v for _, cls in variants.items() for v in cls.examples()]
+
+
+class Classifier(nn.Module):
+    """Rows through linear layers, a norm and a head; gives a mapping."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.first = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(0.1)
+        self.second = nn.Linear(width, width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, ids: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, object]:
+        x = self.embed(ids)
+        x = self.drop(torch.relu(self.first(x))) + x
+        x = self.second(self.norm(x))
+        if bias is not None:
+            x = x + bias
+        return {"logits": self.head(x.mean(1)), "hidden": (x, [x.sum(-1)]), "kind": "test"}
+
+
+def with_adapters(model: nn.Module, names: list[str], variant=None, **options) -> nn.Module:
+    for i, name in enumerate(names):
+        dw.attach(model, variant or dw.LoRA(rank=2 + i % 3), name=name, **options)
+        shaken(model, seed=i)
+    return model
+
+
+def alone(model: nn.Module, x: torch.Tensor, choices: list) -> torch.Tensor:
+    rows = []
+    for row, choice in zip(x, choices):
+        with dw.use(model, choice):
+            rows.append(model(row[None])["logits"])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("how", ["auto", "one pass", "split"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+def test_every_variant_and_a_copied_head_and_norm(variant, training, how):
+    torch.manual_seed(0)
+    model = Classifier()
+    model.drop.p = 0.0
+    options = {"targets": ["first", "second"], "train": ["head", "norm"]}
+    if variant.any_shape:
+        options = {"targets": ["first", "second", "head", "norm"]}
+    with_adapters(model, ["a", "b"], variant, **options).double().train(training)
+    if getattr(variant, "dropout", 0) or getattr(variant, "rank_dropout", 0) or getattr(variant, "module_dropout", 0):
+        model.eval()
+    ids = torch.randint(20, (5, 7))
+    choices = ["b", None, "a", {"a": 0.5, "b": -2.0}, "b"]
+    expected = alone(model, ids, choices)
+    with dw.rows(model, choices, how=how) as report:
+        found = model(ids)
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-9, atol=1e-9)
+    assert report.strategy == ("one pass" if how == "auto" else how)
+    assert found["kind"] == "test"
+    assert found["hidden"][1][0].shape == (5, 7)
+
+
+@pytest.mark.parametrize("how", ["one pass", "split"])
+def test_gradients_are_those_of_the_rows_alone(how):
+    model = with_adapters(Classifier().double(), ["a", "b"], targets=["first", "second"], train=["head"]).eval()
+    ids, choices = torch.randint(20, (4, 6)), ["a", "b", None, "a"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(alone(model, ids, choices).square().sum(), trained)
+    with dw.rows(model, choices, how=how):
+        loss = model(ids)["logits"].square().sum()
+    found = torch.autograd.grad(loss, trained)
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batches", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_mixed_batches_and_a_canary(batches):
+    """R5: batches over up to 64 adapters differ by at most 1e-6; an adapter of NaN touches no other row."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    model = Classifier(16).eval()
+    names = [f"a{i}" for i in range(64)]
+    for i, name in enumerate(names):
+        dw.attach(model, [dw.LoRA(rank=1 + i % 4), dw.DoRA(rank=2)][i % 2], targets=["first", "second"], name=name)
+    dw.attach(model, dw.LoRA(rank=2), targets=["first"], name="canary")
+    shaken(model, size=0.1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "canary" in name:
+                parameter.fill_(float("nan"))
+    with torch.no_grad():
+        for batch in range(batches):
+            choices = [rng.choice([None, rng.choice(names), rng.choice(names[:3])]) for _ in range(rng.randint(2, 12))]
+            ids = torch.randint(20, (len(choices), rng.randint(1, 9)))
+            expected = alone(model, ids, choices)
+            with dw.rows(model, choices, how=["auto", "one pass", "split"][batch % 3]):
+                found = model(ids)["logits"]
+            assert float((found - expected).abs().max()) <= 1e-6
+            place = rng.randrange(len(choices))
+            choices[place] = "canary"
+            with dw.rows(model, choices, how=["auto", "one pass", "split"][batch % 3]):
+                poisoned = model(ids)["logits"]
+            others = [i for i in range(len(choices)) if i != place]
+            assert bool(poisoned[place].isnan().all())
+            assert float((poisoned[others] - expected[others]).abs().max()) <= 1e-6
+
+
+# ---- layers whose first dimension is not the rows
+
+
+class RelativePositions(nn.Module):
+    """As DeBERTa: one projection sees the rows and, in another call, a table that all rows share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.v = nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        scores = self.q(x) @ self.q(self.table).T
+        return torch.softmax(scores, -1) @ self.v(self.table) + self.v(x)
+
+
+class TimeFirst(nn.Module):
+    """Batch first outside, time first inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=False)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.encoder(x.transpose(0, 1))).transpose(0, 1)
+
+
+class Detectors(nn.Module):
+    """(rows, detectors, features): the detectors are folded into the batch and out again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        rows, detectors, features = x.shape
+        y = torch.tanh(self.inner(x.reshape(rows * detectors, features)))
+        return self.head(y.reshape(rows, detectors, features).mean(1))
+
+
+class Reversed(nn.Module):
+    """As many entries as rows, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.inner(x.flip(0)).flip(0)
+
+
+FOREIGN = [
+    (RelativePositions, (4, 7, 8), ["q", "v"], "the same for all rows"),
+    (TimeFirst, (4, 7, 8), ["linear1", "out"], "first dimension 7"),
+    (TimeFirst, (3, 3, 8), ["linear1", "out"], "first dimension"),
+    (Detectors, (4, 3, 6), ["inner", "head"], "3 entries for each row"),
+    (Reversed, (4, 6), ["inner"], "not the rows in their order"),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "targets", "reason"), FOREIGN)
+@pytest.mark.parametrize("training", [False, True])
+def test_foreign_layers_are_named_and_the_call_is_split(kind, shape, targets, reason, training):
+    torch.manual_seed(0)
+    model = with_adapters(kind().double(), ["a", "b"], targets=targets).train(training)
+    x = torch.randn(*shape, dtype=torch.float64)
+    choices = ["a", None, "b", "a"][: shape[0]]
+    rows = []
+    for row, choice in zip(x, choices):
+        with dw.use(model, choice):
+            rows.append(model(row[None]))
+    with dw.rows(model, choices) as report, pytest.warns(UserWarning, match=r"once for each of its \d adapter groups"):
+        found = model(x)
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-9, atol=1e-9)
+    assert report.strategy == "split"
+    assert any(reason in why for why in report.named.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dw.rows(model, choices):
+            model(x)
+
+
+def test_a_declared_multiple_runs_in_one_pass():
+    model = with_adapters(Detectors().double(), ["a", "b"], targets=["inner", "head"])
+    x, choices = torch.randn(4, 3, 6, dtype=torch.float64), ["a", None, "b", "a"]
+    with dw.rows(model, choices, how="split"):
+        expected = model(x)
+    with dw.rows(model, choices, multiples={"inner": 3}) as report:
+        found = model(x)
+    assert report.strategy == "one pass"
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with dw.rows(model, choices, multiples={"inner": 2}) as report, pytest.warns(UserWarning, match="3 entries"):
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert report.strategy == "split"
+    with pytest.raises(ModelError, match="declare its multiple"), dw.rows(model, choices, how="one pass"):
+        model(x)
+
+
+def test_a_time_first_model():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), 2, enable_nested_tensor=False)
+    model = with_adapters(encoder.double().train(), ["a", "b"], targets=["linear1", "linear2"])
+    choices = ["a", None, "b"]
+    for length in (5, 3):
+        x = torch.randn(length, 3, 8, dtype=torch.float64)
+        rows = []
+        for i, choice in enumerate(choices):
+            with dw.use(model, choice):
+                rows.append(model(x[:, i : i + 1]))
+        with dw.rows(model, choices, how="split"):
+            torch.testing.assert_close(model(x), torch.cat(rows, 1), rtol=1e-9, atol=1e-9)
+
+
+# ---- what cannot be is refused
+
+
+class Loss(Classifier):
+    def forward(self, ids, labels):
+        out = super().forward(ids)
+        return nn.functional.cross_entropy(out["logits"], labels), out["logits"]
+
+
+def test_a_loss_of_the_whole_batch():
+    model = with_adapters(Loss().double().eval(), ["a", "b"], targets=["first"])
+    ids, labels, choices = torch.randint(20, (3, 5)), torch.tensor([0, 1, 2]), ["a", "a", "b"]
+    with dw.rows(model, choices, how="one pass"):
+        expected, _ = model(ids, labels)
+    with dw.rows(model, choices, how="split", scalars="mean"):
+        found, _ = model(ids, labels=labels)
+    torch.testing.assert_close(found, expected)
+    with (
+        pytest.raises(ModelError, match=r"output '0'.*speaks for the whole batch"),
+        dw.rows(model, choices, how="split"),
+    ):
+        model(ids, labels)
+
+
+def test_refusals():
+    model = with_adapters(Classifier(), ["a", "b"], targets=["first"])
+    ids = torch.randint(20, (3, 5))
+    with pytest.raises(LookupError, match="no adapter 'c'"), dw.rows(model, ["a", "c"]):
+        pass
+    with pytest.raises(ConfigError, match="give a list"), dw.rows(model, "a"):
+        pass
+    with pytest.raises(ModelError, match="names 2 rows"), dw.rows(model, ["a", "b"]):
+        model(ids)
+    with pytest.raises(ModelError, match=r"first was called inside of dw\.rows"), dw.rows(model, ["a", "b", None]):
+        model.first(torch.randn(3, 12))
+    with pytest.raises(ModelError, match="dimension 1 is declared"), dw.rows(model, ["a", "b", None], dims={"ids": 1}):
+        model(ids)
+    with pytest.raises(ModelError, match="cannot be taken apart"), dw.rows(model, ["a", "b", None]):
+        model(ids, bias=object())
+    with pytest.raises(ModelError, match="leave the context first"), dw.rows(model, ["a"]):
+        copy.deepcopy(model)
+    assert "forward" not in model.__dict__
+
+
+def test_nesting_restores_and_a_shared_argument_is_shared():
+    model = with_adapters(Classifier().double().eval(), ["a", "b"], targets=["first"])
+    ids, choices = torch.randint(20, (3, 5)), ["a", None, "b"]
+    shift = torch.randn(5, 12, dtype=torch.float64)
+    with dw.use(model, "a"):
+        only_a = model(ids)["logits"]
+    with dw.rows(model, choices):
+        mixed = model(ids)["logits"]
+        with dw.use(model, "a"):
+            torch.testing.assert_close(model(ids)["logits"], only_a)
+        with dw.rows(model, ["a"] * 3) as inner:
+            torch.testing.assert_close(model(ids)["logits"], only_a)
+        assert inner.strategy == "one adapter"
+        torch.testing.assert_close(model(ids)["logits"], mixed)
+        one = model(ids, bias=shift)["logits"]
+        with pytest.raises(IndexError):
+            model(ids + 100)
+        torch.testing.assert_close(model(ids)["logits"], mixed)
+    assert "forward" not in model.__dict__
+    with dw.rows(model, choices, how="split"):
+        torch.testing.assert_close(model(ids, shift)["logits"], one)
+
+
+def test_the_probe_leaves_no_trace():
+    model = with_adapters(Classifier(), ["a", "b"], targets=["first"]).train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with dw.rows(model, ["a", "b"]) as request:
+        request.probed(request.root.forward.__wrapped__, (torch.randint(20, (2, 5)),), {}, {"0.0": 0})
+    torch.manual_seed(3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_no_dropout_within_the_probe():
+    x = torch.ones(50)
+    with probe.NoDropout():
+        assert torch.equal(nn.functional.dropout(x, 0.5), x)
+        assert torch.equal(nn.Dropout(0.5)(x), x)
+    assert not torch.equal(nn.Dropout(0.5)(x), x)
+
+
+# ---- transformers
+
+
+def deberta(**options) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DebertaV2Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        relative_attention=True,
+        position_biased_input=False,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        max_relative_positions=-1,
+        max_position_embeddings=32,
+        num_labels=3,
+        **options,
+    )
+    torch.manual_seed(0)
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("training", [False, True])
+def test_deberta_shares_its_projections_with_the_relative_embeddings(training):
+    model = deberta(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0).double()
+    targets = ["query_proj", "value_proj"]
+    with_adapters(model, ["a", "b"], targets=targets, train=["classifier"]).train(training)
+    ids, choices = torch.randint(50, (4, 9)), ["a", None, "b", "a"]
+    mask = torch.ones(4, 9, dtype=torch.long)
+    rows = []
+    for i, choice in enumerate(choices):
+        with dw.use(model, choice):
+            rows.append(model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits)
+    with dw.rows(model, choices) as report, pytest.warns(UserWarning, match="query_proj.* the same for all rows"):
+        found = model(input_ids=ids, attention_mask=mask)
+    assert report.strategy == "split"
+    assert all("query_proj" in path for path in report.named)
+    assert type(found).__name__ == "SequenceClassifierOutput"
+    torch.testing.assert_close(found.logits, torch.cat(rows), rtol=1e-9, atol=1e-9)
+    with dw.rows(model, choices, how="split"), pytest.raises(ModelError, match="'loss'"):
+        model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1, 2, 0]))
+    found.logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_generation_in_one_pass():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    with_adapters(model, ["a", "b"], targets=["q_proj", "v_proj", "down_proj"])
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    ids, choices = torch.randint(1, 40, (3, 5)), ["a", None, "b"]
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(3, 5, dtype=torch.long)}
+    rows = []
+    for i, choice in enumerate(choices):
+        with dw.use(model, choice):
+            rows.append(model.generate(ids[i : i + 1], **{**options, "attention_mask": torch.ones(1, 5).long()}))
+    with dw.rows(model, choices, how="one pass"):
+        found = model.generate(ids, **options)
+    assert torch.equal(found, torch.cat(rows))
+    assert len({tuple(r.flatten().tolist()[5:]) for r in rows}) == 3
+    with dw.rows(model, choices) as report:
+        scores = model(ids, use_cache=False).logits
+    assert report.strategy == "one pass"
+    assert scores.shape == (3, 5, 40)
