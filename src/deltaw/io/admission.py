@@ -22,7 +22,7 @@ from deltaw.errors import AdapterError, NonFinite
 from deltaw.io import manifest, strict_json, tensor_file
 from deltaw.io.digest import digest
 from deltaw.io.folder import CONFIG, MANIFEST, PICKLED, WEIGHTS, Folder
-from deltaw.io.peft import Parsed, grammar_for
+from deltaw.io.peft import Parsed, Shapes, grammar_for
 
 MAX_CONFIG = 1 << 20
 MAX_RANK = 1 << 16
@@ -44,10 +44,11 @@ class Admitted:
     files: Mapping[str, int] = field(default_factory=dict)
 
 
-def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True) -> Admitted:
+def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True, shapes: Shapes = None) -> Admitted:
     """The adapter in a folder, or the reason why not.
 
     verify: False accepts a folder whose files were edited since deltaw wrote them (all other checks stay).
+    shapes: of the base's parameters, where the model is at hand (VeRA and expert weights leave them out of their files).
 
     Raises:
         AdapterError: the folder is damaged, foreign, incomplete, or says something that cannot be done.
@@ -55,14 +56,14 @@ def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True) -> Ad
     """
     folder = source if isinstance(source, Folder) else Folder(source)
     try:
-        return _admit(folder, verify)
+        return _admit(folder, verify, shapes)
     except NonFinite as error:
         raise NonFinite(f"{folder.path}: {error}") from error
     except AdapterError as error:
         raise AdapterError(f"{folder.path}: {error}") from error
 
 
-def _admit(folder: Folder, verify: bool) -> Admitted:
+def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
     _check_names(folder)
     body = (
         manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify) if MANIFEST in folder.names else None
@@ -81,7 +82,9 @@ def _admit(folder: Folder, verify: bool) -> Admitted:
     del raw_weights
     sealed = verify and tensor_file.check_seal(raw_config, tensors, header)
     check_values(tensors)
-    parsed = grammar_for(config).read(config, tensors)
+    if shapes is None and body is not None:
+        shapes = manifest.shapes(body)
+    parsed = grammar_for(config).read(config, tensors, shapes)
     adapter = parsed.adapter
     if not adapter.changes:
         raise AdapterError("the adapter changes nothing")

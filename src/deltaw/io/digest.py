@@ -14,7 +14,10 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.variant import Variant
 from deltaw.io import strict_json, tensor_file
 
-TRAINING_NOTES = frozenset({"dropout", "dropout_at", "rank_dropout", "module_dropout", "init", "bias"})
+TRAINING_NOTES = frozenset(
+    {"dropout", "dropout_at", "rank_dropout", "module_dropout", "init", "bias", "seed", "d"}
+    | {"target", "total", "warmup", "settle", "every", "smooth", "smooth_spread", "orthogonality"}
+)
 """Options that a trained change no longer depends on."""
 
 

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from deltaw.core.adapter import Adapter
+from deltaw.core.adapter import Adapter, Change
 from deltaw.errors import AdapterError
 from deltaw.io import manifest, strict_json, tensor_file
 from deltaw.io.admission import admit, check_values
 from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS, replace
 from deltaw.io.notices import AdapterNotice
-from deltaw.io.peft import grammar_of
+from deltaw.io.peft import grammar_for, grammar_of
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> Adapter:
@@ -65,6 +65,7 @@ def write_parts(
     """The folder of an adapter whose config and tensors are made already."""
     raw = strict_json.pretty(config)
     tensors = {k: t.detach() for k, t in tensors.items()}
+    adapter = as_read(adapter, config, tensors)
 
     def fill(folder: Path) -> None:
         (folder / CONFIG).write_bytes(raw)
@@ -93,3 +94,21 @@ class _Hashing:
         self.state.update(data)
         self.size += len(data)
         return self.file.write(data)
+
+
+def as_read(adapter: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """`adapter` with the tensors that reading (config, tensors) gives: what was written is read before it is kept.
+
+    The two differ at most by the rounding of a scale that the grammar keeps inside a tensor.
+    """
+    shapes = {k: c.shape for k, c in adapter.changes.items() if c.shape is not None}
+    back = grammar_for(config).read(config, tensors, shapes).adapter
+    if set(back.changes) != set(adapter.changes):
+        lost = sorted(set(back.changes) ^ set(adapter.changes))
+        raise AssertionError(f"the grammar {config.get('peft_type')} does not read what it wrote: {lost[:3]}")
+    return adapter.replace(changes={k: replace_tensors(adapter.changes[k], c.tensors) for k, c in back.changes.items()})
+
+
+def replace_tensors(change: Change, tensors: Mapping[str, Tensor]) -> Change:
+    """The same change with other tensors."""
+    return Change(change.variant, tensors, change.layer, change.shape)

@@ -265,7 +265,7 @@ def judge(recorded: Mapping[str, Any], found: Mapping[str, Any], tensor: Tensor,
 
 
 def rounding(there: Mapping[str, Any], here: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """"F16" or "BF16" if one base is the other, read from a file of that precision, as a whole; else None.
+    """ "F16" or "BF16" if one base is the other, read from a file of that precision, as a whole; else None.
 
     A single value moved by less than a rounding does not count as such: over half of the matrices must differ.
     """

@@ -167,7 +167,7 @@ def exchange(draft: Path, target: Path) -> None:
     except OSError:
         os.rename(aside, target)
         raise
-    os.rename(aside, draft)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _rename_exchange(one: Path, other: Path) -> bool:

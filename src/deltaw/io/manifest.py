@@ -32,7 +32,7 @@ def build(adapter: Adapter, files: Mapping[str, bytes | tuple[int, str]]) -> byt
     kinds: list[dict[str, Any]] = []
     changes: dict[str, Any] = {}
     for key, change in sorted(adapter.changes.items()):
-        described = {"kind": change.variant.kind, "options": change.variant.options()}
+        described = describe(change.variant)
         if described not in kinds:
             kinds.append(described)
         shape = None if change.shape is None else list(change.shape)
@@ -132,6 +132,23 @@ def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
         extra={**adapter.extra, **body["extra"]},
         error=dict(body["error"]),
     )
+
+
+def describe(variant: Variant) -> dict[str, Any]:
+    """The variant as JSON values; `build_variant` is the inverse."""
+    return {
+        "kind": variant.kind,
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in variant.options().items()},
+    }
+
+
+def shapes(body: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The stored shapes of the base's parameters that the manifest records."""
+    found = {}
+    for key, entry in body["changes"].items():
+        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], list):
+            found[key] = tuple(n for n in entry[2] if type(n) is int)
+    return found
 
 
 def build_variant(described: Any) -> Variant:

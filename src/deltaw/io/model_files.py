@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.core.adapter import Adapter, split_key
+from deltaw.core.adapter import Adapter, join_key, split_key
 from deltaw.errors import AdapterError, BaseMismatch
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
@@ -116,7 +116,7 @@ def load(
         notes: list[str] = []
         check_values(adapter.tensors())
     else:
-        admitted = admit(found(source, revision, token), verify=verify)
+        admitted = admit(found(source, revision, token), verify=verify, shapes=stored_shapes(root))
         adapter, notes = fitted(root, admitted)
     check_dtypes(root, adapter)
     notes += check_base(root, adapter, allow_base_mismatch)
@@ -136,6 +136,16 @@ def found(source: str | os.PathLike[str] | Folder, revision: str | None = None, 
     if revision is not None:
         raise AdapterError(f"revision={revision!r} is for the hub, and {path} is a local folder")
     return Folder(path)
+
+
+def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> stored shape of every base parameter and buffer, under all names of a shared one."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, module in prints.own_modules(model):
+        for site, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                found[join_key(path, site)] = tuple(tensor.shape)
+    return found
 
 
 def fitted(model: nn.Module, admitted: Admitted) -> tuple[Adapter, list[str]]:

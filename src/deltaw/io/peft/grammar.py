@@ -16,6 +16,8 @@ from deltaw.errors import AdapterError, did_you_mean
 from deltaw.io.peft.claims import Claims
 
 PREFIX = "base_model.model."
+Shapes = Mapping[str, tuple[int, ...]] | None
+"""Stored shapes of the base's parameters by name, in the order in which the model registers them; None if not known."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Grammar(ABC):
     """The variants (by `kind`) that it can say."""
 
     @abstractmethod
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parsed:
-        """The adapter that these say.
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
+        """The adapter that these say. `shapes`: what is known of the base, for the few things that only it can tell.
 
         Raises:
             AdapterError: a tensor is not used, a pair is incomplete, a shape or a rank disagrees.

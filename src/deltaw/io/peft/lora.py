@@ -21,7 +21,7 @@ from deltaw.errors import AdapterError, DeltawError
 from deltaw.io.peft import config as fields
 from deltaw.io.peft.claims import Claims, pattern_keys, pattern_value
 from deltaw.io.peft.copies import Copies
-from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, strip_prefix
+from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
 from deltaw.io.peft.places import Place, place_of, read_place
 
 PARTS = {
@@ -54,7 +54,7 @@ class LoraGrammar(Grammar):
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("lora", "dora", "full")
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parsed:
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
         notes = fields.check(config, UNSUPPORTED)
         claims = Claims.of(config)
         groups: dict[Place, dict[str, Tensor]] = {}

@@ -1,0 +1,140 @@
+"""Saving: all or nothing at every step, the umask's mode, and nothing of anybody else's is overwritten."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.io.adapter_folders import net, shaken
+
+import deltaw as dw
+from deltaw.errors import AdapterError, NonFinite
+from deltaw.io import folder as folders
+from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS
+
+
+def adapter(seed: int) -> dw.Adapter:
+    model = net()
+    dw.attach(model, dw.LoRA(rank=2), ["first", "0"])
+    return dw.get(shaken(model, seed))
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(path.iterdir())}
+
+
+class Broken(OSError):
+    pass
+
+
+@pytest.fixture
+def fail_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes the n-th write, flush or rename fail; returns how many there were."""
+    state = {"left": -1, "seen": 0}
+
+    def guard(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            state["seen"] += 1
+            state["left"] -= 1
+            if state["left"] == 0:
+                raise Broken("disk full")
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "rename", "open", "mkdir"):
+        monkeypatch.setattr(folders.os, name, guard(getattr(os, name)))
+    monkeypatch.setattr(folders, "exchange", guard(folders.exchange))
+    monkeypatch.setattr(Path, "write_bytes", guard(Path.write_bytes))
+    monkeypatch.setattr(Path, "open", guard(Path.open))
+    yield state
+    state["left"] = -1
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_every_failure_leaves_the_old_or_the_new(
+    tmp_path: Path, fail_at: dict[str, int], monkeypatch: pytest.MonkeyPatch, atomic: bool
+) -> None:
+    if not atomic:
+        monkeypatch.setattr(folders, "_rename_exchange", lambda one, other: False)
+    target = tmp_path / "a"
+    dw.write(adapter(1), target)
+    old = content(target)
+    fail_at["seen"] = 0
+    dw.write(adapter(2), tmp_path / "b")
+    new, steps = content(tmp_path / "b"), fail_at["seen"]
+    assert steps > 10
+    failures = 0
+    for step in range(1, steps + 5):
+        fail_at["left"] = step
+        try:
+            dw.write(adapter(2), target)
+        except Broken:
+            failures += 1
+        fail_at["left"] = -1
+        assert content(target) in (old, new)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+        dw.write(adapter(1), target)
+    assert failures > 10
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        dw.write(adapter(1), tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "a").iterdir()} == {0o640}
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o750
+
+
+def test_an_adapter_of_ours_is_replaced_and_its_card_kept(tmp_path: Path) -> None:
+    dw.write(adapter(1), tmp_path / "a")
+    (tmp_path / "a" / CARD).write_text("mine")
+    dw.write(adapter(2), tmp_path / "a")
+    assert sorted(content(tmp_path / "a")) == sorted([CONFIG, WEIGHTS, MANIFEST, CARD])
+    assert (tmp_path / "a" / CARD).read_text() == "mine"
+    assert torch.equal(dw.read(tmp_path / "a").tensors()["first.weight.A"], adapter(2).tensors()["first.weight.A"])
+
+
+@pytest.mark.parametrize("case", ["file", "foreign", "extra", "link"])
+def test_nothing_else_is_overwritten(tmp_path: Path, case: str) -> None:
+    target = tmp_path / "a"
+    if case == "file":
+        target.write_text("x")
+    elif case == "link":
+        dw.write(adapter(1), tmp_path / "real")
+        target.symlink_to(tmp_path / "real")
+    else:
+        target.mkdir()
+        (target / "thesis.tex").write_text("x")
+        if case == "extra":
+            (target / MANIFEST).write_text("{}")
+    with pytest.raises(AdapterError, match=r"exists|holds files"):
+        dw.write(adapter(1), target)
+    assert not list(tmp_path.glob(".*tmp*"))
+    if case in ("foreign", "extra"):
+        assert (target / "thesis.tex").read_text() == "x"
+
+
+def test_a_damaged_adapter_is_not_written(tmp_path: Path) -> None:
+    broken = adapter(1)
+    broken.tensors()["first.weight.A"][0, 0] = float("nan")
+    with pytest.raises(NonFinite, match=r"first\.weight\.A"):
+        dw.write(broken, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_survive_in_every_dtype(tmp_path: Path) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        change = dw.Change(dw.LoRA(rank=1), {"A": torch.randn(1, 3).to(dtype), "B": torch.randn(4, 1).to(dtype)})
+        dw.write(dw.Adapter({"x.weight": change}), tmp_path / str(dtype))
+        back = dw.read(tmp_path / str(dtype)).changes["x.weight"]
+        assert all(
+            torch.equal(back.tensors[n], t) and back.tensors[n].dtype == dtype for n, t in change.tensors.items()
+        )
