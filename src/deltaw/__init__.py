@@ -38,6 +38,7 @@ _WHERE = {
     "adapters": "deltaw.model.summary",
     "param_groups": "deltaw.model.groups",
     "after_step": "deltaw.model.groups",
+    "check_gradients": "deltaw.model.gradients",
     "orthogonality_loss": "deltaw.variants.adalora",
     "initialize": "deltaw.model.initialize",
     # adapters as values and files
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from deltaw.model.attach import detach as detach
     from deltaw.model.attach import get as get
     from deltaw.model.attach import install as install
+    from deltaw.model.gradients import check_gradients as check_gradients
     from deltaw.model.groups import after_step as after_step
     from deltaw.model.groups import param_groups as param_groups
     from deltaw.model.initialize import initialize as initialize
