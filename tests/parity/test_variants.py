@@ -83,7 +83,8 @@ def test_loha():
 
 
 @pytest.mark.parametrize(
-    ("rank", "both", "factor"), [(1, True, -1), (1, False, -1), (2, True, 6), (2, False, 5), (16, False, -1), (3, True, 2)]
+    ("rank", "both", "factor"),
+    [(1, True, -1), (1, False, -1), (2, True, 6), (2, False, 5), (16, False, -1), (3, True, 2)],
 )
 def test_lokr(rank, both, factor):
     config = peft.LoKrConfig(r=rank, alpha=5, decompose_both=both, decompose_factor=factor, target_modules=["q", "v"])

@@ -57,22 +57,36 @@ class Start(ABC):
         """A fresh observer for one weight; only for starts that look at inputs or gradients."""
         raise NotImplementedError(type(self).__name__)
 
+    def shares(self, seen: Tensor) -> Tensor | None:
+        """How much of all that was seen each direction explains, largest first, (k,); None if ranks are not to be shared out."""
+        return None
+
 
 class Waiting(ABC):
-    """A delta whose start may look at data: `dw.initialize` finds these and gives them what they look at."""
+    """A delta whose start may look at data: `dw.initialize` finds these and gives them what they look at.
+
+    waiting: True until `begin`, if the start looks at data.
+    """
+
+    waiting: bool
 
     @property
     @abstractmethod
     def awaits(self) -> Start | None:
         """The start that still needs data, or None."""
 
+    @property
+    @abstractmethod
+    def directions(self) -> int:
+        """The rank."""
+
+    @abstractmethod
+    def resize(self, rank: int) -> None:
+        """Take another rank at the same scale, before `begin`. The trained tensors become new ones."""
+
     @abstractmethod
     def begin(self, frozen: FrozenMatrix, seen: Tensor) -> None:
         """Start now, from what was seen."""
-
-    @abstractmethod
-    def observer(self) -> Observer:
-        """A fresh observer for this weight."""
 
 
 def as_wide(weight: Tensor, like: torch.dtype = torch.float32) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.core import options
 from deltaw.core.registry import inits, variant
-from deltaw.core.starting import Observer, Start, Waiting, as_wide, start_of
+from deltaw.core.starting import Start, Waiting, as_wide, start_of
 from deltaw.core.variant import Delta, FrozenMatrix, LowRank, Site, Variant
 from deltaw.errors import AdapterError, ModelError
 from deltaw.ops.rank_dropout import keep_all, keep_ranks
@@ -79,13 +79,11 @@ class LoRA(Variant):
         start = start_of(inits[self.init])
         return start is not None and (start.offset or not start.exact)
 
-    def doubled(self) -> LoRA:
-        """The same scale at twice the rank, started plainly."""
+    def ranked(self, rank: int) -> LoRA:
+        """The same scale at another rank."""
         if self.scaling == "alpha/rank":
-            return replace(
-                self, rank=2 * self.rank, alpha=None if self.alpha is None else 2 * self.alpha, init="kaiming"
-            )
-        return replace(self, rank=2 * self.rank, alpha=self.scale, scaling="alpha", init="kaiming")
+            return replace(self, rank=rank, alpha=None if self.alpha is None else self.alpha * rank / self.rank)
+        return replace(self, rank=rank, alpha=self.scale, scaling="alpha")
 
     @classmethod
     def examples(cls) -> Iterable[Variant]:
@@ -151,10 +149,17 @@ class LoRADelta(Delta, Waiting):
         start = start_of(inits[self.variant.init])
         return start if start is not None and start.looks_at not in ("shape", "weight") else None
 
-    def observer(self) -> Observer:
-        start = self.awaits
-        assert start is not None
-        return start.observer(self.variant.rank)
+    @property
+    def directions(self) -> int:
+        return self.variant.rank
+
+    def resize(self, rank: int) -> None:
+        if rank == self.variant.rank:
+            return
+        self.variant = self.variant.ranked(rank)
+        trained = self.B.requires_grad
+        self.A = nn.Parameter(self.A.new_zeros(*self.A.shape[:-2], rank, self.A.shape[-1]), trained)
+        self.B = nn.Parameter(self.B.new_zeros(*self.B.shape[:-1], rank), trained)
 
     def begin(self, frozen: FrozenMatrix, seen: Tensor) -> None:
         start = self.awaits
@@ -234,4 +239,4 @@ class LoRADelta(Delta, Waiting):
             return super().kept()
         A, B = self.factors()
         rest = {k: t for k, t in self.state_dict(keep_vars=True).items() if k not in ("A", "B", "A0", "B0")}
-        return self.variant.doubled(), {"A": A, "B": B, **rest}
+        return replace(self.variant.ranked(2 * self.variant.rank), init="kaiming"), {"A": A, "B": B, **rest}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.core.registry import variant
 from deltaw.core.variant import Delta, Site, Variant
@@ -37,6 +37,12 @@ class LoRAFADelta(LoRADelta):
         A = self.A.detach()
         del self.A
         self.register_buffer("A", A)
+
+    def resize(self, rank: int) -> None:
+        trained = self.B.requires_grad
+        self.variant = self.variant.ranked(rank)
+        self.A = self.A.new_zeros(*self.A.shape[:-2], rank, self.A.shape[-1])
+        self.B = nn.Parameter(self.B.new_zeros(*self.B.shape[:-1], rank), trained)
 
     def kept(self) -> tuple[Variant, dict[str, Tensor]]:
         found, tensors = super().kept()
