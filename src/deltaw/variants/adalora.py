@@ -127,7 +127,7 @@ class AdaLoRA(Variant):
         """Measure importance from the gradients that the last step used, and cut to the budget.
 
         Raises:
-            ModelError: `total` is not given, or a gradient is gone (call this before `optimizer.zero_grad()`).
+            ModelError: `total` is not given, or a gradient is gone (call this before optimizer.zero_grad()).
         """
         trained = {k: d for k, d in deltas.items() if isinstance(d, AdaLoRADelta) and d.E.requires_grad}
         if not trained:
