@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltaw.errors import AdapterError
+
 
 @dataclass(frozen=True)
 class Site:
@@ -123,6 +125,20 @@ class Delta(nn.Module, ABC):
         """What a file keeps of this change, exact over the plain base: the variant that reads it and its tensors."""
         return self.variant, dict(self.state_dict(keep_vars=True))
 
+    def hot(self, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values that this delta's tensors must take so that it computes what `variant` with `tensors` does.
+
+        Shapes and options stay as they are, so that a running optimizer or compiled code need not know.
+
+        Raises:
+            AdapterError: that cannot be.
+        """
+        mine = {name: tuple(t.shape) for name, t in self.state_dict().items()}
+        theirs = {name: tuple(t.shape) for name, t in tensors.items()}
+        if type(variant) is not type(self.variant) or variant.at_work() != self.variant.at_work() or mine != theirs:
+            raise AdapterError(f"{variant} with {theirs} does not fit into the place of {self.variant} with {mine}")
+        return dict(tensors)
+
     changes_bias: ClassVar[bool] = False
     """True if `delta_bias` is defined."""
     fast: ClassVar[tuple[str, ...]] = ()
@@ -143,6 +159,8 @@ class Variant(ABC):
     """The method's name in files, on the command line and in tables."""
     any_shape: ClassVar[bool] = False
     """True if the change is defined for a parameter of any shape, not only for a matrix."""
+    only_training: ClassVar[tuple[str, ...]] = ("bias",)
+    """Options that do not show in what a trained change computes."""
 
     bias: bool = False
 
@@ -170,6 +188,10 @@ class Variant(ABC):
     def options(self) -> dict[str, Any]:
         """Field name -> value, those that differ from the default only."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def at_work(self) -> dict[str, Any]:
+        """The options that show in what a trained change computes."""
+        return {k: v for k, v in self.options().items() if k not in self.only_training}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"

@@ -44,6 +44,7 @@ class LoRA(Variant):
     """
 
     kind: ClassVar[str] = "lora"
+    only_training: ClassVar[tuple[str, ...]] = tuple("bias init dropout dropout_at rank_dropout module_dropout".split())
 
     rank: int = 8
     alpha: float | None = None
@@ -233,6 +234,25 @@ class LoRADelta(Delta, Waiting):
         (A, B), *rest = self.pairs(present)
         term = LowRank(A, B, v.scale, None, v.dropout, v.dropout_at)
         return (term, *(LowRank(A0, B0, v.scale) for A0, B0 in rest))
+
+    def hot(self, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A smaller rank is filled up with zeros; another scale goes into B. The change stays what it was."""
+        rank = self.variant.rank
+        if type(variant) is not type(self.variant) or not isinstance(variant, LoRA) or variant.rank > rank:
+            raise AdapterError(
+                f"{variant} does not fit into the place of {self.variant}: same method, and rank at most {rank}"
+            )
+        A, B = tensors["A"], tensors["B"]
+        more, factor = rank - variant.rank, variant.scale / self.variant.scale
+        A = torch.cat([A, A.new_zeros(*A.shape[:-2], more, A.shape[-1])], dim=-2)
+        B = torch.cat([B if factor == 1 else B * factor, B.new_zeros(*B.shape[:-1], more)], dim=-1)
+        found = {**tensors, "A": A, "B": B}
+        for name in ("A0", "B0"):  # what was taken away from the start is no part of the newcomer
+            mine = getattr(self, name)
+            if mine is not None:
+                found.setdefault(name, torch.zeros_like(mine))
+        plain = replace(variant, rank=rank, alpha=self.variant.alpha, scaling=self.variant.scaling)
+        return super().hot(plain, found)
 
     def kept(self) -> tuple[Variant, dict[str, Tensor]]:
         if self.A0 is None:
