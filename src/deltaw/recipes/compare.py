@@ -1,6 +1,6 @@
 """Compare methods: each in a process of its own, because a process's peak memory never falls.
 
-    DIR/  compare.json (what was asked)  METHOD.yaml  METHOD/ (a run each)  base/ (if the recipe pretrains its own)
+    DIR/  compare.json (what was asked)  METHOD.yaml  METHOD/ (a run each)  pretrained/ (if the recipe makes its base)
           results.json  metrics.jsonl  report.html  metric_over_epochs.png  metric_over_time.png
 
 A comparison that was stopped goes on where it was: runs that are finished are not run again.
@@ -21,7 +21,7 @@ import yaml
 
 from deltaw.errors import ConfigError, DataError, DeltawError
 from deltaw.recipes.configure import build, recipe_of
-from deltaw.recipes.start import BASE
+from deltaw.recipes.start import PRETRAINED
 from deltaw.training.checkpoint import write_atomic
 from deltaw.training.config import RunConfig
 from deltaw.training.methods import check_method
@@ -80,8 +80,8 @@ def compare(configs: dict[str, RunConfig], folder: Path, command: str) -> tuple[
     pretrain = recipe_of(first).pretrain
     base = pretrain(first) if pretrain is not None else None
     if base is not None:
-        _run(folder, BASE, base)
-        made = str(folder / BASE / "model" / "model.safetensors")
+        _run(folder, PRETRAINED, base)
+        made = str(folder / PRETRAINED / "model" / "model.safetensors")
         configs = {name: config.model_copy(update={"model": made}) for name, config in configs.items()}
     for name, config in configs.items():
         _run(folder, name, config)

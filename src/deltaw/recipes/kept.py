@@ -15,6 +15,7 @@ from deltaw.io import AdapterNotice, load, read
 from deltaw.io.folder import CONFIG as ADAPTER_CONFIG
 from deltaw.recipes.configure import build, overridden, recipe_of
 from deltaw.recipes.configure import load as load_config
+from deltaw.recipes.start import PRETRAINED
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import evaluate
 from deltaw.training.run import CONFIG, FACTS, RESULTS, status
@@ -34,8 +35,7 @@ def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     config, facts = described(folder)
-    if model is not None:
-        config = config.model_copy(update={"model": model})
+    config = config.model_copy(update={"model": model or base_of(config, folder)})
     recipe = recipe_of(config)
     if recipe.kept is None:
         raise ConfigError(f"{folder}: the recipe {recipe.name!r} cannot predict")
@@ -52,6 +52,16 @@ def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, 
         for note in notes:
             print(f"note: {note.message}", flush=True)
     return config, task, bare.eval()
+
+
+def base_of(config: RunConfig, folder: Path) -> str | None:
+    """The recorded base; where that path is gone, the one that was pretrained in or beside `folder` (which may have moved)."""
+    if config.model is not None and config.model.endswith(".safetensors") and not Path(config.model).is_file():
+        for near in (folder, folder.parent):
+            found = near / PRETRAINED / "model" / "model.safetensors"
+            if found.is_file():
+                return str(found)
+    return config.model
 
 
 def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:

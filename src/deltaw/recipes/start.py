@@ -10,7 +10,7 @@ from deltaw.training.config import RunConfig
 from deltaw.training.methods import check_method
 from deltaw.training.run import status, train
 
-BASE = "base"
+PRETRAINED = "pretrained"
 
 
 def start(config: RunConfig, folder: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -22,12 +22,12 @@ def start(config: RunConfig, folder: Path, *, resume: bool = False, quiet: bool 
 
 
 def with_base(config: RunConfig, folder: Path, *, quiet: bool = False) -> RunConfig:
-    """`config` with a base to start from: for a recipe that pretrains its own, made in `folder`/base unless it is there."""
+    """`config` with a base to start from: for a recipe that pretrains its own, made in `folder`/pretrained unless it is there."""
     recipe = recipe_of(config)
     base = recipe.pretrain(config) if recipe.pretrain is not None else None
     if base is None:
         return config
-    there = folder / BASE
+    there = folder / PRETRAINED
     if not (there.is_dir() and status(there) == "finished"):
         train(lambda: recipe.task(base), base, there, resume=there.is_dir(), quiet=quiet)
     return config.model_copy(update={"model": str(there / "model" / "model.safetensors")})

@@ -65,17 +65,15 @@ def chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
 
 def _names(ends: Sequence[tuple[float, float, str, str]]) -> list[str]:
     """The lines' names at their right ends, pushed apart where they would overlap."""
-    out, last = [], -math.inf
-    placed = []
-    for v, h, name, colour in ends:
+    last, places = -math.inf, []
+    for v, _, _, _ in ends:
         last = max(v, last + 15)
-        placed.append([last, h, name, colour])
-    over = (placed[-1][0] if placed else 0) - (HEIGHT - BOTTOM)
-    for v, h, name, colour in placed:
-        out.append(
-            f'<text class="name" x="{float(h) + 9:.1f}" y="{float(v) - max(0, over) + 4:.1f}" fill="{colour}">{escape(str(name))}</text>'
-        )
-    return out
+        places.append(last)
+    over = max(0.0, last - (HEIGHT - BOTTOM))
+    return [
+        f'<text class="name" x="{h + 9:.1f}" y="{v - over + 4:.1f}" fill="{colour}">{escape(name)}</text>'
+        for v, (_, h, name, colour) in zip(places, ends)
+    ]
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

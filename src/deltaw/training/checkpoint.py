@@ -138,6 +138,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+def open_modes(folder: Path) -> None:
+    """Give the files in `folder` the usual mode: safetensors writes them readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def _write_flushed(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)

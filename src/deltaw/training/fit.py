@@ -79,7 +79,10 @@ class Fit:
     ) -> None:
         self.bare, self.task, self.config, self.accelerator = model, task, config, accelerator
         self.record, self.progress, self.stop, self.checkpoints = record, progress, stop, checkpoints
-        self.prefix, self.recorded = body if body is not None else (None, {})
+        self.prefix: Prefix | None = None
+        self.recorded: dict[str, list[Any]] = {}
+        if body is not None:
+            self.prefix, self.recorded = body
         self.frozen_body = frozen_body
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = State(micro=config.batch_size)

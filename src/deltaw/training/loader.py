@@ -28,7 +28,7 @@ class Epoch(Dataset[Any]):
         return len(self.task.splits[self.split])
 
     def __getitem__(self, index: int) -> Any:
-        random = generator("example", self.seed, self.epoch, index)
+        random = generator("example", self.seed, self.epoch, index) if self.task.augments else None
         example = self.task.example(self.split, index, random)
         return (example, None if self.recorded is None else self.recorded[index])
 

@@ -27,6 +27,7 @@ SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
+SPLITS = ("test", "validation", "train")
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -79,14 +80,19 @@ def from_hub(data: DataConfig) -> dict[str, list[Row]]:
             f"data={data.path} is neither a file here nor reachable as a hub data set ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}); {how_to_get(data.path)}"
         ) from error
-    found = {}
+    found: dict[str, list[Row]] = {}
     for name, part in loaded.items():
         names = getattr(part.features.get(data.label), "names", None)
         rows = [dict(r) for r in part]
         if names:
-            rows = [{**r, data.label: names[r[data.label]]} for r in rows]
+            rows = [{**r, data.label: _class_name(names, r[data.label])} for r in rows]
         found[SPLIT_NAMES.get(name, name)] = rows
     return found
+
+
+def _class_name(names: Sequence[str], label: int | None) -> str | None:
+    """The name of a class; None for the -1 with which hidden test labels are marked."""
+    return names[label] if label is not None and label >= 0 else None
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -159,15 +165,19 @@ def labelled_text(
                 f"data.split={data.split!r}: {where} has {', '.join(source)}{did_you_mean(data.split, source)}"
             )
         source = {"train": source[data.split]}
-    for name, rows in source.items():
-        _check_columns(rows, data, f"{where} ({name})")
+    source = {
+        name: source[name] for name in SPLITS if name in source
+    }  # a test text is never trained on: test goes first
+    if "train" not in source:
+        raise DataError(f"{where}: no train split; choose one with data.split=")
     dropped: Counter[str] = Counter()
     claimed: set[str] = set()
     clean: dict[str, list[tuple[str, str]]] = {}
-    for name in sorted(
-        source, key=["test", "validation", "train"].index if set(source) <= {"test", "validation", "train"} else None
-    ):
-        clean[name] = _clean(source[name], data, claimed, dropped)
+    for name, part in source.items():
+        _check_columns(part, data, f"{where} ({name})")
+        usable = _clean(part, data, claimed, dropped)
+        if usable or name == "train":
+            clean[name] = usable
     rows = sorted(clean.pop("train"))
     generator("split", seed).shuffle(rows)  # type: ignore[arg-type]
     for name, share in (("test", data.test), ("validation", data.validation)):
@@ -182,13 +192,11 @@ def labelled_text(
     missing = set(labels) - {label for _, label in clean["train"]}
     if missing:
         raise DataError(f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}")
+    if not clean["validation"]:
+        raise DataError(f"{where}: {len(rows)} usable rows are too few to hold any out for validation")
     index = {label: i for i, label in enumerate(labels)}
     names = [str((label_names or {}).get(label, label)) for label in labels]
-    splits = {
-        name: [(text, index[label]) for text, label in clean[name]]
-        for name in ("train", "validation", "test")
-        if name in clean
-    }
+    splits = {name: [(t, index[label]) for t, label in clean[name]] for name in reversed(SPLITS) if clean.get(name)}
     return LabelledText(splits, names, dict(dropped)), where
 
 

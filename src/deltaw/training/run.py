@@ -265,6 +265,7 @@ def keep_result(
     aside.mkdir()
     task.keep_model(model, aside)
     checkpoint.write_atomic(aside / FACTS, json.dumps(facts, indent=2))
+    checkpoint.open_modes(aside)
     final = folder / "model"
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)

@@ -38,6 +38,7 @@ class Task(ABC):
     metric: str = "accuracy"
     higher_is_better: bool = True
     augments: bool = False
+    """Whether `example` depends on the epoch."""
     model_name: str = "model"
     notes: list[str]
     """Facts about data and model that the log and the report state."""
@@ -66,8 +67,9 @@ class Task(ABC):
 
     # ---- the examples
 
-    def example(self, split: str, index: int, random: np.random.Generator) -> Any:
-        """One example. Augmentation may draw from `random`, a function of (seed, epoch, index), and from nothing else."""
+    def example(self, split: str, index: int, random: np.random.Generator | None) -> Any:
+        """One example. Augmentation may draw from `random`, a function of (seed, epoch, index), and from nothing
+        else; it is None for a task that does not augment."""
         return self.splits[split][index]
 
     def lengths(self, split: str) -> Sequence[int] | None:

@@ -61,6 +61,9 @@ def add(app: typer.Typer) -> None:
             typer.echo(json.dumps({"out": out, "values": result.numel, "error": dict(errors)}, indent=2))
             return
         typer.echo(f"{len(adapters)} adapters -> {result} in {out}")
+        averaged = result.extra["combined"]["averaged"]
+        if averaged:
+            typer.echo(f"averaged as trained copies, the base values being unknown: {', '.join(averaged)}")
         mean = sum(value for _, value in errors) / len(errors)
         typer.echo(
             f"relative error against the exact sum: mean {mean:.2g}, largest {errors[0][1]:.2g} ({errors[0][0]})"

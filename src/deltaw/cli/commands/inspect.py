@@ -1,4 +1,4 @@
-"""`deltaw inspect`: what is in an adapter."""
+"""`deltaw inspect`: what is in an adapter, and what was trained on what."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ def add(app: typer.Typer) -> None:
 
     @app.command()
     def inspect(
-        adapter: str = typer.Argument(..., metavar="ADAPTER", help="A folder, or a hub id."),
-        every: bool = typer.Option(False, "--all", "-a", help="Also a line for every weight."),
-        revision: str = typer.Option(None, "--revision", help="Branch, tag or commit on the hub."),
-        no_verify: bool = typer.Option(
-            False, "--no-verify", help="Accept files that were edited since deltaw wrote them."
+        adapter: str = typer.Argument(..., metavar="ADAPTER", help="An adapter's folder, or a run's."),
+        every: bool = typer.Option(False, "--all", help="One line per changed weight."),
+        verify: bool = typer.Option(
+            True, "--verify/--no-verify", help="Refuse files that were edited since they were written."
         ),
         as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
     ) -> None:
-        """Say what is in an adapter: methods, modules, norms, base, digest, and who can read it."""
+        """Say what an adapter changes, after every check that needs no model."""
         from deltaw.io.inspection import inspect as look
         from deltaw.io.inspection import text
-        from deltaw.io.model_files import found
 
-        facts = look(found(adapter, revision), verify=not no_verify)
+        facts = look(adapter, verify=verify)
         typer.echo(json.dumps(facts, indent=2) if as_json else text(facts, every))

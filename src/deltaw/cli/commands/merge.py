@@ -1,0 +1,29 @@
+"""`deltaw merge`: base and adapter into a plain model that loads without deltaw."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+
+    @app.command()
+    def merge(
+        adapter: str = typer.Argument(..., metavar="ADAPTER", help="An adapter's folder, or a run's."),
+        base: str = typer.Option(..., "--base", metavar="MODEL", help="Model folder, hub id, or safetensors file."),
+        out: str = typer.Option(..., "--out", "-o", metavar="DIR", help="Folder to write; must not exist."),
+        allow_base_mismatch: bool = typer.Option(
+            False, "--allow-base-mismatch", help="Merge into other weights than it was trained on."
+        ),
+        as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
+    ) -> None:
+        """Write base + adapter as a plain model."""
+        from pathlib import Path
+
+        from deltaw.recipes.merging import merge_folder
+
+        said = merge_folder(base, Path(adapter), Path(out), allow_base_mismatch=allow_base_mismatch)
+        typer.echo(json.dumps({"out": out, "report": said}) if as_json else f"{said}\nwrote {out}")

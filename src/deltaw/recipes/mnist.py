@@ -1,0 +1,127 @@
+"""mnist: seed 000's experiment. A perceptron 784-128-256-10, pretrained, then LoRA on all three layers against full training.
+
+The adapters are the seed's: rank 4, alpha 8 as the plain factor, A drawn from N(0, 1/rank). Pretraining and training:
+Adam, learning rate 0.005, batches of 64, 10 epochs, the last epoch's weights (github.com/rasbt/dora-from-scratch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from deltaw.recipes.recipe import Recipe, register
+from deltaw.training.config import RunConfig, Section
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaw.training.task import Task
+
+
+class Options(Section):
+    """The section `mnist`."""
+
+    source: str | None = Field(
+        None, description="npz, folder of IDX files, or hub id; left out: scikit-learn's 8x8 digits"
+    )
+    hidden: list[int] = Field(default_factory=lambda: [128, 256], description="sizes of the hidden layers")
+    pretrain_epochs: int = Field(10, gt=0, description="epochs of the pretraining, where model= gives no base")
+    scratch: bool = Field(False, description="train the network from nothing (how the base is made)")
+
+
+def perceptron(features: int, hidden: list[int], classes: int) -> nn.Module:
+    """Linear layers with ReLU between them, over the flattened picture."""
+    from torch import nn
+
+    sizes = [features, *hidden, classes]
+    layers: list[nn.Module] = []
+    for i in range(len(sizes) - 1):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+def task(config: RunConfig) -> Task:
+    """The task with its data."""
+    import numpy as np
+
+    from deltaw.training.pictures import read_pictures, split
+    from deltaw.training.tasks.image_classification import ImageClassification
+
+    options = Options.model_validate(config.options)
+    found, where = read_pictures(options.source)
+    parts = split(found, config.data.validation, config.data.test, config.seed)
+    parts["train"] = parts["train"][slice(config.data.limit)]
+    height, width = parts["train"].images.shape[1:]
+    classes = int(max(np.max(p.labels) for p in parts.values())) + 1
+    made = ImageClassification(
+        config,
+        lambda: perceptron(height * width, options.hidden, classes),
+        parts,
+        [str(i) for i in range(classes)],
+        f"perceptron {'-'.join(map(str, (height * width, *options.hidden, classes)))}",
+        (height, width),
+    )
+    made.notes.insert(0, f"data: {where}")
+    return made
+
+
+def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
+    """The task of a kept run, without data."""
+    from deltaw.training.tasks.image_classification import ImageClassification
+
+    options = Options.model_validate(config.options)
+    height, width = facts["picture"]
+    return ImageClassification(
+        config,
+        lambda: perceptron(height * width, options.hidden, len(facts["labels"])),
+        None,
+        facts["labels"],
+        "perceptron",
+        (height, width),
+    )
+
+
+def scored(config: RunConfig, facts: Mapping[str, Any], other: bool) -> Task:
+    """The task with its data."""
+    return task(config)
+
+
+def pretrain(config: RunConfig) -> RunConfig | None:
+    """The run that makes the base, unless there is one."""
+    options = Options.model_validate(config.options)
+    if config.model is not None or options.scratch:
+        return None
+    return config.model_copy(
+        update={"method": "full", "epochs": options.pretrain_epochs, "options": {**config.options, "scratch": True}}
+    )
+
+
+register(
+    Recipe(
+        name="mnist",
+        about="handwritten digits: a pretrained perceptron, LoRA against full training (seed 000)",
+        task=task,
+        kept=kept,
+        scored=scored,
+        options=Options,
+        pretrain=pretrain,
+        whole=lambda folder: folder / "model.safetensors",
+        methods=("base", "lora", "full"),
+        defaults={
+            "epochs": 10,
+            "batch_size": 64,
+            "eval_batch_size": 1000,
+            "lr": 0.005,
+            "weight_decay": 0.0,
+            "warmup": 0.0,
+            "schedule": "constant",
+            "clip": None,
+            "keep": "last",
+            "targets": ["1", "3", "5"],
+            "lora": {"rank": 4, "alpha": 8, "scaling": "alpha", "init": "gaussian/sqrt(rank)"},
+            "data": {"validation": 0.05},
+        },
+    )
+)
