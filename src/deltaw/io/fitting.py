@@ -155,6 +155,8 @@ def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     saved = config.get("modules_to_save")
     if saved:
         config["modules_to_save"] = _shortest(saved, paths, dotted=False) or saved
+    if config.get("feedforward_modules"):
+        return config  # must be among target_modules, and is matched in another way
     wanted = config.get("target_modules")
     if isinstance(wanted, list) and wanted:
         open_paths = [

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from deltaw.core.adapter import Adapter, Change, join_key, split_key
+from deltaw.core.adapter import Adapter, Change, split_key
 from deltaw.core.registry import variants
 from deltaw.core.variant import Variant
 from deltaw.errors import AdapterError, DeltawError
@@ -23,7 +23,9 @@ from deltaw.io.peft.claims import Claims, pattern_keys, pattern_value
 from deltaw.io.peft.copies import Copies
 from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
 from deltaw.io.peft.places import Place, place_of, read_place
+from deltaw.io.peft.tokens import cannot_tokens, read_tokens, write_tokens
 
+LOW = ("lora", "dora")
 PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -43,8 +45,6 @@ UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA, which applies to part of the sequence",
     "layer_replication": "replicated layers, which change the model",
     "enable_lora": "a MergedLinear of old PEFT versions",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "raw parameters",
 }
 
 
@@ -52,7 +52,7 @@ class LoraGrammar(Grammar):
     """Reads and writes LoRA's config and keys."""
 
     peft_type: ClassVar[str] = "LORA"
-    kinds: ClassVar[tuple[str, ...]] = ("lora", "dora", "full")
+    kinds: ClassVar[tuple[str, ...]] = (*LOW, "full", "diff", "rows")
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
         notes = fields.check(config, UNSUPPORTED)
@@ -74,6 +74,10 @@ class LoraGrammar(Grammar):
             variant, warned = self._variant(config, place, parts)
             notes += warned
             changes[place.key] = place.read(variant, parts)
+            if "b" in parts:
+                changes[place.bias_key] = bias_change(variant, parts["b"])
+        tokens, rest = read_tokens(rest, config)
+        changes |= tokens
         copies = Copies.read(rest, config, claims, {p.path for p in groups})
         for key, change in copies.changes.items():
             if key in changes:
@@ -97,8 +101,6 @@ class LoraGrammar(Grammar):
                 + (f"{' and '.join(missing)} missing" if missing else f"{' and '.join(extra)} not expected")
                 + f" (use_dora is {dora})"
             )
-        if "b" in parts:
-            raise AdapterError(f"{place.path!r}: lora_bias (a trained bias of B) is not supported yet")
         rank, rank_hits = pattern_value(config.get("rank_pattern") or {}, place.path, config.get("r", 8))
         alpha, hits = pattern_value(config.get("alpha_pattern") or {}, place.path, config.get("lora_alpha", 8))
         found = parts["A"].shape[0] if parts["A"].ndim else 0
@@ -117,7 +119,7 @@ class LoraGrammar(Grammar):
             raise AdapterError(f"{place.path!r}: {error}") from error
 
     def cannot(self, adapter: Adapter) -> str | None:
-        low = {k: c for k, c in adapter.changes.items() if c.variant.kind != "full"}
+        low = low_rank(adapter)
         foreign = sorted({c.variant.kind for c in adapter.changes.values()} - set(self.kinds))
         if foreign:
             return f"it has no word for the method {foreign[0]!r}"
@@ -127,10 +129,15 @@ class LoraGrammar(Grammar):
             reason = place_of(key, change).cannot(change)
             if reason:
                 return f"{key}: {reason}"
-        return Copies.cannot(adapter, {split_key(k)[0] for k in low})
+        biases = {split_key(k)[0] for k, c in adapter.changes.items() if c.variant.kind == "diff"}
+        if biases and biases != {place_of(k, c).path for k, c in low.items()}:
+            return "an added bias (lora_bias) comes with all adapted layers or with none"
+        if any(c.variant.kind == "diff" and split_key(k)[1] != "bias" for k, c in adapter.changes.items()):
+            return "it adds dense changes to biases only"
+        return cannot_tokens(adapter) or Copies.cannot(adapter, {split_key(k)[0] for k in low})
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        low = {k: c for k, c in adapter.changes.items() if c.variant.kind != "full"}
+        low = low_rank(adapter)
         config: dict[str, Any] = {"peft_type": self.peft_type, "bias": "none", "inference_mode": True}
         tensors: dict[str, Tensor] = {}
         root = all(getattr(c.variant, "scaling", None) == "alpha/sqrt(rank)" for c in low.values()) and bool(low)
@@ -141,6 +148,10 @@ class LoraGrammar(Grammar):
             ranks[place.path] = v.rank  # type: ignore[attr-defined]
             alphas[place.path] = peft_alpha(v, root)
             tensors |= {PREFIX + name: t for name, t in place.write(change).items()}
+            added = adapter.changes.get(place.bias_key)
+            if added is not None and added.variant.kind == "diff":
+                config["lora_bias"] = True
+                tensors[f"{PREFIX}{place.path}.lora_B.bias"] = added.tensors["diff"] / v.scale  # type: ignore[attr-defined]
         config["r"], config["rank_pattern"] = common(ranks, 8)
         config["lora_alpha"], config["alpha_pattern"] = common(alphas, 8)
         config["target_modules"] = sorted(ranks)
@@ -150,7 +161,7 @@ class LoraGrammar(Grammar):
         fields.put(config, "use_dora", any(c.variant.kind == "dora" for c in low.values()), False)
         for name in ("rank_pattern", "alpha_pattern"):
             fields.put(config, name, config.pop(name), {})
-        for key, t in Copies.write(adapter, config, set(ranks)).items():
+        for key, t in {**Copies.write(adapter, config, set(ranks)), **write_tokens(adapter, config)}.items():
             tensors[PREFIX + key] = t
         fields.write_facts(config, adapter)
         return config, tensors
@@ -175,9 +186,16 @@ def common(values: Mapping[str, Any], default: Any) -> tuple[Any, dict[str, Any]
     return most, pattern_keys({p: v for p, v in values.items() if v != most}, list(values))
 
 
-def key_of(path: str, site: str = "weight") -> str:
-    """The base parameter behind a module path."""
-    return join_key(path, site)
+def low_rank(adapter: Adapter) -> dict[str, Change]:
+    """The changes that are low-rank."""
+    return {k: c for k, c in adapter.changes.items() if c.variant.kind in LOW}
+
+
+def bias_change(variant: Variant, b: Tensor) -> Change:
+    """`lora_bias`: the layer's bias grows by scale · b."""
+    if b.ndim != 1 or not b.is_floating_point():
+        raise AdapterError(f"lora_B.bias must be a vector, found {tuple(b.shape)} of {b.dtype}")
+    return Change(variants["diff"](), {"diff": variant.scale * b}, None, tuple(b.shape))  # type: ignore[attr-defined]
 
 
 GRAMMAR = LoraGrammar()

@@ -37,6 +37,11 @@ class Place:
         """The base parameter's name."""
         return join_key(self.path, self.site)
 
+    @property
+    def bias_key(self) -> str:
+        """The name of the bias beside it."""
+        return join_key(self.path, "bias")
+
     def read(self, variant: Variant, parts: Mapping[str, Tensor]) -> Change:
         """The file's tensors -> a change in matrix form.
 
@@ -44,6 +49,8 @@ class Place:
             AdapterError: shapes that are not those of one layer.
         """
         A, B = parts["A"], parts["B"]
+        if not all(t.is_floating_point() for t in parts.values()):
+            raise AdapterError(f"{self.path!r}: an adapter's tensors are real numbers, found {A.dtype} and {B.dtype}")
         rank = A.shape[0]
         layer: str | None = None
         shape: tuple[int, ...] | None = None
