@@ -83,7 +83,8 @@ class OutputDelta(IA3Delta):
         if self.l.ndim > 1:
             return None
         gain = self.l - 1
-        return (LowRank(gain.new_zeros(0, max(0, self.site.columns)), gain.new_zeros(len(gain), 0), 1.0, gain),)
+        nothing = gain.new_zeros(1, max(0, self.site.columns)), gain.new_zeros(len(gain), 1)  # B A = 0
+        return (LowRank(*nothing, 1.0, gain),)
 
 
 class InputDelta(IA3Delta):
