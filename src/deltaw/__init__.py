@@ -31,6 +31,12 @@ _WHERE = {
     "disabled": "deltaw.model.activate",
     "activate": "deltaw.model.activate",
     "rows": "deltaw.model.rows",
+    "replace": "deltaw.model.hot",
+    "add": "deltaw.model.copies",
+    "copy": "deltaw.model.copies",
+    "rename": "deltaw.model.copies",
+    "delete": "deltaw.model.copies",
+    "status": "deltaw.model.copies",
     "merge": "deltaw.model.merge",
     "unmerge": "deltaw.model.merge",
     "merged": "deltaw.model.merge",
@@ -90,9 +96,15 @@ if TYPE_CHECKING:
     from deltaw.model.attach import detach as detach
     from deltaw.model.attach import get as get
     from deltaw.model.attach import install as install
+    from deltaw.model.copies import add as add
+    from deltaw.model.copies import copy as copy
+    from deltaw.model.copies import delete as delete
+    from deltaw.model.copies import rename as rename
+    from deltaw.model.copies import status as status
     from deltaw.model.gradients import check_gradients as check_gradients
     from deltaw.model.groups import after_step as after_step
     from deltaw.model.groups import param_groups as param_groups
+    from deltaw.model.hot import replace as replace
     from deltaw.model.initialize import initialize as initialize
     from deltaw.model.merge import merge as merge
     from deltaw.model.merge import merged as merged

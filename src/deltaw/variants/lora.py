@@ -44,7 +44,14 @@ class LoRA(Variant):
     """
 
     kind: ClassVar[str] = "lora"
-    only_training: ClassVar[tuple[str, ...]] = tuple("bias init dropout dropout_at rank_dropout module_dropout".split())
+    only_training: ClassVar[tuple[str, ...]] = (
+        "bias",
+        "init",
+        "dropout",
+        "dropout_at",
+        "rank_dropout",
+        "module_dropout",
+    )
 
     rank: int = 8
     alpha: float | None = None

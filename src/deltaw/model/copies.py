@@ -1,0 +1,101 @@
+"""The adapters of a model as a list that one edits: add, copy, rename, delete, status (`dw.adapters` lists them)."""
+
+from __future__ import annotations
+
+import copy as copying
+from typing import Any
+
+from torch import nn
+
+from deltaw.core.adapter import Adapter
+from deltaw.core.roster import Roster
+from deltaw.core.variant import Variant
+from deltaw.errors import ConfigError, ModelError
+from deltaw.model import state
+from deltaw.model.attach import attach, checked_name, detach, install
+from deltaw.model.summary import Status, adapters
+
+
+def add(model: nn.Module, what: Adapter | Variant, name: str, **options: Any) -> nn.Module:
+    """One adapter more, beside those that are there and without switching to it: a value, or a fresh variant.
+
+    options: those of `install` (trainable, freeze) for an Adapter, of `attach` (targets, train ...) for a variant.
+    Errors as theirs.
+    """
+    options = {"active": False, **options}
+    if isinstance(what, Adapter):
+        return install(model, what, name, **options)
+    if isinstance(what, Variant):
+        return attach(model, what, name=name, **options)
+    raise ConfigError(f"add takes an Adapter or a variant such as dw.LoRA(rank=8); found {type(what).__name__}")
+
+
+def copy(model: nn.Module, source: str, name: str) -> nn.Module:
+    """A second adapter `name` with the values of `source`, its own tensors, trainable as those are. Not switched to.
+
+    Raises:
+        UnknownName: the model has no adapter `source`.
+        NameTaken, ConfigError: `name` is there already, or cannot be one.
+        ModelError: changes are merged into the weights.
+    """
+    root = state.unwrap(model)
+    roster = _roster(root, source, "copy an adapter")
+    checked_name(root, name)
+    memo: dict[int, Any] = {}  # one for all layers: tensors that they share stay shared
+    copies = []
+    for _, host in state.hosts(root):
+        for site, delta in host.deltas(source).items():
+            memo[id(delta.variant)] = delta.variant
+            copies.append((host, site, copying.deepcopy(delta, memo)))
+    for host, site, delta in copies:
+        host.add(name, site, delta)
+    for _, host in state.hosts(root):
+        if source in host.adapters.tied:
+            host.adapters.tied[name] = dict(host.adapters.tied[source])
+    roster.names.append(name)
+    if source in roster.notes:
+        roster.notes[name] = copying.deepcopy(roster.notes[source])
+    return model
+
+
+def rename(model: nn.Module, old: str, new: str) -> nn.Module:
+    """Call the adapter `old` by the name `new`: the same tensors, the same place in the order, active if it was.
+
+    Raises:
+        UnknownName, NameTaken, ConfigError: as `copy`.
+        ModelError: changes are merged, or the calling thread is inside of `use`, `disabled` or `rows`. (Other threads
+            must not be either: their contexts know the old name.)
+    """
+    root = state.unwrap(model)
+    roster = _roster(root, old, "rename an adapter")
+    checked_name(root, new)
+    if getattr(roster.local, "override", None) is not None or getattr(roster.local, "rows", None) is not None:
+        raise ModelError(f"cannot rename {old!r} inside of dw.use, dw.disabled or dw.rows: leave the context first")
+    for _, host in state.hosts(root):
+        for table in (host.adapters._modules, host.adapters.tied):
+            if old in table:
+                entries = [(new if name == old else name, value) for name, value in table.items()]
+                table.clear()
+                table.update(entries)  # type: ignore[arg-type]
+    roster.names = [new if name == old else name for name in roster.names]
+    roster.default = tuple((new if name == old else name, weight) for name, weight in roster.default)
+    if old in roster.notes:
+        roster.notes[new] = roster.notes.pop(old)
+    return model
+
+
+def delete(model: nn.Module, name: str) -> nn.Module:
+    """Take the adapter `name` out of the model. As `detach`, but the name must be given."""
+    return detach(model, name)
+
+
+def status(model: nn.Module, name: str) -> Status:
+    """What `name` is and whether it speaks in the calling thread. UnknownName if the model has no such adapter."""
+    state.known(model, name)
+    return next(s for s in adapters(model) if s.name == name)
+
+
+def _roster(root: nn.Module, name: str, verb: str) -> Roster:
+    state.known(root, name)
+    state.unmerged(root, verb)
+    return next(r for r in state.rosters(root) if name in r.names)
