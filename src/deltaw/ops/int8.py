@@ -1,0 +1,146 @@
+"""Products with a frozen weight in 8 bit, forward and for the input gradient, on processors with VNNI.
+
+The weight is kept as codes, one scale per output channel; inputs and gradients are quantised at every call, one scale
+per token (a scale for a whole tensor costs accuracy, and would let the rows of a batch influence each other):
+
+    W[n, :] = w[n] Q[n, :]                       w = max|W[n, :]| / 127
+    x[t, :] = a[t] (U[t, :] - 128)               a = max|x[t, :]| / 127,  U unsigned
+    x Wᵀ    = a[t] w[n] Σ_k (U - 128) Q          whole numbers, exact in 32 bit
+    g W     = a[t] Σ_n (V - 128) Q               where a, V quantise g ⊙ w: the derivative of the very W that is used
+
+so that the only errors are the two roundings to 8 bit. A token that is not finite gives NaN in its own row only.
+
+The plain twins are `int8_matmul_reference` and `int8_matmul_grad_reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import ConfigError
+from deltaw.ops.terms import flat
+
+LEVELS = 127.0
+TINY = 1e-35
+"""The smallest maximum of a token: keeps the reciprocal finite for rows of zeros."""
+
+BLOCK = 1 << 18
+"""Numbers quantised at a time: the block and its copy stay in the second-level cache through the passes over it."""
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A frozen weight in 8 bit. codes: int8 (out, in). scales: fp32 (out,). The packed forms are oneDNN's own."""
+
+    codes: Tensor
+    scales: Tensor
+    forward: Tensor
+    backward: Tensor
+
+    def dense(self) -> Tensor:
+        """The weight that this stands for, fp32 (out, in)."""
+        return self.codes.float() * self.scales[:, None]
+
+
+def int8_available() -> bool:
+    """Whether this machine multiplies 8-bit numbers without intermediate overflow (x86 with VNNI, torch with oneDNN)."""
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        and (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+    )
+
+
+def quantize_int8(weight: Tensor) -> Int8Weight:
+    """Codes, scales and packed forms of `weight` (out, in)."""
+    wide = weight.detach().float()
+    if not bool(torch.isfinite(wide).all()):
+        raise ConfigError("a weight that is not finite cannot be kept in 8 bit: found NaN or infinity in it")
+    scales = wide.abs().amax(1).clamp_min_(TINY).div_(LEVELS)  # (out,)
+    codes = (wide / scales[:, None]).round_().to(torch.int8)
+    return pack_int8(codes, scales)
+
+
+def pack_int8(codes: Tensor, scales: Tensor) -> Int8Weight:
+    """An `Int8Weight` from its codes (out, in) and scales (out,), as a file keeps them."""
+    if not int8_available():
+        raise ConfigError(
+            "8-bit products were asked for, but this processor has no VNNI or this torch no oneDNN; keep the weight "
+            "dense (or quantize=None)"
+        )
+    prepack = torch.ops.onednn.qlinear_prepack
+    return Int8Weight(codes, scales, prepack(codes, None), prepack(codes.t().contiguous(), None))
+
+
+def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b: (..., in) -> (..., out), in x's dtype."""
+    return product(x, weight.forward, weight.scales, None, bias)
+
+
+def int8_matmul_grad(g: Tensor, weight: Int8Weight) -> Tensor:
+    """g W: (..., out) -> (..., in), in g's dtype."""
+    ones = torch.ones(weight.codes.shape[1], dtype=torch.float32)
+    return product(g, weight.backward, ones, weight.scales, None)
+
+
+def product(x: Tensor, packed: Tensor, channels: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x ⊙ columns) Qᵀ ⊙ channels + b for the packed codes Q (n, k): (..., k) -> (..., n)."""
+    n = channels.shape[0]
+    if x.numel() == 0:
+        return x.new_zeros((*x.shape[:-1], n))
+    codes, scales = quantize_rows(flat(x), columns)
+    zeros = torch.zeros(n, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 128, packed, channels, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    if bias is None:
+        y.mul_(scales)
+    else:
+        torch.addcmul(bias, y, scales, out=y)
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x ⊙ columns, (T, k), as unsigned codes (T, k) around 128 and one scale per row, (T, 1), fp32.
+
+    Each pass is one that torch vectorises: a product, a rounding, a cast to *signed* bytes, and their sign bits flipped.
+    """
+    rows, width = x.shape
+    codes = torch.empty((rows, width), dtype=torch.int8)
+    scales = torch.empty((rows, 1), dtype=torch.float32)
+    step = min(rows, max(1, BLOCK // width))
+    buffer = torch.empty((step, width), dtype=torch.float32)
+    weighted = None if columns is None and x.dtype == torch.float32 else torch.empty_like(buffer)
+    for start in range(0, rows, step):
+        part = x[start : start + step]
+        work, scale = buffer[: part.shape[0]], scales[start : start + step]
+        if weighted is not None:
+            weighted = weighted[: part.shape[0]]
+            part = weighted.copy_(part) if columns is None else torch.mul(part.float(), columns, out=weighted)
+        torch.abs(part, out=work)
+        torch.amax(work, 1, keepdim=True, out=scale)
+        torch.mul(part, LEVELS / scale.clamp_min_(TINY), out=work)
+        codes[start : start + step].copy_(work.round_())
+    return codes.view(torch.uint8).bitwise_xor_(128), scales.div_(LEVELS)
+
+
+def int8_matmul_reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b by the formula of the header, in float64."""
+    whole, a = quantize_reference(x.double())
+    y = whole @ codes.double().t() * a * scales.double()
+    return y if bias is None else y + bias.double()
+
+
+def int8_matmul_grad_reference(g: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """g W by the formula of the header, in float64."""
+    whole, a = quantize_reference((g.float() * scales).double())
+    return whole @ codes.double() * a
+
+
+def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers in [-127, 127] and the scale of each row, (..., 1)."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(TINY)
+    return (x * (LEVELS / largest)).round(), largest / LEVELS
