@@ -32,6 +32,8 @@ class Rows(Variant):
 
     kind: ClassVar[str] = "rows"
     any_shape: ClassVar[bool] = True
+    partial: ClassVar[bool] = True
+    """An input may not reach the rows that change."""
 
     indices: tuple[int, ...] = ()
 
