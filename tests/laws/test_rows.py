@@ -240,6 +240,50 @@ def test_a_time_first_model():
             torch.testing.assert_close(model(x), torch.cat(rows, 1), rtol=1e-9, atol=1e-9)
 
 
+class Nested(nn.Module):
+    """A module with a parameter of its own around layers that are adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(8))
+        self.inner = nn.Linear(8, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.encoder(self.inner(x) + self.shift)
+        return self.attention(x, x, x)[0] + x
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Nested(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x)).mean(1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("how", ["auto", "one pass", "split"])
+def test_hosts_inside_of_hosts(how, training):
+    torch.manual_seed(0)
+    model = Around().double()
+    dw.attach(model, dw.LoRA(rank=2), targets=["inner", "linear1"], train=["shift"], name="a")
+    dw.attach(model, dw.LoRA(rank=2), targets=["inner", "linear2", "attention"], name="b")
+    dw.attach(model, dw.LoRA(rank=2), targets=["head"], train=["shift"], name="c")
+    shaken(model).train(training)
+    x, choices = torch.randn(5, 3, 8, dtype=torch.float64), ["a", "b", None, "c", "b"]
+    rows = []
+    for row, choice in zip(x, choices):
+        with dw.use(model, choice):
+            rows.append(model(row[None]))
+    with dw.rows(model, choices, how=how) as report:
+        found = model(x)
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-9, atol=1e-9)
+    assert report.strategy == ("one pass" if how == "auto" else how)
+
+
 # ---- what cannot be is refused
 
 

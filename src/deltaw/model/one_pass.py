@@ -20,6 +20,12 @@ Group = tuple[Active, list[int]]
 """Adapters, and the rows that have them."""
 
 
+def changed_by(host: Host) -> frozenset[str]:
+    """The adapters that change what a call of `host` computes: its own, those of a tied layer, those of hosts inside."""
+    inside = [h for h in host.modules() if isinstance(h, Host)]
+    return frozenset(name for h in inside for name in (*h.adapters._modules, *h.adapters.tied))
+
+
 class Unproven(Exception):
     """In one pass, a layer was called otherwise than in the probe."""
 
@@ -48,11 +54,15 @@ class OnePass(ByRow):
         self.count = sum(len(group) for _, group in groups)
         self.multiples = multiples
         self.follows = follows
+        self.reach: dict[int, frozenset[str]] = {}
 
     def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self.reach.get(id(host))
+        if names is None:
+            names = self.reach[id(host)] = changed_by(host)
         groups: dict[Active, list[int]] = {}
         for active, group in self.groups:
-            here = tuple((name, weight) for name, weight in active if name in host.adapters)
+            here = tuple((name, weight) for name, weight in active if name in names)
             groups.setdefault(here, []).extend(group)
         if len(groups) == 1:
             with host.roster.using(next(iter(groups))):

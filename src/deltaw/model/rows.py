@@ -30,7 +30,7 @@ from deltaw.errors import ConfigError, ModelError
 from deltaw.model import probe, state, targeting, trees
 from deltaw.model.activate import Choice, chosen
 from deltaw.model.entry import AtEntry, entered, entrance, is_compiled
-from deltaw.model.one_pass import Group, OnePass, Unproven
+from deltaw.model.one_pass import Group, OnePass, Unproven, changed_by
 
 How = Literal["auto", "one pass", "split"]
 Dims = int | Mapping[str | int, int | None] | None
@@ -277,7 +277,7 @@ class Rows(AtEntry):
         return {
             path: found.foreign[id(host)]
             for path, host in state.hosts(self.root)
-            if id(host) in found.foreign and names & set(host.adapters._modules)
+            if id(host) in found.foreign and names & changed_by(host)
         }
 
     def warn(self) -> None:
