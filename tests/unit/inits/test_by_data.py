@@ -194,3 +194,38 @@ def test_a_refused_rank_leaves_every_adapter_as_it_was(batches):
     model.train()
     with pytest.raises(dw.errors.ModelError):
         model(batches[0])
+
+
+def test_inputs_of_layers_that_are_not_linear_are_refused_by_name():
+    model = dw.attach(nn.Sequential(nn.Conv1d(4, 6, 3)), dw.LoRA(rank=2, init="eva"), targets=["0"])
+    with pytest.raises(dw.errors.TargetError, match=r"'0.weight': init='eva' .* this is a Conv1d"):
+        dw.initialize(model, [torch.randn(2, 4, 9)])
+
+
+def test_gradients_of_any_layer_will_do():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Flatten())
+    x = torch.randn(2, 4, 9)
+    before = model(x)
+    dw.attach(model, dw.LoRA(rank=2, init="lora-ga"), targets=["0"])
+    dw.initialize(model, [x], loss=square)
+    assert model[0].deltas("default")["weight"].B.any()
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora-ga"])
+def test_a_language_model_with_its_own_loss(init):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=30, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(0, 30, (2, 8))
+    batch = {"input_ids": tokens, "labels": tokens}
+    before = model(**batch).logits
+    dw.attach(model, dw.LoRA(rank=2, init=init), targets=["c_attn", "c_proj"])
+    dw.initialize(model, [batch, batch])
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
+    model.train()
+    model(**batch).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None for g in grads)
