@@ -32,7 +32,7 @@ MAX_RANK = 1 << 16
 class Admitted:
     """An adapter that passed every check that needs no model.
 
-    sealed: its bytes were checked against a checksum that deltaw wrote. notes: what should be said about it.
+    sealed: its bytes were checked against a checksum that deltaw wrote; manifested: it has deltaw's manifest. notes: what should be said about it.
     """
 
     adapter: Adapter
@@ -40,6 +40,7 @@ class Admitted:
     parsed: Parsed
     config: Mapping[str, Any]
     sealed: bool
+    manifested: bool
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
 
@@ -101,6 +102,7 @@ def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
         parsed,
         config,
         sealed,
+        body is not None,
         parsed.notes,
         {CONFIG: len(raw_config), WEIGHTS: size},
     )

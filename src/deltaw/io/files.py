@@ -111,4 +111,4 @@ def as_read(adapter: Adapter, config: Mapping[str, Any], tensors: Mapping[str, T
 
 def replace_tensors(change: Change, tensors: Mapping[str, Tensor]) -> Change:
     """The same change with other tensors."""
-    return Change(change.variant, tensors, change.layer, change.shape)
+    return Change(change.variant, tensors, change.layer, change.shape, change.tied)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,6 +105,22 @@ def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> 
             f"the file carries its own {key!r}, which is not this model's: its low-rank change was folded into that weight"
         )
     return (adapter.replace(changes=changes) if notes else adapter), notes
+
+
+def tie_rows(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Trainable tokens of a tied embedding reach the head too, in PEFT as here."""
+    names: dict[int, list[str]] = {}
+    for path, module in prints.own_modules(model):
+        for site, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(join_key(path, site))
+    changes = dict(adapter.changes)
+    for same in names.values():
+        for key in same:
+            if key in changes and changes[key].variant.kind == "rows":
+                others = tuple(n for n in same if n != key and n not in changes)
+                changes[key] = replace(changes[key], tied=others)
+    return adapter.replace(changes=changes)
 
 
 def task_of(model: nn.Module, adapter: Adapter) -> str | None:

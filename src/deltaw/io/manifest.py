@@ -36,7 +36,7 @@ def build(adapter: Adapter, files: Mapping[str, bytes | tuple[int, str]]) -> byt
         if described not in kinds:
             kinds.append(described)
         shape = None if change.shape is None else list(change.shape)
-        changes[key] = [kinds.index(described), change.layer, shape]
+        changes[key] = [kinds.index(described), change.layer, shape, list(change.tied)]
     body = {
         "format": FORMAT,
         "version": VERSION,
@@ -45,6 +45,7 @@ def build(adapter: Adapter, files: Mapping[str, bytes | tuple[int, str]]) -> byt
         "files": {name: _stamp(content) for name, content in files.items()},
         "variants": kinds,
         "changes": changes,
+        "order": list(adapter.changes),
         "base": dict(adapter.base),
         "extra": dict(adapter.extra),
         "error": {k: float(v) for k, v in adapter.error.items()},
@@ -116,16 +117,17 @@ def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
     changes = {}
     for key, change in adapter.changes.items():
         try:
-            index, layer, shape = body["changes"][key]
+            index, layer, shape, tied = body["changes"][key]
             exact = known[index]
             shape = None if shape is None else tuple(int(n) for n in shape)
+            tied = tuple(str(n) for n in tied)
         except (ValueError, TypeError, IndexError) as error:
             raise AdapterError(f"the manifest's entry of {key!r} is not readable") from error
         if layer is not None and not isinstance(layer, str):
             raise AdapterError(f"the manifest's entry of {key!r} is not readable")
         if effect(exact) != effect(change.variant):
             raise AdapterError(f"{key}: the manifest says {exact}, the config says {change.variant}")
-        changes[key] = Change(exact, change.tensors, layer, shape)
+        changes[key] = Change(exact, change.tensors, layer, shape, tied)
     return adapter.replace(
         changes=changes,
         base={**adapter.base, **body["base"]},
@@ -145,8 +147,10 @@ def describe(variant: Variant) -> dict[str, Any]:
 def shapes(body: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The stored shapes of the base's parameters that the manifest records."""
     found = {}
-    for key, entry in body["changes"].items():
-        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], list):
+    order = body.get("order")
+    for key in order if isinstance(order, list) else body["changes"]:
+        entry = body["changes"].get(key)
+        if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[2], list):
             found[key] = tuple(n for n in entry[2] if type(n) is int)
     return found
 

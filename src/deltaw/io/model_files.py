@@ -17,7 +17,7 @@ from deltaw.io import hub
 from deltaw.io.admission import Admitted, admit, check_values
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
-from deltaw.io.fitting import check_dtypes, check_fit, folded, peft_can_place, task_of, tighten
+from deltaw.io.fitting import check_dtypes, check_fit, folded, peft_can_place, task_of, tie_rows, tighten
 from deltaw.io.folder import Folder
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
@@ -48,12 +48,12 @@ def save(
         AdapterError: the folder exists and is not an adapter of ours, or the grammar cannot say this adapter.
     """
     root = state.unwrap(model)
-    adapter = described(root, get(root, name))
+    adapter = in_order(described(root, get(root, name)), stored_shapes(root))
     check_values(adapter.tensors())
     if grammar is None and not peft_can_place(root, adapter):
         grammar = "DELTAW"
     chosen = grammar_of(adapter, grammar)
-    config, tensors = chosen.write(adapter)
+    config, tensors = chosen.write(adapter, stored_shapes(root))
     if chosen.peft_type != "DELTAW":
         config = tighten(config, root)
     text = model_card(adapter, config) if push_to_hub else None
@@ -61,6 +61,13 @@ def save(
     if push_to_hub:
         hub.push(folder, folder.name if push_to_hub is True else push_to_hub, private=private, token=token)
     return folder
+
+
+def in_order(adapter: Adapter, shapes: Mapping[str, Any]) -> Adapter:
+    """The changes in the order in which the model registers its parameters."""
+    place = {key: n for n, key in enumerate(shapes)}
+    keys = sorted(adapter.changes, key=lambda k: (place.get(k.partition("[")[0], len(place)), k))
+    return adapter.replace(changes={k: adapter.changes[k] for k in keys})
 
 
 def described(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -157,6 +164,8 @@ def fitted(model: nn.Module, admitted: Admitted) -> tuple[Adapter, list[str]]:
     adapter, notes = admitted.adapter, list(admitted.notes)
     if admitted.parsed.claims is not None:
         check_fit(model, adapter, admitted.parsed.claims)
+    if not admitted.manifested:
+        adapter = tie_rows(model, adapter)
     adapter, more = folded(model, adapter, admitted.parsed.base_copies)
     return adapter, notes + more
 

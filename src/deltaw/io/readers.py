@@ -131,7 +131,7 @@ def uniform(adapter: Adapter) -> Adapter:
             "A": torch.nn.functional.pad(A, (0, 0, 0, more)),
             "B": torch.nn.functional.pad((B.double() * scale).to(B.dtype), (0, more)),
         }
-        changes[key] = Change(lora(rank=rank, alpha=rank), tensors, change.layer, change.shape)
+        changes[key] = Change(lora(rank=rank, alpha=rank), tensors, change.layer, change.shape, change.tied)
     return adapter.replace(changes=changes)
 
 

@@ -46,14 +46,14 @@ class Copies:
             path, site = split_key(key)
             if doubled(key, rest, claims):
                 continue
-            plain = path.removesuffix(BASE)
+            plain = path.replace(BASE, "")
             if path != plain:
                 if plain not in adapted:
                     raise AdapterError(f"{key!r} belongs to no adapted layer of the file")
-                if site == "bias" and biases:
+                if site.endswith("bias") and biases:
                     found.changes[f"{plain}.{site}"] = Change(full, {"value": tensor}, None, tuple(tensor.shape))
                     continue
-                if site == "weight":
+                if site == "weight" and path.endswith(BASE):
                     found.of_base[f"{plain}.{site}"] = tensor
                     continue
                 raise AdapterError(f"{key!r} is not accounted for: the config says bias={config.get('bias')!r}")
@@ -75,7 +75,9 @@ class Copies:
                 continue
             if not path:
                 return f"{key!r} belongs to the model itself, which is no module to save"
-            if path in adapted and site != "bias":
+            if change.tied:
+                return f"{key!r} is one parameter with {change.tied[0]!r}, and PEFT would replace one of the two"
+            if path in adapted and not site.endswith("bias"):
                 return f"{key!r} is a full copy inside a layer that also has a low-rank change"
         return None
 
@@ -95,7 +97,8 @@ class Copies:
             path, site = split_key(key)
             if path in adapted:
                 config["bias"] = "all" if config["bias"] == "all" else "lora_only"
-                found[f"{path}{BASE}.{site}"] = change.tensors["value"]
+                inner = f"{path.removesuffix('.out_proj')}{BASE}.out_proj" if is_inner(path, adapted) else path
+                found[f"{inner}{BASE}.{site}"] = change.tensors["value"]
             elif sites[path] == {"bias"}:
                 config["bias"] = "all"
                 found[key] = change.tensors["value"]
@@ -127,3 +130,8 @@ def doubled(key: str, rest: Mapping[str, Tensor], claims: Claims) -> bool:
             raise AdapterError(f"{key!r} and {outer}.{site!r} should be the same values, and are not")
         return True
     return False
+
+
+def is_inner(path: str, adapted: set[str]) -> bool:
+    """Whether `path` is the output projection of an adapted nn.MultiheadAttention, which PEFT wraps inside it."""
+    return path.endswith(".out_proj") and path.removesuffix(".out_proj") in adapted

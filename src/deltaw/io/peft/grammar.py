@@ -54,8 +54,8 @@ class Grammar(ABC):
         """Why this grammar cannot say `adapter`, or None if it can."""
 
     @abstractmethod
-    def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(config, tensors) that say `adapter`; only for adapters that it can say."""
+    def write(self, adapter: Adapter, shapes: Shapes = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(config, tensors) that say `adapter`; only for adapters that it can say. `shapes` as for `read`."""
 
 
 def grammars() -> list[Grammar]:

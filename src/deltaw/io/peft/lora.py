@@ -14,18 +14,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from deltaw.core.adapter import Adapter, Change, split_key
+from deltaw.core.adapter import Adapter, Change
 from deltaw.core.registry import variants
 from deltaw.core.variant import Variant
 from deltaw.errors import AdapterError, DeltawError
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.claims import Claims, pattern_keys, pattern_value
+from deltaw.io.peft.claims import Claims, names, pattern_keys, pattern_value
 from deltaw.io.peft.copies import Copies
 from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
-from deltaw.io.peft.places import Place, place_of, read_place
+from deltaw.io.peft.places import Place, place_of, read_places
 from deltaw.io.peft.tokens import cannot_tokens, read_tokens, write_tokens
 
 LOW = ("lora", "dora")
+STYLES = {".lora_A": "mha", ".lora_B": "mha", ".lora_embedding_A": "embedding", ".lora_embedding_B": "embedding"}
+"""Suffix -> how the file keeps the layer's tensors, where not as a linear layer's."""
 PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -57,20 +59,23 @@ class LoraGrammar(Grammar):
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
         notes = fields.check(config, UNSUPPORTED)
         claims = Claims.of(config)
-        groups: dict[Place, dict[str, Tensor]] = {}
+        groups: dict[tuple[str, str], dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in strip_prefix(tensors).items():
             found = SUFFIX.match("." + key)
             if found is None:
                 rest[key] = tensor
                 continue
-            place = read_place(found.group("path")[1:], found.group("part"))
-            part = PARTS[found.group("part")]
-            if part in groups.setdefault(place, {}):
-                raise AdapterError(f"{key}: the file holds {part} of {place.path!r} twice")
-            groups[place][part] = tensor
+            suffix = found.group("part")
+            part, style = PARTS[suffix], STYLES.get(suffix, "linear")
+            at = (found.group("path")[1:], style)
+            if part in groups.setdefault(at, {}):
+                raise AdapterError(f"{key}: the file holds {part} of {at[0]!r} twice")
+            groups[at][part] = tensor
+        places = read_places(groups, names(config, "target_parameters") or (), shapes)
         changes: dict[str, Change] = {}
-        for place, parts in groups.items():
+        for at, parts in groups.items():
+            place = places[at]
             variant, warned = self._variant(config, place, parts)
             notes += warned
             changes[place.key] = place.read(variant, parts)
@@ -78,7 +83,7 @@ class LoraGrammar(Grammar):
                 changes[place.bias_key] = bias_change(variant, parts["b"])
         tokens, rest = read_tokens(rest, config)
         changes |= tokens
-        copies = Copies.read(rest, config, claims, {p.path for p in groups})
+        copies = Copies.read(rest, config, claims, {p.path for p in places.values()})
         for key, change in copies.changes.items():
             if key in changes:
                 raise AdapterError(f"{key}: the file holds both a low-rank change and a full copy of it")
@@ -101,10 +106,12 @@ class LoraGrammar(Grammar):
                 + (f"{' and '.join(missing)} missing" if missing else f"{' and '.join(extra)} not expected")
                 + f" (use_dora is {dora})"
             )
-        rank, rank_hits = pattern_value(config.get("rank_pattern") or {}, place.path, config.get("r", 8))
-        alpha, hits = pattern_value(config.get("alpha_pattern") or {}, place.path, config.get("lora_alpha", 8))
+        rank, rank_hits = pattern_value(config.get("rank_pattern") or {}, place.target, config.get("r", 8))
+        alpha, hits = pattern_value(config.get("alpha_pattern") or {}, place.target, config.get("lora_alpha", 8))
         found = parts["A"].shape[0] if parts["A"].ndim else 0
-        if found != rank:
+        if type(rank) is not int or rank < 1:
+            raise AdapterError(f"{place.path!r}: the rank in the config is {rank!r}, no whole number from 1 on")
+        if found != rank and not (place.style == "parameter" and found % rank == 0):
             raise AdapterError(f"{place.path!r}: A has rank {found}, the config says {rank}")
         notes = []
         if len({(config.get("alpha_pattern") or {})[h] for h in hits}) > 1 or len(rank_hits) > 1:
@@ -129,24 +136,28 @@ class LoraGrammar(Grammar):
             reason = place_of(key, change).cannot(change)
             if reason:
                 return f"{key}: {reason}"
-        biases = {split_key(k)[0] for k, c in adapter.changes.items() if c.variant.kind == "diff"}
-        if biases and biases != {place_of(k, c).path for k, c in low.items()}:
-            return "an added bias (lora_bias) comes with all adapted layers or with none"
-        if any(c.variant.kind == "diff" and split_key(k)[1] != "bias" for k, c in adapter.changes.items()):
-            return "it adds dense changes to biases only"
-        return cannot_tokens(adapter) or Copies.cannot(adapter, {split_key(k)[0] for k in low})
+        places = {key: place_of(key, change) for key, change in low.items()}
+        return (
+            cannot_attention(places, low)
+            or cannot_biases(adapter, places)
+            or cannot_tokens(adapter)
+            or Copies.cannot(adapter, {p.path for p in places.values()})
+        )
 
-    def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def write(self, adapter: Adapter, shapes: Shapes = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         low = low_rank(adapter)
         config: dict[str, Any] = {"peft_type": self.peft_type, "bias": "none", "inference_mode": True}
         tensors: dict[str, Tensor] = {}
-        root = all(getattr(c.variant, "scaling", None) == "alpha/sqrt(rank)" for c in low.values()) and bool(low)
+        root = bool(low) and all(c.variant.scaling == "alpha/sqrt(rank)" for c in low.values())  # type: ignore[attr-defined]
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
+        ordered = list(shapes) if shapes else list(low)
+        raw = [k for k in ordered if k in low and place_of(k, low[k]).style == "parameter"]
+        places = {key: place_of(key, change, raw) for key, change in low.items()}
         for key, change in low.items():
-            place, v = place_of(key, change), change.variant
-            ranks[place.path] = v.rank  # type: ignore[attr-defined]
-            alphas[place.path] = peft_alpha(v, root)
+            place, v = places[key], change.variant
+            ranks[place.target] = v.rank  # type: ignore[attr-defined]
+            alphas[place.target] = peft_alpha(v, root)
             tensors |= {PREFIX + name: t for name, t in place.write(change).items()}
             added = adapter.changes.get(place.bias_key)
             if added is not None and added.variant.kind == "diff":
@@ -154,17 +165,43 @@ class LoraGrammar(Grammar):
                 tensors[f"{PREFIX}{place.path}.lora_B.bias"] = added.tensors["diff"] / v.scale  # type: ignore[attr-defined]
         config["r"], config["rank_pattern"] = common(ranks, 8)
         config["lora_alpha"], config["alpha_pattern"] = common(alphas, 8)
-        config["target_modules"] = sorted(ranks)
+        fields.put(config, "target_parameters", sorted(raw), [])
+        config["target_modules"] = sorted(set(ranks) - set(raw))
         dropouts = {getattr(c.variant, "dropout", 0.0) for c in low.values()}
         fields.put(config, "lora_dropout", dropouts.pop() if len(dropouts) == 1 else 0.0, 0.0)
         fields.put(config, "use_rslora", root, False)
         fields.put(config, "use_dora", any(c.variant.kind == "dora" for c in low.values()), False)
         for name in ("rank_pattern", "alpha_pattern"):
             fields.put(config, name, config.pop(name), {})
-        for key, t in {**Copies.write(adapter, config, set(ranks)), **write_tokens(adapter, config)}.items():
+        adapted = {p.path for p in places.values()}
+        for key, t in {**Copies.write(adapter, config, adapted), **write_tokens(adapter, config)}.items():
             tensors[PREFIX + key] = t
         fields.write_facts(config, adapter)
         return config, tensors
+
+
+def cannot_attention(places: Mapping[str, Place], low: Mapping[str, Change]) -> str | None:
+    """PEFT adapts both projections of nn.MultiheadAttention, with one rank and alpha, or neither."""
+    both: dict[str, list[Any]] = {}
+    for key, place in places.items():
+        if place.style == "mha" or place.written.endswith(".out_proj"):
+            both.setdefault(place.target, []).append(low[key].variant)
+    for target, said in both.items():
+        if len(said) != 2 or (said[0].rank, said[0].scale) != (said[1].rank, said[1].scale):
+            return f"{target}: PEFT adapts in_proj and out_proj together, with one rank and alpha"
+    return None
+
+
+def cannot_biases(adapter: Adapter, places: Mapping[str, Place]) -> str | None:
+    """`lora_bias` comes with all adapted layers or with none."""
+    added = {k for k, c in adapter.changes.items() if c.variant.kind == "diff"}
+    if not added:
+        return None
+    if any(p.style not in ("linear", "conv") or p.written for p in places.values()):
+        return "it adds to the biases of linear layers and convolutions only"
+    if added != {p.bias_key for p in places.values()}:
+        return "it adds dense changes to the biases of all adapted layers, or to nothing"
+    return None
 
 
 def peft_alpha(variant: Variant, root: bool) -> float:

@@ -52,17 +52,26 @@ class NativeGrammar(Grammar):
         changes: dict[str, Change] = {}
         for key, entry in entries.items():
             try:
-                index, layer, shape, names = entry
+                index, layer, shape, names, tied = entry
                 variant = known[index] if type(index) is int and index >= 0 else None
                 shape = None if shape is None else tuple(shape)
-                good = variant is not None and (layer is None or isinstance(layer, str)) and isinstance(names, list)
-                good = good and all(isinstance(n, str) for n in names) and all(type(n) is int for n in shape or ())
+                good = (
+                    variant is not None
+                    and (layer is None or isinstance(layer, str))
+                    and isinstance(names, list)
+                    and isinstance(tied, list)
+                )
+                good = (
+                    good
+                    and all(isinstance(n, str) for n in [*names, *tied])
+                    and all(type(n) is int for n in shape or ())
+                )
             except (TypeError, ValueError, IndexError):
                 good = False
             if not good or not names:
                 raise AdapterError(f"the config's entry of {key!r} is not what deltaw writes")
             assert variant is not None
-            change = Change(variant, {n: take(f"{key}.{n}") for n in names}, layer, shape)
+            change = Change(variant, {n: take(f"{key}.{n}") for n in names}, layer, shape, tuple(tied))
             try:
                 _ = change.matrix_shape
             except (DeltawError, KeyError, ValueError, IndexError, TypeError) as error:
@@ -79,7 +88,7 @@ class NativeGrammar(Grammar):
     def cannot(self, adapter: Adapter) -> str | None:
         return None
 
-    def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def write(self, adapter: Adapter, shapes: Shapes = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         variants: list[dict[str, Any]] = []
         changes: dict[str, Any] = {}
         kept: dict[str, Tensor] = {}
@@ -90,7 +99,7 @@ class NativeGrammar(Grammar):
             if described not in variants:
                 variants.append(described)
             shape = None if change.shape is None else list(change.shape)
-            changes[key] = [variants.index(described), change.layer, shape, sorted(change.tensors)]
+            changes[key] = [variants.index(described), change.layer, shape, sorted(change.tensors), list(change.tied)]
             for name, tensor in sorted(change.tensors.items()):
                 full = f"{key}.{name}"
                 before = first.setdefault(_likeness(tensor, full), full)

@@ -110,7 +110,7 @@ class PerModule(Grammar):
     def _mine(self, adapter: Adapter) -> dict[str, Change]:
         return {split_key(k)[0]: c for k, c in adapter.changes.items() if c.variant.kind == self.kind}
 
-    def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def write(self, adapter: Adapter, shapes: Shapes = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         mine = self._mine(adapter)
         suffix = {part: suffix for suffix, part in self.suffixes.items()}
         config: dict[str, Any] = {"peft_type": self.peft_type, "inference_mode": True, "target_modules": sorted(mine)}

@@ -1,14 +1,17 @@
 """Where in a model the tensors of a PEFT file belong, and the form in which PEFT keeps them there.
 
 PEFT's tensor names carry the layer family: `.lora_A.weight` (Linear, GPT-2's Conv1D, convolutions), `.lora_embedding_A`
-(Embedding), a bare `.lora_A` (nn.MultiheadAttention's fused in_proj). deltaw's factors are always A (rank, in) and
-B (out, rank) of the (out, in) matrix; a convolution's matrix is (out, in·kernel).
+(Embedding), a bare `.lora_A` (nn.MultiheadAttention's in_proj; its out_proj lies under `.base_layer.out_proj`), and for raw
+parameters `.lora_A.weight` on the module that owns them, one `.base_layer` deeper for each one registered later.
+deltaw's factors are always A (rank, in) and B (out, rank) of the (out, in) matrix; a convolution's matrix is
+(out, in · kernel); stacks of E expert weights have A (E, rank, in) and B (E, out, rank), which PEFT lays side by side,
+A by expert first, B by rank first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,21 +19,22 @@ from torch import Tensor
 from deltaw.core.adapter import Change, join_key, split_key
 from deltaw.core.variant import Variant
 from deltaw.errors import AdapterError
+from deltaw.io.peft.grammar import Shapes
 
-EMBEDDING = ("embedding",)
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 IN_PROJ = "in_proj_weight"
+INSIDE = ".base_layer"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One adapted weight in a PEFT file. `path` is the module as PEFT names it; `style` how its tensors are kept."""
+    """One adapted weight in a PEFT file. `path` and `site` name the base parameter; `style` is how its tensors are kept."""
 
     path: str
     style: str = "linear"
     site: str = "weight"
-    nested: str = ""
-    """What PEFT's wrapping puts into the path of a nested layer (`mha.base_layer.out_proj`)."""
+    written: str = ""
+    """The path in the file, where it is not `path`."""
+    shape: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -40,7 +44,14 @@ class Place:
     @property
     def bias_key(self) -> str:
         """The name of the bias beside it."""
-        return join_key(self.path, "bias")
+        return join_key(self.path, "in_proj_bias" if self.style == "mha" else "bias")
+
+    @property
+    def target(self) -> str:
+        """The name by which PEFT's config calls it: the module, or the parameter."""
+        if self.style == "parameter":
+            return self.key
+        return self.path.removesuffix(".out_proj") if INSIDE in self.written else self.path
 
     def read(self, variant: Variant, parts: Mapping[str, Tensor]) -> Change:
         """The file's tensors -> a change in matrix form.
@@ -50,100 +61,165 @@ class Place:
         """
         A, B = parts["A"], parts["B"]
         if not all(t.is_floating_point() for t in parts.values()):
-            raise AdapterError(f"{self.path!r}: an adapter's tensors are real numbers, found {A.dtype} and {B.dtype}")
-        rank = A.shape[0]
-        layer: str | None = None
-        shape: tuple[int, ...] | None = None
+            raise AdapterError(f"{self.key!r}: an adapter's tensors are real numbers, found {A.dtype} and {B.dtype}")
+        layer, shape = {"embedding": "embedding", "mha": "multihead_attention"}.get(self.style), self.shape
         if self.style == "linear" and A.ndim > 2:
-            if A.ndim > 5 or B.ndim != A.ndim or any(n != 1 for n in B.shape[2:]) or B.shape[1] != rank:
-                raise AdapterError(
-                    f"{self.path!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are no convolution's factors"
-                    + ("; a grouped convolution's cannot be used: see the docs on formats" if B.ndim == A.ndim else "")
-                )
-            layer = f"conv{A.ndim - 2}d"
-            shape = (B.shape[0], *A.shape[1:])
-            A, B = A.reshape(rank, -1), B.reshape(B.shape[0], rank)
-        elif self.style == "embedding":
-            layer = "embedding"
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            layer, shape, A, B = self._convolution(A, B)
+        elif self.style == "parameter":
+            A, B = self._experts(variant, A, B)
+        if A.ndim not in (2, 3) or A.ndim != B.ndim or A.shape[-2] != B.shape[-1]:
             raise AdapterError(
-                f"{self.path!r}: A {tuple(parts['A'].shape)} and B {tuple(parts['B'].shape)} do not fit together"
+                f"{self.key!r}: A {tuple(parts['A'].shape)} and B {tuple(parts['B'].shape)} do not fit together"
             )
         found = {"A": A.contiguous(), "B": B.contiguous()}
         if "m" in parts:
             m = parts["m"]
             if m.numel() != B.shape[0] or math.prod(m.shape) != max(m.shape, default=0):
                 raise AdapterError(
-                    f"{self.path!r}: the magnitude vector has shape {tuple(m.shape)}, not ({B.shape[0]},)"
+                    f"{self.key!r}: the magnitude vector has shape {tuple(m.shape)}, not ({B.shape[0]},)"
                 )
             found["m"] = m.reshape(-1).contiguous()
         change = Change(variant, found, layer, shape)
         _ = change.matrix_shape
         return change
 
+    def _convolution(self, A: Tensor, B: Tensor) -> tuple[str, tuple[int, ...], Tensor, Tensor]:
+        """(rank, in, *kernel) and (out, rank, 1 ...) -> factors of the (out, in · kernel) matrix."""
+        if A.ndim > 5 or B.ndim != A.ndim or any(n != 1 for n in B.shape[2:]):
+            raise AdapterError(f"{self.key!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are no convolution's factors")
+        if B.shape[1] != A.shape[0]:
+            raise AdapterError(
+                f"{self.key!r}: a grouped convolution's factors, A {tuple(A.shape)} and B {tuple(B.shape)}. PEFT's A "
+                f"reaches across the groups, so that its change is no change of the grouped weight: train it again here"
+            )
+        shape = (B.shape[0], *A.shape[1:])
+        return f"conv{A.ndim - 2}d", shape, A.reshape(A.shape[0], -1), B.reshape(B.shape[0], A.shape[0])
+
+    def _experts(self, variant: Variant, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(E·rank, in) and (out, rank·E) -> (E, rank, in) and (E, out, rank), or as they are for a plain matrix."""
+        rank = int(variant.rank)  # type: ignore[attr-defined]
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % rank:
+            raise AdapterError(f"{self.key!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are no stack of rank {rank}")
+        count = A.shape[0] // rank
+        if count == 1 and (self.shape is None or len(self.shape) == 2):
+            return A, B
+        return A.reshape(count, rank, -1), B.reshape(B.shape[0], rank, count).permute(2, 0, 1)
+
     def cannot(self, change: Change) -> str | None:
         """Why PEFT's grammar has no words for this change here, or None."""
-        if self.style == "conv" and change.shape is None:
-            return "a convolution's kernel shape is not known"
-        if self.style == "conv" and change.shape is not None:
-            out, columns = change.matrix_shape
-            if (out, columns) != (change.shape[0], math.prod(change.shape[1:])):
+        if self.style == "conv":
+            if change.shape is None:
+                return "a convolution's kernel shape is not known"
+            if tuple(change.matrix_shape) != (change.shape[0], math.prod(change.shape[1:])):
                 return "the matrix is not the kernel's"
-        if self.style == "mha" and "m" in change.tensors:
-            return "PEFT has no DoRA on nn.MultiheadAttention"
+        if self.style in ("mha", "parameter") and "m" in change.tensors:
+            return "PEFT has no DoRA here"
+        if self.style == "parameter" and getattr(change.variant, "dropout", None):
+            return "PEFT has no dropout for raw parameters"
+        if self.style != "parameter" and change.tensors["A"].ndim != 2:
+            return "PEFT keeps stacks of weights for raw parameters only"
         if self.style == "none":
-            return f"PEFT has no LoRA for a {change.layer} layer's {self.site!r}"
+            return f"PEFT has no LoRA for {self.site!r} of a {change.layer} layer"
+        if change.tied:
+            return f"it is one parameter with {change.tied[0]!r}, and PEFT would change one of the two"
         return None
 
     def write(self, change: Change) -> dict[str, Tensor]:
         """A change -> the tensors of the file, without PEFT's prefix."""
         A, B = change.tensors["A"], change.tensors["B"]
         m = change.tensors.get("m")
-        path = self.nested or self.path
+        path = self.written or self.path
+        a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
         if self.style == "embedding":
-            found = {f"{path}.lora_embedding_A": A, f"{path}.lora_embedding_B": B}
+            a, b = f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
         elif self.style == "mha":
-            found = {f"{path}.lora_A": A, f"{path}.lora_B": B}
+            a, b = f"{path}.lora_A", f"{path}.lora_B"
         elif self.style == "conv":
             assert change.shape is not None
             ones = (1,) * (len(change.shape) - 2)
-            found = {
-                f"{path}.lora_A.weight": A.reshape(A.shape[0], *change.shape[1:]),
-                f"{path}.lora_B.weight": B.reshape(*B.shape, *ones),
-            }
+            A, B = A.reshape(A.shape[0], *change.shape[1:]), B.reshape(*B.shape, *ones)
             m = None if m is None else m.reshape(1, -1, *ones)
-        else:
-            found = {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+        elif A.ndim == 3:
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        found = {a: A, b: B}
         if m is not None:
             found[f"{path}.lora_magnitude_vector"] = m
         return found
 
 
-def read_place(path: str, part: str) -> Place:
-    """The place that a tensor name means, from the module path in it and the part's suffix."""
-    outer, inner, rest = path.partition(".base_layer.")
-    if inner and rest == "out_proj" and outer:
-        return Place(f"{outer}.out_proj", "linear", "weight", path)
-    if part in (".lora_A", ".lora_B"):
-        return Place(path, "mha", IN_PROJ)
-    if "embedding" in part:
-        return Place(path, "embedding")
-    return Place(path)
+def read_places(
+    raw: Iterable[tuple[str, str]], parameters: Iterable[str], shapes: Shapes
+) -> dict[tuple[str, str], Place]:
+    """(path in the file, style) -> place. `parameters`: the config's target_parameters.
+
+    Raises:
+        AdapterError: a path that none of PEFT's ways of wrapping explains.
+    """
+    raw, parameters = list(raw), list(parameters)
+    found = {}
+    for written, style in raw:
+        path = written.replace(INSIDE, "")
+        key = join_key(path, IN_PROJ if style == "mha" else "weight")
+        if style == "linear" and parameters and (names := owned(path, parameters, shapes)):
+            site = nth(written, names, [w for w, s in raw if s == style and w.replace(INSIDE, "") == path])
+            found[written, style] = Place(path, "parameter", site, written, (shapes or {}).get(join_key(path, site)))
+        elif path == written:
+            shape = None if shapes is None else shapes.get(key)
+            found[written, style] = Place(path, style, split_key(key)[1], "", shape)
+        elif style == "linear" and written.endswith(f"{INSIDE}.out_proj") and written.count(INSIDE) == 1:
+            found[written, style] = Place(path, "linear", "weight", written)
+        else:
+            raise AdapterError(f"{written!r} is a path that nothing in the config explains")
+    return found
 
 
-def place_of(key: str, change: Change) -> Place:
-    """The place of a change, from its parameter's name and its layer's family."""
+def owned(path: str, parameters: list[str], shapes: Shapes) -> list[str]:
+    """The parameters of the module at `path` that the config targets, in the order in which the model registers them."""
+
+    def wanted(key: str) -> bool:
+        return any(key == name or key.endswith("." + name) for name in parameters)
+
+    if shapes is not None:
+        mine = [split_key(k)[1] for k in shapes if split_key(k)[0] == path and wanted(k)]
+        if mine:
+            return mine
+    return [s for s in dict.fromkeys(split_key(n)[1] for n in parameters) if wanted(join_key(path, s))]
+
+
+def nth(written: str, names: list[str], levels: list[str]) -> str:
+    """Which of a module's parameters a path means: the last registered lies outermost.
+
+    Raises:
+        AdapterError: the file has more or fewer than the config targets.
+    """
+    if len(names) != len(levels):
+        raise AdapterError(
+            f"{written!r}: the config targets {', '.join(names)} there, the file has {len(levels)}; "
+            f"which is which only the model can tell: load it onto the model"
+        )
+    return names[len(names) - 1 - written.count(INSIDE)]
+
+
+def place_of(key: str, change: Change, among: Iterable[str] = ()) -> Place:
+    """The place of a change, from its parameter's name and its layer's family.
+
+    among: all changed raw parameters, in the order in which the model registers them.
+    """
     path, site = split_key(key)
-    layer = change.layer
-    if layer in CONVOLUTIONS:
-        return Place(path, "conv", site)
-    if layer in EMBEDDING:
-        return Place(path, "embedding", site)
-    if site == IN_PROJ:
+    layer = change.layer or ("linear" if site == "weight" else "multihead_attention" if site == IN_PROJ else "module")
+    if layer == "module" and path and "[" not in site:
+        mine = [k for k in among if split_key(k)[0] == path]
+        depth = len(mine) - 1 - mine.index(key) if key in mine else 0
+        return Place(path, "parameter", site, path + INSIDE * depth, change.shape)
+    if layer == "multihead_attention" and site == IN_PROJ:
         return Place(path, "mha", site)
     outer, _, name = path.rpartition(".")
-    if name == "out_proj" and layer == "multihead_attention":
-        return Place(path, "linear", site, f"{outer}.base_layer.out_proj")
-    if site != "weight" or layer not in (None, "linear", "linear (own forward)", "conv1d_gpt2"):
+    if layer == "multihead_attention" and name == "out_proj":
+        return Place(path, "linear", site, f"{outer}{INSIDE}.out_proj")
+    if site != "weight":
         return Place(path, "none", site)
-    return Place(path, "linear", site)
+    if layer in ("conv1d", "conv2d", "conv3d"):
+        return Place(path, "conv")
+    if layer == "embedding":
+        return Place(path, "embedding")
+    return Place(path, "linear" if layer in ("linear", "linear (own forward)", "conv1d_gpt2") else "none")
