@@ -121,6 +121,10 @@ class Host(nn.Module):
         """Awkward instances for the laws (dilated, grouped, padded, no bias, rank above a dimension ...)."""
         return ()
 
+    def listed_as(self) -> str:
+        """The layer family under which files and tables list this layer. Default: `family`."""
+        return self.family
+
     def to_matrix(self, site: str, stored: Tensor) -> Tensor:
         """Stored parameter -> (out, in) matrix, a view where possible."""
         return stored

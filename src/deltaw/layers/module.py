@@ -1,4 +1,8 @@
-"""The host of last resort: any module, its own parameters and buffers trained in full, its own forward kept.
+"""The host of last resort: any module, its own parameters and buffers changed, its own forward kept.
+
+Whole modules are trained in full (`train=`). A target that names a parameter (targets=["experts.gate_up_proj"]) adapts
+that one with any variant: a matrix (out, in), or the stacked weights of a mixture of experts, (E, out, in), or
+(E, in, out) where the module says `is_transposed`; every expert has factors of its own, A (E, rank, in), B (E, out, rank).
 
 The forward runs on a shell, a per-call shallow twin with the changed tensors: nothing shared is mutated, so two threads
 may use two adapters. It also keeps running statistics still: in training a frozen BatchNorm normalises with the batch,
@@ -27,12 +31,33 @@ class ModuleHost(Host):
     def accepts(cls, layer: nn.Module) -> bool:
         return True
 
+    @classmethod
+    def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Every parameter that is a matrix or a stack of matrices."""
+        return {
+            s: tuple(matrix_form(layer, p).shape)
+            for s, p in layer._parameters.items()
+            if p is not None and p.ndim in (2, 3) and p.is_floating_point()
+        }
+
+    @classmethod
+    def main_sites(cls, layer: nn.Module) -> tuple[str, ...]:
+        return ()
+
+    def to_matrix(self, site: str, stored: Tensor) -> Tensor:
+        return matrix_form(self, stored)
+
+    def from_matrix(self, site: str, matrix: Tensor) -> Tensor:
+        return matrix_form(self, matrix)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites = self.active_sites()
         still = self.training and bool(self._buffers)
         if not sites and not still:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        parameters: dict[str, Tensor | None] = {s: self.changed(s) for s in sites if s in self._parameters}
+        parameters: dict[str, Tensor | None] = {
+            s: self.changed(s, dropout=self.training) for s in sites if s in self._parameters
+        }
         buffers: dict[str, Tensor | None] = {s: self.own_buffer(s) for s in sites if s in self._buffers}
         if still:
             for name, buffer in self._buffers.items():
@@ -47,3 +72,8 @@ class ModuleHost(Host):
             value: Tensor = active[0][0].value  # type: ignore[assignment]
             return value
         return self.changed(site)
+
+
+def matrix_form(layer: nn.Module, stored: Tensor) -> Tensor:
+    """(E, in, out) <-> (E, out, in) for modules that say so, else as stored."""
+    return stored.mT if stored.ndim == 3 and bool(getattr(layer, "is_transposed", False)) else stored

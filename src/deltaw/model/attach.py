@@ -263,7 +263,7 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
             shape = tuple(host.parameter(site).shape)
             key = join_key(path, site)
             changes[key] = Change(
-                variant, copies, host.family, shape, followers.get((id(host), parameter_of(site)), ())
+                variant, copies, host.listed_as(), shape, followers.get((id(host), parameter_of(site)), ())
             )
     return Adapter(changes, notes.get("base", {}), notes.get("extra", {}))
 

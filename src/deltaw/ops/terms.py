@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.ops.dropout import draw_seed, keep_mask
+from deltaw.ops.dropout import Mask, draw_seed, keep_mask
 
 
 class Factors(Protocol):
@@ -66,11 +66,11 @@ class Term(NamedTuple):
     at_output: bool
     merged: bool
 
-    def input_mask(self, x: Tensor) -> Tensor | None:
+    def input_mask(self, x: Tensor) -> Mask | None:
         """The dropout mask on x (T, in), or None where A sees all of it."""
         if self.seed is None or self.at_output:
             return None
-        return keep_mask(self.seed, x.shape[0], x.shape[1], self.p, x.dtype)
+        return Mask(self.seed, x.shape[0], x.shape[1], self.p, x.dtype)
 
     def output_mask(self, y: Tensor) -> Tensor | None:
         """The dropout mask on the low-rank change, shaped as y (T, out), or None."""
@@ -118,10 +118,29 @@ def merged_weight(weight: Tensor, terms: Sequence[Term]) -> Tensor:
         if t.merged:
             A, B = t.A.to(weight.dtype), t.B.to(weight.dtype)
             if merged is weight:
-                merged = torch.addmm(weight, B, A, alpha=t.scale)
+                merged = added_product(weight, B, A, t.scale)
             else:
                 merged.addmm_(B, A, alpha=t.scale)
     return merged
+
+
+def added_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
+    """W + s B A, (out, in), in W's own memory order, so that the product with it is computed as the one with W."""
+    if weight.mT.is_contiguous() and not weight.is_contiguous():  # GPT-2's Conv1D stores Wᵀ
+        return torch.addmm(weight.mT, A.mT, B.mT, alpha=scale).mT
+    return torch.addmm(weight, B, A, alpha=scale)
+
+
+BLOCK = 1 << 18
+"""Numbers per block of rows on a CPU: a block stays in the second-level cache through the passes over it."""
+
+
+def blocks(x: Tensor) -> list[slice]:
+    """Consecutive rows of x (T, k), few enough to stay in a CPU's cache; all of them elsewhere and under a compiler."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(1, BLOCK // max(1, x.shape[1]))
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
 def flat(x: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""nn.Conv1d, 2d and 3d: the matrix is (out, in/groups · kernel), ΔW = B A a convolution by A and then a 1x1 one by B.
+
+A convolves as the layer does (stride, padding and its mode, dilation); under true groups every group of channels meets
+the same A, and B's rows stay in their group. (PEFT's A reaches across the groups instead: another, dense change.)
+
+Subclasses that only override `_conv_forward` (openai-whisper's Conv1d casts the weight there) keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaw.core.host import Example
+from deltaw.core.registry import host
+from deltaw.core.variant import LowRank
+from deltaw.layers.output import OutputHost, added, dropped_input
+
+
+class ConvMatrix(OutputHost):
+    """A convolution's weight (out, in/groups, *kernel) as the matrix (out, in/groups · kernel)."""
+
+    groups: int
+    convolution: ClassVar[Callable[..., Tensor]]
+
+    @classmethod
+    def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        out, *rest = layer.weight.shape  # type: ignore[misc]
+        return {"weight": (int(out), int(torch.Size(rest).numel()))}
+
+    def to_matrix(self, site: str, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def from_matrix(self, site: str, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.weight.shape)
+
+    def listed_as(self) -> str:
+        name = f"conv{self.weight.ndim - 2}d"
+        return name if self.groups == 1 else f"{name} (grouped)"
+
+
+class ConvHost(ConvMatrix):
+    """An adapted convolution of any number of dimensions."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Any
+    padding_mode: Any
+    _reversed_padding_repeated_twice: list[int]
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active_sites():
+            return self._conv_forward(x, self.weight, self._parameters["bias"])
+        bias = self.changed_bias()
+        terms = self.low_rank()
+        if not terms or cheaper_changed(self, terms):
+            return self._conv_forward(x, self.changed("weight", dropout=self.training), bias)
+        y = self._conv_forward(x, self.weight, bias)
+
+        def low(t: LowRank) -> Tensor:
+            return self.by_factors(dropped_input(x, t, self.training), t)
+
+        return added(y, bias, terms, low, behind=self.weight.ndim - 2, training=self.training)
+
+    def by_factors(self, x: Tensor, t: LowRank) -> Tensor:
+        """B(A(x)), shaped as the layer's output."""
+        convolution: Any = type(self).convolution
+        rank = t.A.shape[0]
+        ones = (1,) * (self.weight.ndim - 2)
+        A = t.A.to(x.dtype).reshape(rank, *self.weight.shape[1:])
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        if self.groups > 1:
+            A = A.repeat(self.groups, 1, *ones)  # (groups · rank, in/groups, *kernel)
+        h = convolution(x, A, None, self.stride, padding, self.dilation, self.groups)
+        B = t.B.to(h.dtype).reshape(-1, rank, *ones)
+        y: Tensor = convolution(h, B, None, 1, 0, 1, self.groups)
+        return y
+
+
+def cheaper_changed(layer: ConvMatrix, terms: list[LowRank]) -> bool:
+    """Whether W + ΔW costs less than the factors: where the groups times the rank are no less than the outputs.
+
+    Only in 32 and 64 bit (in 16 bit the rounding of W + ΔW would swallow a small change), and without dropout in force.
+    """
+    rank = sum(t.A.shape[0] for t in terms)
+    wide = layer.weight.dtype in (torch.float32, torch.float64)
+    return (
+        wide and rank * layer.groups >= layer.weight.shape[0] and not (layer.training and any(t.dropout for t in terms))
+    )
+
+
+def random(*shape: int) -> Callable[[torch.dtype], tuple[Tensor]]:
+    """The arguments of an example's call: one random tensor."""
+    return lambda dtype: (torch.randn(*shape, dtype=dtype),)
+
+
+@host
+class Conv1dHost(ConvHost, nn.Conv1d):
+    """An adapted nn.Conv1d."""
+
+    family: ClassVar[str] = "conv1d"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d,)
+    convolution = staticmethod(F.conv1d)
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example("conv1d", lambda: nn.Conv1d(4, 12, 3, stride=2, padding=1), random(2, 4, 9))
+        yield Example("unbatched", lambda: nn.Conv1d(4, 12, 3), random(4, 9))
+        yield Example(
+            "reflect", lambda: nn.Conv1d(4, 12, 5, padding="same", dilation=2, padding_mode="reflect"), random(2, 4, 9)
+        )
+        yield Example("depthwise", lambda: nn.Conv1d(6, 6, 3, groups=6, padding=1, bias=False), random(2, 6, 9))
+        yield Example("groups", lambda: nn.Conv1d(4, 14, 3, groups=2, padding=2), random(2, 4, 9))
+
+
+@host
+class Conv2dHost(ConvHost, nn.Conv2d):
+    """An adapted nn.Conv2d."""
+
+    family: ClassVar[str] = "conv2d"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
+    convolution = staticmethod(F.conv2d)
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example("conv2d", lambda: nn.Conv2d(3, 10, (3, 2), stride=(2, 1), padding=(1, 0)), random(2, 3, 7, 6))
+        yield Example("dilated", lambda: nn.Conv2d(3, 10, 3, padding=2, dilation=2), random(2, 3, 7, 6))
+        yield Example("valid", lambda: nn.Conv2d(3, 10, 3, padding="valid", bias=False), random(2, 3, 7, 6))
+        yield Example("same", lambda: nn.Conv2d(3, 10, (4, 3), padding="same"), random(2, 3, 7, 6))
+        for mode in ("reflect", "replicate", "circular"):
+            yield Example(mode, conv2d_padded(mode), random(2, 3, 7, 6))
+        yield Example("1x1", lambda: nn.Conv2d(5, 8, 1), random(2, 5, 3, 3))
+        yield Example(
+            "groups", lambda: nn.Conv2d(4, 14, 3, groups=2, padding=1, padding_mode="circular"), random(2, 4, 5, 5)
+        )
+        yield Example("depthwise", lambda: nn.Conv2d(3, 12, 3, groups=3), random(2, 3, 5, 5))
+        yield Example("no samples", lambda: nn.Conv2d(3, 8, 3), random(0, 3, 5, 5))
+
+
+@host
+class Conv3dHost(ConvHost, nn.Conv3d):
+    """An adapted nn.Conv3d."""
+
+    family: ClassVar[str] = "conv3d"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv3d,)
+    convolution = staticmethod(F.conv3d)
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example("conv3d", lambda: nn.Conv3d(2, 7, (2, 3, 1), stride=(1, 2, 1), padding=1), random(1, 2, 4, 5, 3))
+        yield Example(
+            "replicate",
+            lambda: nn.Conv3d(4, 8, 3, groups=2, padding=1, padding_mode="replicate"),
+            random(1, 4, 4, 3, 3),
+        )
+
+
+def conv2d_padded(mode: str) -> Callable[[], nn.Module]:
+    """A Conv2d whose padding continues the image by `mode`."""
+    return lambda: nn.Conv2d(3, 10, 3, stride=2, padding=(1, 2), padding_mode=mode)  # type: ignore[arg-type]

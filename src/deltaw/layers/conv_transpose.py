@@ -1,0 +1,128 @@
+"""nn.ConvTranspose1d and 2d: the weight (in, out/groups, *kernel) as the matrix (out, in/groups · kernel).
+
+ΔW = B A is a transposed convolution by A (stride, output padding and all) and then a 1x1 convolution by B. Under groups
+every group of channels meets the same A, and B's rows stay in their group. PEFT has no such layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaw.core.host import Example
+from deltaw.core.registry import host
+from deltaw.core.variant import LowRank
+from deltaw.layers.conv import ConvMatrix, cheaper_changed, random
+from deltaw.layers.output import added, dropped_input
+
+
+class ConvTransposeMatrix(ConvMatrix):
+    """A transposed convolution's weight as the matrix (out, in/groups · kernel)."""
+
+    in_channels: int
+    out_channels: int
+
+    @classmethod
+    def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        out: int = layer.out_channels  # type: ignore[assignment]
+        return {"weight": (out, layer.weight.numel() // out)}  # type: ignore[operator]
+
+    def to_matrix(self, site: str, stored: Tensor) -> Tensor:
+        by_group = stored.reshape(self.groups, -1, *stored.shape[1:])  # (groups, in/groups, out/groups, *kernel)
+        return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def from_matrix(self, site: str, matrix: Tensor) -> Tensor:
+        inputs, outputs, *kernel = self.weight.shape
+        by_group = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel)
+        return by_group.transpose(1, 2).flatten(0, 1)
+
+    def listed_as(self) -> str:
+        return f"conv_transpose{self.weight.ndim - 2}d"
+
+
+class ConvTransposeHost(ConvTransposeMatrix):
+    """An adapted transposed convolution."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Any
+    output_padding: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    plain: ClassVar[Callable[..., Tensor]]
+    _output_padding: Callable[..., Any]
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not self.active_sites():
+            return self.base_class.forward(self, x, output_size)  # type: ignore[no-any-return]
+        extra = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, self.weight.ndim - 2, self.dilation
+        )
+        transposed: Any = type(self).convolution
+        bias = self.changed_bias()
+        terms = self.low_rank()
+
+        def applied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            y: Tensor = transposed(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+            return y
+
+        if not terms or cheaper_changed(self, terms):
+            return applied(x, self.changed("weight", dropout=self.training), bias)
+        ones = (1,) * (self.weight.ndim - 2)
+
+        def low(t: LowRank) -> Tensor:
+            rank = t.A.shape[0]
+            A = t.A.to(x.dtype).reshape(rank, -1, *self.weight.shape[2:]).transpose(0, 1)  # (in/groups, rank, *kernel)
+            h = applied(dropped_input(x, t, self.training), A.repeat(self.groups, 1, *ones))
+            plain: Any = type(self).plain
+            y: Tensor = plain(h, t.B.to(h.dtype).reshape(-1, rank, *ones), groups=self.groups)
+            return y
+
+        return added(applied(x, self.weight, bias), bias, terms, low, behind=len(ones), training=self.training)
+
+
+@host
+class ConvTranspose1dHost(ConvTransposeHost, nn.ConvTranspose1d):
+    """An adapted nn.ConvTranspose1d."""
+
+    family: ClassVar[str] = "conv_transpose1d"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d,)
+    convolution = staticmethod(F.conv_transpose1d)
+    plain = staticmethod(F.conv1d)
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example("upsampling", lambda: nn.ConvTranspose1d(6, 10, 4, stride=2, padding=1), random(2, 6, 5))
+        yield Example(
+            "groups",
+            lambda: nn.ConvTranspose1d(6, 14, 3, stride=3, groups=2, output_padding=1, dilation=2),
+            random(2, 6, 5),
+        )
+        yield Example(
+            "output_size",
+            lambda: nn.ConvTranspose1d(4, 8, 3, stride=2, bias=False),
+            random(2, 4, 5),
+            {"output_size": [12]},
+        )
+
+
+@host
+class ConvTranspose2dHost(ConvTransposeHost, nn.ConvTranspose2d):
+    """An adapted nn.ConvTranspose2d."""
+
+    family: ClassVar[str] = "conv_transpose2d"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose2d,)
+    convolution = staticmethod(F.conv_transpose2d)
+    plain = staticmethod(F.conv2d)
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example(
+            "kernel (3, 2)",
+            lambda: nn.ConvTranspose2d(4, 9, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0)),
+            random(2, 4, 3, 4),
+        )
+        yield Example("unbatched groups", lambda: nn.ConvTranspose2d(4, 14, 3, groups=2), random(4, 3, 3))
+        yield Example("depthwise", lambda: nn.ConvTranspose2d(4, 4, 3, groups=4, stride=2), random(1, 4, 3, 3))
