@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter, Change, split_key
-from deltaw.core.base_weights import Base, dense_base
+from deltaw.core.base_weights import Base, dense_base, has_weight
 from deltaw.core.true_change import Matrix, any_shape, true_changes
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
@@ -81,6 +81,11 @@ def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> It
                 continue
             if base is None:
                 raise
+            if any_shape(change) and not has_weight(base, key):
+                skipped[key] = (
+                    "a trained copy of a parameter that the base does not have (a new head): nothing to compare"
+                )
+                continue
             found = true_changes(key, change, dense_base(base, key, change))
         if len(found[0].shape) != 2:
             skipped[key] = f"of shape {tuple(found[0].shape)}: only matrices have singular directions"

@@ -82,12 +82,19 @@ class IntruderTable(Mapping[str, Intruders]):
 
 
 def intruders(
-    adapter: Adapter, base: Base, *, top: int = 10, threshold: float = 0.5, side: str = "out"
+    adapter: Adapter,
+    base: Base,
+    *,
+    top: int = 10,
+    threshold: float = 0.5,
+    side: str = "out",
+    largest: int | None = None,
 ) -> IntruderTable:
     """Which of the tuned weights' `top` singular directions are new.
 
     side: "out" (left singular directions, as the paper) or "in".
     threshold: the largest |cos| that still counts as new.
+    largest: leave out weights whose smaller side is over this (a full SVD of 4096 x 4096 takes a quarter of a minute).
     """
     one_of("side", side, ("in", "out"))
     positive_int("top", top)
@@ -96,6 +103,11 @@ def intruders(
     skipped: dict[str, str] = {}
     weights: dict[str, Intruders] = {}
     for matter, change in matrices(adapter, base, skipped):
+        if largest is not None and min(change.shape) > largest:
+            skipped[matter.name] = (
+                f"{tuple(change.shape)}: a full SVD of it was not asked for (--intruders asks for it)"
+            )
+            continue
         dense = change.dense() if isinstance(change, Product) else change
         W = matter.base(base)
         if min(W.shape) > EXACT_UP_TO:

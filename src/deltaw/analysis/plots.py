@@ -120,6 +120,9 @@ def by_layer(
             pick: Callable[[list[float]], float] = sum if add else np.mean  # type: ignore[assignment]
             grid[layers.index(at.layer), kinds.index(at.kind)] = pick([values[k] for k in keys])
         grids[name] = grid, ["other" if n is None else f"block {n}" for n in layers], kinds
+    everything = np.concatenate([g[0][np.isfinite(g[0])] for g in grids.values()])
+    if everything.size:  # one scale for all panels
+        options = {"vmin": everything.min(), "vmax": everything.max(), **options}
     width = sum(1.6 + 0.75 * len(g[2]) for g in grids.values())
     height = 1.5 + 0.3 * max((len(g[1]) for g in grids.values()), default=1)
     fig = figure(max(5.0, min(22.0, width)), min(24.0, height))
@@ -136,10 +139,11 @@ def similarity(found: Similarities, names: tuple[str, str]) -> Any:
     phi, baseline = (t.numpy() for t in found.mean())
     fig = figure(11.5, 3.9)
     axes = fig.subplots(1, 3)
+    top = max(0.05, float(phi.max()))
     for axis, table, title in zip(
         axes, (phi, baseline, phi - baseline), ("φ(i, j), mean over weights", "random directions", "difference")
     ):
-        image = axis.imshow(table, vmin=0, vmax=1, cmap="magma", aspect="auto")
+        image = axis.imshow(table, vmin=0, vmax=top, cmap="magma", aspect="auto")
         axis.set(title=title, xlabel=f"j directions of {names[1]}", ylabel=f"i directions of {names[0]}")
         for side, count in (("x", table.shape[1]), ("y", table.shape[0])):
             step = max(1, count // 8)

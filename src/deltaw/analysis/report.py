@@ -21,6 +21,9 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.errors import ConfigError
 
+FULL_SVD_UP_TO = 2048
+"""Larger weights are searched for intruder dimensions only if that is asked for."""
+
 MANY_PAIRS = 6
 """With more pairs of adapters only the overview is drawn, not a picture for each."""
 
@@ -73,12 +76,13 @@ def analyze(
     *,
     energy: float = 0.95,
     top: int = 64,
-    intruders_of: int = 10,
+    intruders_of: int | None = None,
 ) -> Analysis:
     """Spectra of every adapter, similarities of every pair, and with a base how the changes lie to its weights.
 
-    top: how many of W's leading directions to compare with. intruders_of: how many of W + ΔW's to look for in W's; 0
-        leaves that out (it takes a full SVD of every weight).
+    top: how many of W's leading directions to compare with.
+    intruders_of: how many of W + ΔW's to look for in W's, which takes a full SVD of every weight; 0 leaves it out, None
+        takes 10 where the smaller side of a weight is at most FULL_SVD_UP_TO.
     """
     if not adapters:
         raise ConfigError("analyze needs at least one adapter")
@@ -105,7 +109,12 @@ def analyze(
         apart=apart,
         amplification={name: amplification(a, base) for name, a in adapters.items()},
         overlap={name: overlap(a, base, top=top) for name, a in adapters.items()},
-        intruders={name: intruders(a, base, top=intruders_of) for name, a in adapters.items()} if intruders_of else {},
+        intruders={}
+        if intruders_of == 0
+        else {
+            name: intruders(a, base, top=intruders_of or 10, largest=None if intruders_of else FULL_SVD_UP_TO)
+            for name, a in adapters.items()
+        },
     )
 
 

@@ -47,7 +47,8 @@ def combine(
 
     Returns an Adapter of LoRA changes (and trained copies). Its `.error` has, per parameter, the relative Frobenius
     distance to the exact sum Σ wᵢ ΔWᵢ, rounding included; `extra["combined"]` has the call and, per parameter, the
-    distance to what `how` defines ("truncation").
+    distance to what `how` defines ("truncation"), and the trained copies that were averaged because the base does not
+    have them or was not given ("averaged").
 
     Raises:
         ConfigError: options that contradict each other, a change that depends on a base that was not given.
@@ -75,6 +76,7 @@ def combine(
     changes: dict[str, Change] = {}
     error: dict[str, float] = {}
     truncation: dict[str, float] = {}
+    averaged: list[str] = []
     for key in keys:
         parts = [
             Part(w, a.changes[key], i) for i, (w, a) in enumerate(zip(table[key], adapters)) if key in a.changes and w
@@ -83,6 +85,7 @@ def combine(
             continue
         blended = one.blend(key, parts)
         changes[key], error[key], truncation[key] = blended.change, blended.error, blended.truncation
+        averaged += [key] * blended.averaged
     if not changes:
         raise ConfigError("nothing is left: every weight is zero")
     record = {
@@ -92,6 +95,7 @@ def combine(
         "energy": energy,
         "seed": seed,
         "truncation": truncation,
+        "averaged": averaged,
     }
     return Adapter(changes=changes, base=known, extra={**agreed_extra(adapters), "combined": record}, error=error)
 

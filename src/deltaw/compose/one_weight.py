@@ -14,7 +14,7 @@ from deltaw.compose.cat import weighted_sum
 from deltaw.compose.combiner import Combiner, Term
 from deltaw.compose.compress import compress, length, relative_error
 from deltaw.core.adapter import Change
-from deltaw.core.base_weights import Base, dense_base
+from deltaw.core.base_weights import Base, dense_base, has_weight
 from deltaw.core.true_change import Matrix, any_shape, check_finite, delta_of, true_change, true_changes
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.ops.product import Product
@@ -37,6 +37,8 @@ class Blended(NamedTuple):
     change: Change
     error: float
     truncation: float
+    averaged: bool = False
+    """True for copies that were averaged although `how` does something else with changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class OneWeight:
             return Blended(parts[0].change, 0.0, 0.0)
         for part in parts:
             _refuse_bias(key, part.change)
-        if self.averages(parts):
+        if self.averages(key, parts):
             return self.averaged(parts)
         return self.dense(key, parts) if any(any_shape(p.change) for p in parts) else self.low_rank(key, parts)
 
@@ -109,15 +111,23 @@ class OneWeight:
             return None
         return rank
 
-    def averages(self, parts: Sequence[Part]) -> bool:
-        """Whether all are copies of the same entries with weights that add up to 1: any W gives the same."""
-        first = parts[0].change.variant
-        return (
-            self.how.adds
-            and any_shape(parts[0].change)
-            and all(p.change.variant == first for p in parts)
-            and abs(sum(p.weight for p in parts) - 1) < 1e-12
-        )
+    def averages(self, key: str, parts: Sequence[Part]) -> bool:
+        """Whether all are copies of the same entries with weights that add up to 1, so that any W gives the same sum.
+
+        Copies of a parameter that the base does not have (a new head) are averaged in any case: with no W there is no
+        change that could be pruned or turned.
+        """
+        first = parts[0].change
+        alike = any_shape(first) and all(p.change.variant == first.variant for p in parts)
+        if not alike or abs(sum(p.weight for p in parts) - 1) > 1e-12:
+            return False
+        if self.how.adds:
+            return True
+        try:
+            true_change(key, first)
+        except ConfigError:
+            return self.base is None or not has_weight(self.base, key)
+        return False
 
     def averaged(self, parts: Sequence[Part]) -> Blended:
         """W + Σ wᵢ (Wᵢ - W) = Σ wᵢ Wᵢ, without W. The errors are relative to the values, for the change is not known."""
@@ -131,9 +141,8 @@ class OneWeight:
             blends.append(weighted_sum(terms[-1]))
             tensors[name] = _rounded(terms[-1], dtype)
             kept.append(tensors[name].double())
-        return _with_errors(
-            replace(_facts(parts), variant=parts[0].change.variant, tensors=tensors), kept, blends, terms
-        )
+        change = replace(_facts(parts), variant=parts[0].change.variant, tensors=tensors)
+        return _with_errors(change, kept, blends, terms)._replace(averaged=not self.how.adds)
 
     def dense(self, key: str, parts: Sequence[Part]) -> Blended:
         """Changes of a parameter of any shape (and low-rank ones of the same): the result is dense too.
@@ -149,7 +158,7 @@ class OneWeight:
                 add_up = sum(p.weight for p in parts)
                 raise ConfigError(
                     f"{key} is a trained copy in some of the adapters, and the weights add up to {add_up:g}: the result "
-                    f"depends on the base weight. Give `base=` (`--base`), or, with how='cat', weights that add up to 1"
+                    f"depends on the base weight. Give `base=` (`--base`), or weights that add up to 1"
                 ) from None
             first = next(p.change for p in parts if any_shape(p.change))
             start = dense_base(self.base, key, first)

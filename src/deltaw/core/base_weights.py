@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Change, join_key, split_key
-from deltaw.core.host import Host
+from deltaw.core.host import Host, parameter_names
 from deltaw.core.part import parameter_of, part, rows_of
 from deltaw.core.registry import hosts
 from deltaw.core.variant import fits
@@ -43,11 +43,28 @@ def base_weight(base: Base, key: str, change: Change) -> Tensor:
     return weight.detach()
 
 
+def has_weight(base: Base, key: str) -> bool:
+    """Whether the base has the parameter (or buffer) `key` at all."""
+    path, site = split_key(key)
+    name = join_key(path, parameter_of(site))
+    if not isinstance(base, nn.Module):
+        return name in base
+    try:
+        module = base.get_submodule(path)
+    except AttributeError:
+        return False
+    return parameter_of(site) in {*parameter_names(module), *module._buffers}
+
+
 def _from_model(model: nn.Module, key: str, change: Change) -> Tensor:
     path, site = split_key(key)
     try:
         module = model.get_submodule(path)
-        stored = module.get_parameter(site) if site in module._parameters else module.get_buffer(site)
+        held = isinstance(module, Host) and module.form(parameter_of(site)) is not None
+        if held and isinstance(module, Host):
+            stored = module.parameter(site)
+        else:
+            stored = module.get_parameter(site) if site in module._parameters else module.get_buffer(site)
     except AttributeError:
         known = [name for name, _ in model.named_parameters()]
         raise UnknownName(

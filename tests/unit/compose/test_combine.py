@@ -375,6 +375,13 @@ class TestChangesThatNeedTheBase:
         result = dw.combine([a, b], [0.25, 0.75])
         assert torch.allclose(result.changes["head.weight"].tensors["value"], 0.25 * one + 0.75 * two, atol=1e-7)
 
+    def test_copies_of_a_new_head_are_averaged_and_it_is_said(self):
+        _, one, two, a, b = self.copies()
+        result = dw.combine([a, b], [0.5, 0.5], how="ties", base={"other.weight": one})
+        assert torch.allclose(result.changes["head.weight"].tensors["value"], (one + two) / 2, atol=1e-7)
+        assert result.extra["combined"]["averaged"] == ["head.weight"]
+        assert dw.combine([a, b], [0.5, 0.5]).extra["combined"]["averaged"] == []
+
     def test_other_weights_of_copies_need_it(self):
         W, one, two, a, b = self.copies()
         with pytest.raises(errors.ConfigError, match="the weights add up to 2"):

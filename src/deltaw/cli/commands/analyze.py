@@ -20,7 +20,11 @@ def add(app: typer.Typer) -> None:
         ),
         energy: float = typer.Option(0.95, "--energy", help="The share of the change that the advised rank must hold."),
         top: int = typer.Option(64, "--top", help="How many of W's leading directions to compare with."),
-        intruders: int = typer.Option(10, "--intruders", help="Look among this many directions of W + ΔW; 0 skips it."),
+        intruders: int = typer.Option(
+            None,
+            "--intruders",
+            help="Look among this many directions of W + ΔW (10 for weights up to 2048); 0 skips it.",
+        ),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace --out if it exists."),
         as_json: bool = typer.Option(False, "--json", help="Print all numbers as JSON."),
     ) -> None:
