@@ -50,10 +50,21 @@ def offsets(seed: Tensor, rows: int) -> Tensor:
     return mix_(k).bitwise_and_(TAPE - 1)
 
 
+class Mask:
+    """The dropout mask of `seed`, (rows, columns): 1 / (1 - p) where kept, 0 where dropped; made a few rows at a time."""
+
+    def __init__(self, seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> None:
+        self.windows = tape(seed, TAPE + columns - 1, p, dtype).as_strided((TAPE, columns), (1, 1))
+        self.starts = offsets(seed, rows)
+
+    def rows(self, part: slice) -> Tensor:
+        """Those rows of the mask, a fresh tensor."""
+        return self.windows.index_select(0, self.starts[part])
+
+
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
-    """The dropout mask of `seed`, (rows, columns): 1 / (1 - p) where kept, 0 where dropped. A fresh tensor."""
-    windows = tape(seed, TAPE + columns - 1, p, dtype).as_strided((TAPE, columns), (1, 1))
-    return windows.index_select(0, offsets(seed, rows))
+    """The whole mask, (rows, columns)."""
+    return Mask(seed, rows, columns, p, dtype).rows(slice(None))
 
 
 def keep_mask_reference(seed: int, rows: int, columns: int, p: float) -> list[list[float]]:

@@ -93,7 +93,7 @@ def product(x: Tensor, packed: Tensor, channels: Tensor, columns: Tensor | None,
         return x.new_zeros((*x.shape[:-1], n))
     codes, scales = quantize_rows(flat(x), columns)
     zeros = torch.zeros(n, dtype=torch.int32)
-    y = torch.ops.onednn.qlinear_pointwise(
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 128, packed, channels, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     if bias is None:

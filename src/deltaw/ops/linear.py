@@ -36,6 +36,7 @@ from deltaw.ops.terms import (
     FrozenProduct,
     Plan,
     Term,
+    blocks,
     flat,
     in_force,
     merged_weight,
@@ -104,11 +105,11 @@ def plain(
         inputs, A, B = x, t.A.to(x.dtype), t.B.to(x.dtype)
         mask = t.input_mask(flat(x))
         if mask is not None:
-            inputs = x * mask.view(x.shape)
+            inputs = x * mask.rows(slice(None)).view(x.shape)
         change = t.scale * F.linear(F.linear(inputs, A), B)
-        mask = t.output_mask(flat(change))
-        if mask is not None:
-            change = change * mask.view(change.shape)
+        drop = t.output_mask(flat(change))
+        if drop is not None:
+            change = change * drop.view(change.shape)
         if t.gain is not None:
             change = change + t.gain * base
         y = y + change.to(y.dtype)
@@ -146,32 +147,23 @@ class AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         """`plan` and `tensors` are the packed terms; `merge` says whether gains and undropped factors are in W'."""
         terms = unpack(plan, tensors)
+        gain = None if merge else total_gain(terms)
         if weight is None:
             assert frozen is not None
             result = frozen.matmul(x)
-            if bias is not None:
-                result += bias
         else:
             result = F.linear(x, merged_weight(weight, terms) if merge else weight, bias)
         y = flat(result)
-        gain = None if merge else total_gain(terms)
-        if gain is not None:  # c z + b from z + b; exact where gain is 0
-            y.mul_(1 + gain)
-            if bias is not None:
-                y.sub_(gain * bias)
-        products: list[Tensor | None] = []  # h (T, r) of each term that was added
+        if weight is None:
+            scale_and_shift_(y, gain, bias)
+        elif gain is not None:  # c z + b from z + b: exact where gain is 0
+            scale_and_shift_(y, gain, None if bias is None else -gain * bias)
+        products: list[Tensor | None] = []  # hᵀ (r, T) of each term that was added
         for t in terms:
             h = None
             if not t.merged:
-                inputs = flat(x)
-                mask = t.input_mask(inputs)
-                h = (inputs if mask is None else mask.mul_(inputs)) @ t.A.to(x.dtype).t()
-                mask = t.output_mask(y)
-                B = t.B.to(x.dtype)
-                if mask is None:
-                    y.addmm_(h, B.t(), alpha=t.scale)
-                else:
-                    y.addcmul_(h @ B.t(), mask, value=t.scale)
+                h = project(t, flat(x))
+                add_(y, h, t)
             products.append(h)
         y = torch.ops.aten._unsafe_view.default(y, result.shape)  # no view to autograd: `relu_(y)` is allowed
         kept = None  # y, from which ∂gain is read
@@ -234,31 +226,64 @@ def backward_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂A and ∂B of one term from g (T, out) and x (T, in); its part of ∂x is added to `dx` (T, in) if that is given.
 
-    Products with a side of length r run in the orientation in which a row of the long operand is read once.
+    h (r, T) and u (r, T) are kept transposed: with a short side r these are the fast orientations of all products.
     """
+    drop = t.output_mask(g)
+    if drop is not None:
+        g = drop.mul_(g)
     dA = dB = None
-    mask = t.output_mask(g)
-    if mask is not None:
-        g = mask.mul_(g)
-    mask = t.input_mask(x)
-    A, B = t.A.to(x.dtype), t.B.to(x.dtype)
-    seen = x  # what A saw
-    if mask is not None and (needs_A or (needs_B and h is None)):
-        seen = x * mask
     if needs_B:
-        if h is None:
-            h = seen @ A.t()
-        dB = (h.t() @ g).t().to(t.B.dtype).contiguous().mul_(t.scale)
-    if needs_A or dx is not None:
-        u = F.linear(g, (B.t() * t.scale).contiguous())  # (T, r)
-        if needs_A:
-            dA = (u.t() @ seen).to(t.A.dtype)
+        h = project(t, x) if h is None else h
+        dB = (h @ g).t().to(t.B.dtype).contiguous().mul_(t.scale)
+    if not needs_A and dx is None:
+        return dA, dB
+    A = t.A.to(x.dtype)
+    u = (t.B.to(x.dtype).t() * t.scale) @ g.t()  # (r, T)
+    mask = t.input_mask(x)
+    if mask is None:
+        dA = u @ x if needs_A else None
         if dx is not None:
-            if mask is None:
-                dx.addmm_(u, A)
-            else:
-                dx.addcmul_(u @ A, mask)
-    return dA, dB
+            dx.addmm_(u.t(), A)
+    else:
+        dA = torch.zeros_like(A) if needs_A else None
+        for part in blocks(x):
+            keep = mask.rows(part)
+            if dA is not None:
+                dA.addmm_(u[:, part], x[part] * keep)
+            if dx is not None:
+                dx[part].addcmul_(u[:, part].t() @ A, keep)
+    return None if dA is None else dA.to(t.A.dtype), dB
+
+
+def project(t: Term, x: Tensor) -> Tensor:
+    """hᵀ = A drop(x)ᵀ, (r, T), of x (T, in)."""
+    A = t.A.to(x.dtype)
+    mask = t.input_mask(x)
+    if mask is None:
+        return A @ x.t()
+    parts = [A @ mask.rows(part).mul_(x[part]).t() for part in blocks(x)]
+    return torch.cat(parts, dim=1) if parts else x.new_empty(A.shape[0], 0)
+
+
+def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
+    """y ⊙ (1 + gain) + shift in place, for y (T, out); computed in the wider of the precisions."""
+    if gain is not None and shift is not None and y.dtype == gain.dtype == shift.dtype:
+        torch.addcmul(shift, y, 1 + gain, out=y)
+        return
+    if gain is not None:
+        y.mul_(1 + gain)
+    if shift is not None:
+        y.add_(shift)
+
+
+def add_(y: Tensor, h: Tensor, t: Term) -> None:
+    """y += drop(s h Bᵀ) in place, for hᵀ (r, T) and y (T, out)."""
+    B = t.B.to(y.dtype)
+    drop = t.output_mask(y)
+    if drop is None:
+        y.addmm_(h.t(), B.t(), alpha=t.scale)
+    else:
+        y.addcmul_(h.t() @ B.t(), drop, value=t.scale)
 
 
 def gain_from_output(
@@ -294,7 +319,11 @@ def gain_from_output(
 
 def column_dots(g: Tensor, y: Tensor) -> Tensor:
     """Σ_t g ⊙ y, (T, out) -> (out,), summed in at least 32 bit."""
-    return (g * y).sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+    wide = torch.promote_types(g.dtype, torch.float32)
+    total = torch.zeros(g.shape[1], dtype=wide, device=g.device)
+    for part in blocks(g):
+        total += (g[part] * y[part]).sum(0, dtype=wide)
+    return total
 
 
 def alias(y: Tensor) -> tuple[Tensor, Any]:
