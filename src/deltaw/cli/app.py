@@ -27,16 +27,22 @@ app = typer.Typer(
 DEBUG = "--debug"
 
 
-@app.callback()
-def _options(
-    debug: bool = typer.Option(False, DEBUG, help="Show the traceback of an error."),
-    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
-) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from deltaw import __version__
 
         typer.echo(f"deltaw {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, DEBUG, help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", is_eager=True, callback=_version
+    ),
+) -> None:
+    """Options of every command; `run` acts on --debug."""
 
 
 for _module in sorted(m.name for m in pkgutil.iter_modules(commands.__path__)):

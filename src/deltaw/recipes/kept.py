@@ -18,7 +18,7 @@ from deltaw.recipes.configure import load as load_config
 from deltaw.recipes.start import PRETRAINED
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import evaluate
-from deltaw.training.run import CONFIG, FACTS, RESULTS, status
+from deltaw.training.run import CONFIG, RESULTS, status
 from deltaw.training.task import Task
 
 
@@ -70,10 +70,6 @@ def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
         config = load_config(str(folder / CONFIG))
         if status(folder) != "finished":
             raise DataError(f"{folder}: the run is {status(folder)}, not finished; go on with `deltaw resume {folder}`")
-        if (folder / ADAPTER_CONFIG).is_file():
-            return config, read(folder).extra
-        if (folder / "model" / FACTS).is_file():
-            return config, json.loads((folder / "model" / FACTS).read_text())
         return config, json.loads((folder / RESULTS).read_text())["facts"]
     if not (folder / ADAPTER_CONFIG).is_file():
         raise DataError(f"{folder} is no run ({CONFIG}) and no adapter ({ADAPTER_CONFIG})")

@@ -173,7 +173,7 @@ def merged_tensors(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Te
             new = delta_of(change).new_weight(stored)
         else:
             delta = true_change(key, change, matrix.double())
-            dense = (delta.left @ delta.right if isinstance(delta, Product) else delta).double()
+            dense = delta.dense() if isinstance(delta, Product) else delta
             new = to_stored(key, change, matrix.double() + dense, stored)
         merged[key] = new.detach().to(stored.dtype).reshape(stored.shape).contiguous().clone()
         for other in change.tied:

@@ -11,6 +11,7 @@ No pickle. `newest` walks from the newest to the oldest and says why it skipped 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -159,8 +160,9 @@ def flush_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # some file systems refuse to flush a folder; the files themselves are flushed
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush a folder say so
+            raise
     finally:
         os.close(handle)
 

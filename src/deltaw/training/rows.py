@@ -83,7 +83,7 @@ def from_hub(data: DataConfig) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for name, part in loaded.items():
         names = getattr(part.features.get(data.label), "names", None)
-        rows = [dict(r) for r in part]
+        rows: list[Row] = [dict(r) for r in part]
         if names:
             rows = [{**r, data.label: _class_name(names, r[data.label])} for r in rows]
         found[SPLIT_NAMES.get(name, name)] = rows

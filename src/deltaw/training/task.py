@@ -134,8 +134,8 @@ def area_under_curve(score: Tensor, label: Tensor) -> float:
     negative = label.numel() - positive
     if positive == 0 or negative == 0:
         return float("nan")
-    ordered = score.double().sort().values
-    ranks = (
-        torch.searchsorted(ordered, score.double()) + torch.searchsorted(ordered, score.double(), right=True) + 1
-    ) / 2
+    score = score.double()
+    ordered = score.sort().values
+    below, up_to = torch.searchsorted(ordered, score), torch.searchsorted(ordered, score, right=True)
+    ranks = (below + up_to + 1).double() / 2
     return float((ranks[label == 1].sum() - positive * (positive + 1) / 2) / (positive * negative))

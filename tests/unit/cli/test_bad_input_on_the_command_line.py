@@ -1,0 +1,215 @@
+"""Bad input gives one message, the right exit code, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def train(deltaw, tiny):
+    """A training run that would be fine, but for what is added."""
+
+    def call(*extra: object, code: int, data: object = None):
+        return deltaw(
+            "train",
+            "text-classification",
+            f"model={tiny / 'model'}",
+            f"data={data or tiny / 'data.csv'}",
+            "epochs=1",
+            "--out",
+            "run",
+            *extra,
+            code=code,
+        )
+
+    return call
+
+
+WRONG = {
+    "unknown recipe": (["train", "sentimnt"], "did you mean 'sentiment'"),
+    "unknown key": (["train", "sentiment", "epocs=3"], "did you mean 'epochs'"),
+    "unknown key of a method": (["train", "sentiment", "lora.rnk=3"], "did you mean 'rank'"),
+    "unknown key of the data": (["train", "sentiment", "data.pth=x"], "did you mean 'path'"),
+    "unknown key of the recipe": (["train", "mnist", "mnist.sorce=x"], "did you mean 'source'"),
+    "missing file": (["train", "nothing.yaml"], "no such file"),
+    "unknown method": (["train", "sentiment", "--method", "lara"], "did you mean 'lora'"),
+    "unknown method of several": (["compare", "sentiment", "--methods", "lora,dorra"], "did you mean 'dora'"),
+    "method twice": (["compare", "sentiment", "--methods", "lora,lora"], "given twice"),
+    "rank 0": (["train", "sentiment", "lora.rank=0"], "rank=0: must be a whole number of at least 1"),
+    "rank negative": (["train", "sentiment", "--method", "lora:-3"], "after the colon comes a rank"),
+    "rank a bool": (["train", "sentiment", "lora.rank=true"], "rank=True: must be a whole number"),
+    "alpha 0": (["train", "sentiment", "lora.alpha=0"], "alpha=0: must be a finite number above 0"),
+    "alpha negative": (["train", "sentiment", "alpha=-1"], "must be a finite number above 0"),
+    "alpha a bool": (["train", "sentiment", "lora.alpha=true"], "alpha=True"),
+    "epochs a bool": (["train", "sentiment", "epochs=true"], "epochs=True"),
+    "epochs 0": (["train", "sentiment", "epochs=0"], "epochs=0"),
+    "schedule": (["train", "sentiment", "schedule=cosin"], "schedule='cosin'"),
+    "not key=value": (["train", "sentiment", "epochs"], "not of the form key=value"),
+    "missing argument": (["train"], "Missing argument"),
+    "unknown option": (["train", "sentiment", "--metod", "lora"], "--metod"),
+    "unknown command": (["trian", "sentiment"], "trian"),
+    "seeds": (["compare", "sentiment", "--seeds", "0,x"], "whole numbers"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_configuration_errors(deltaw, tmp_path, what):
+    arguments, message = WRONG[what]
+    found = deltaw(*arguments, code=2)
+    assert message in found.err
+    assert "Traceback" not in found.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_yaml_with_two_names_of_one_key(deltaw, tmp_path):
+    (tmp_path / "a.yaml").write_text("recipe: sentiment\nepochs: 1\nnum_train_epochs: 2\n")
+    assert "both names of 'epochs'" in deltaw("train", "a.yaml", code=2).err
+
+
+def test_a_yaml_with_a_key_twice_and_a_broken_one(deltaw, tmp_path):
+    (tmp_path / "a.yaml").write_text("recipe: sentiment\nepochs: 1\nepochs: 2\n")
+    assert "'epochs' is given twice" in deltaw("train", "a.yaml", code=2).err
+    (tmp_path / "b.yaml").write_text("recipe: [\n")
+    assert "not valid YAML" in deltaw("train", "b.yaml", code=2).err
+    (tmp_path / "c.yaml").write_text("epochs: 1\n")
+    assert "no `recipe:`" in deltaw("train", "c.yaml", code=2).err
+
+
+def test_targets_that_match_nothing(train, tmp_path):
+    found = train('targets=["query","valu"]', code=2)
+    assert "'valu' matches no layer" in found.err
+    assert "'value'" in found.err
+    assert "'q_proj' matches no layer" in train("targets=q_proj", code=2).err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_that_matches_nothing(train, tmp_path):
+    assert "train='clasifier'" in train('train=["clasifier"]', code=2).err
+    assert list(tmp_path.iterdir()) == []
+
+
+DATA = {
+    "missing file": (None, "no such file"),
+    "empty": ("text,label\n", "no rows"),
+    "one class": ("text,label\na film,good\nthe film,good\nit is,good\n", "only one class, 'good'"),
+    "no text column": ("sentence,label\na film,good\n", "no column 'text'"),
+    "no usable row": ("text,label\n,good\na film,\n", "no usable row"),
+    "contradicting": ("text,label\na film,good\na film,bad\n", "no usable row"),
+    "too few": ("text,label\na film,good\nthe film,bad\n", "too few"),
+}
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_data_errors(train, tmp_path, what):
+    content, message = DATA[what]
+    path = tmp_path / "data.csv"
+    if content is not None:
+        path.write_text(content)
+    found = train(code=3, data=path)
+    assert message in found.err, found.err
+    assert "Traceback" not in found.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_no_text_and_lines_that_are_no_json(train, tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text,label\n\xff\xfe,1\n")
+    assert "cannot be read as csv" in train(code=3, data=tmp_path / "a.csv").err
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{oops\n')
+    assert "line 2: not JSON" in train(code=3, data=tmp_path / "a.jsonl").err
+
+
+def test_a_model_that_is_not_there(deltaw, tiny, tmp_path):
+    near = tiny / "modle"
+    err = deltaw(
+        "train", "text-classification", f"model={near}", f"data={tiny / 'data.csv'}", "--out", "run", code=3
+    ).err
+    assert "no such folder" in err
+    assert "'model'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_that_are_not_there(deltaw, tmp_path):
+    assert "no such file" in deltaw("train", "mnist", "mnist.source=nothing.npz", code=3).err
+    (tmp_path / "bad.npz").write_bytes(b"PK\3\4 no")
+    assert "not a readable npz" in deltaw("train", "mnist", "mnist.source=bad.npz", "--out", "run", code=3).err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_exists_is_left_alone(train, deltaw, kept_run, tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    assert "--out run exists" in train(code=2).err
+    assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
+    assert "exists" in deltaw("merge", kept_run, "--base", tiny / "model", "--out", "run", code=2).err
+    assert "exists" in deltaw("compare", "mnist", "--out", "run", code=2).err
+
+
+def damaged(kept_run, tmp_path, change):
+    folder = tmp_path / "adapter"
+    shutil.copytree(kept_run, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "deltaw_manifest.json").unlink()
+    return folder
+
+
+def first(tensors: dict) -> str:
+    return next(k for k in sorted(tensors) if "lora_A" in k)
+
+
+ADAPTERS = {
+    "missing tensor": lambda t: t.pop(first(t)),
+    "extra tensor": lambda t: t.update({"base_model.model.bert.nothing.weight": t[first(t)].clone()}),
+    "misshapen tensor": lambda t: t.update({first(t): t[first(t)][:, :-1].clone()}),
+}
+
+
+@pytest.mark.parametrize("what", ADAPTERS)
+def test_damaged_adapters(deltaw, kept_run, tiny, tmp_path, what):
+    folder = damaged(kept_run, tmp_path, ADAPTERS[what])
+    for arguments in (["predict", folder, "a film"], ["merge", folder, "--base", tiny / "model", "--out", "merged"]):
+        found = deltaw(*arguments, code=2)
+        assert found.err.startswith("error: "), found.err
+        assert "Traceback" not in found.err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_not_finite_base_weights_at_merge(deltaw, kept_run, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["encoder.layer.0.attention.self.query.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    found = deltaw("merge", kept_run, "--base", "base", "--out", "merged", "--allow-base-mismatch", code=4)
+    assert "query.weight" in found.err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_with_4(train, tmp_path):
+    found = train("lr=1e30", "clip=null", "warmup=0", "epochs=20", code=4)
+    assert "step" in found.err
+    assert "lower lr" in found.err
+
+
+def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
+    assert "no such folder" in deltaw("predict", "nothing", "a film", code=3).err
+    (tmp_path / "empty").mkdir()
+    assert "no run" in deltaw("predict", "empty", "a film", code=3).err
+    assert "no run" in deltaw("resume", "empty", code=3).err
+    assert "an input is empty" in deltaw("predict", kept_run, " ", code=3).err
+    assert deltaw("inspect", "empty", code=2).err.startswith("error: ")
+
+
+def test_debug_shows_the_traceback(deltaw):
+    assert "Traceback" in deltaw("--debug", "train", "sentimnt", code=2).err
+    assert "Traceback" in deltaw("train", "sentimnt", "--debug", code=2).err
+
+
+def test_a_run_that_was_not_finished_says_how_to_go_on(deltaw, kept_run, tmp_path):
+    shutil.copytree(kept_run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"state": "interrupted"}))
+    assert "deltaw resume" in deltaw("predict", "run", "a film", code=3).err

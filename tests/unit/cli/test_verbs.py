@@ -1,0 +1,138 @@
+"""From data to a merged model through the command line, on a tiny real BERT."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deltaw as dw
+
+
+def test_a_run_folder_is_an_adapter_folder_that_peft_loads(kept_run, tiny):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    def base():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(tiny / "model", num_labels=2).eval()
+
+    text = AutoTokenizer.from_pretrained(tiny / "model")("the film is wonderful", return_tensors="pt")
+    text.pop("token_type_ids", None)
+    theirs = PeftModel.from_pretrained(base(), kept_run).eval()
+    ours = dw.load(base(), kept_run)
+    with torch.no_grad():
+        assert torch.allclose(theirs(**text).logits, ours(**text).logits, atol=1e-6)
+    names = {p.name for p in kept_run.iterdir()}
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "checkpoints",
+    } <= names
+    assert not [n for n in names if "tmp" in n]
+
+
+def test_predict_prints_label_and_probabilities(deltaw, kept_run):
+    out = deltaw("predict", kept_run, "the film is wonderful", "a dull story", "--json").out
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [r["text"] for r in rows] == ["the film is wonderful", "a dull story"]
+    for row in rows:
+        assert set(row["probabilities"]) == {"good", "bad"}
+        assert sum(row["probabilities"].values()) == pytest.approx(1.0)
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+
+
+def test_predict_takes_lines_from_stdin(deltaw, kept_run):
+    assert len(deltaw("predict", kept_run, input="one film\nanother story\n").out.splitlines()) == 2
+
+
+def test_eval_repeats_the_runs_test_score(deltaw, kept_run):
+    kept = json.loads((kept_run / "results.json").read_text())["test"]
+    found = json.loads(deltaw("eval", kept_run, "--json").out)
+    assert found["accuracy"] == kept["accuracy"]
+    assert found["loss"] == pytest.approx(kept["loss"], rel=1e-5)
+
+
+def test_eval_on_other_data(deltaw, kept_run, tmp_path):
+    (tmp_path / "other.jsonl").write_text(
+        '{"text": "a wonderful film", "label": "good"}\n{"text": "an awful film", "label": "bad"}\n'
+    )
+    assert json.loads(deltaw("eval", kept_run, "data=other.jsonl", "--json").out)["examples"] == 2
+
+
+def test_merge_gives_a_plain_model_that_says_the_same(deltaw, kept_run, tiny, tmp_path):
+    deltaw("merge", kept_run, "--base", tiny / "model", "--out", "merged")
+    from transformers import pipeline
+
+    plain = pipeline("text-classification", str(tmp_path / "merged"), device="cpu")
+    ours = json.loads(deltaw("predict", kept_run, "the film is wonderful", "--json").out)
+    (theirs,) = plain("the film is wonderful")
+    assert theirs["label"] == ours["label"]
+    assert theirs["score"] == pytest.approx(max(ours["probabilities"].values()), abs=1e-6)
+    assert not any("adapters" in key for key in load_file(tmp_path / "merged" / "model.safetensors"))
+
+
+def test_merge_refuses_another_base(deltaw, kept_run, tiny, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny / "model", tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["encoder.layer.0.attention.self.query.weight"] += 0.1
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    err = deltaw("merge", kept_run, "--base", "other", "--out", "merged", code=2).err
+    assert "another base" in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_mnist_on_real_digits_and_a_plain_module_merged_by_its_own_names(deltaw, tmp_path):
+    out = deltaw(
+        "compare",
+        "mnist",
+        "epochs=2",
+        "mnist.pretrain_epochs=2",
+        "mnist.hidden=[16]",
+        'targets=["1","3"]',
+        "--out",
+        "digits",
+    ).out
+    assert "scikit-learn's 1,797 digits" in out
+    results = json.loads((tmp_path / "digits" / "results.json").read_text())
+    assert [m["method"] for m in results["methods"]] == ["base", "lora", "full"]
+    assert results["methods"][0]["trainable"] == 0
+    for name in ("report.html", "metrics.jsonl", "metric_over_epochs.png", "metric_over_time.png"):
+        assert (tmp_path / "digits" / name).stat().st_size > 100
+    base = tmp_path / "digits" / "pretrained" / "model" / "model.safetensors"
+    deltaw("merge", "digits/lora", "--base", base, "--out", "merged")
+    merged, before = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base)
+    assert merged.keys() == before.keys()
+    assert not torch.equal(merged["1.weight"], before["1.weight"])
+    adapter = dw.read(tmp_path / "digits" / "lora")
+    for key, change in adapter.changes.items():
+        assert torch.allclose(merged[key], before[key] + change.delta_weight(), atol=1e-6)
+    assert torch.equal(merged["1.bias"], before["1.bias"])
+
+
+def test_a_yaml_file_of_init_runs(deltaw, tiny, tmp_path):
+    deltaw("init", "text-classification")
+    out = deltaw(
+        "train",
+        "text-classification.yaml",
+        f"model={tiny / 'model'}",
+        f"data={tiny / 'data.csv'}",
+        "epochs=1",
+        "method=head",
+        "--out",
+        "run",
+        "--json",
+    ).out
+    results = json.loads(out)
+    assert results["method"] == "head"
+    assert results["parameters"]["trainable"] == 66
+    assert json.loads(deltaw("config", "schema", "mnist").out)["properties"]["mnist"]["properties"]["source"]
+    assert "sentiment" in json.loads(deltaw("recipes", "--json").out)["recipes"]
+    assert "text-classification" in deltaw("inspect", "run").out
