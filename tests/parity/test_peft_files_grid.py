@@ -65,7 +65,72 @@ def gpt2() -> tuple[nn.Module, Any]:
     return model, (torch.randint(0, 30, (2, 6)),)
 
 
-MODELS = {"net": net, "gpt2": gpt2}
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(3, 6, 3, stride=2, padding=1)
+        self.two = nn.Conv2d(2, 4, (3, 2), padding=1, dilation=1, bias=False)
+        self.point = nn.Conv2d(4, 5, 1)
+        self.three = nn.Conv3d(5, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)  # (n, 6, 4)
+        y = self.point(torch.tanh(self.two(y.view(-1, 2, 3, 4))))  # (n, 5, 3, 5)
+        return self.three(torch.stack([y, y * y], -1))
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        return self.out(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+class Experts(nn.Module):
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        shapes = [(3, 6, 8), (3, 8, 6)] if transposed else [(3, 8, 6), (3, 6, 8)]
+        self.up = nn.Parameter(torch.randn(shapes[0]))
+        self.down = nn.Parameter(torch.randn(shapes[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w.mT if self.is_transposed else w for w in (self.up, self.down))
+        return torch.einsum("eoh,ebh->bo", down, torch.tanh(torch.einsum("ehi,bi->ebh", up, x)))
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Experts(False)
+        self.second = Experts(True)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.second(x + self.first(x)))
+
+
+def convolutions() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    return Convolutions().double().eval(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+
+
+def reader() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    return Reader().double().eval(), (torch.randint(0, 20, (3, 5)),)
+
+
+def mixture() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    return Mixture().double().eval(), (torch.randn(4, 6, dtype=torch.float64),)
+
+
+MODELS = {"net": net, "gpt2": gpt2, "convolutions": convolutions, "reader": reader, "mixture": mixture}
 TARGETS: list[Any] = [["q", "k"], ["up", "down"], "all-linear", r"layers\.1\.(q|up)", ["layers.0.q", "head"]]
 
 
@@ -214,7 +279,63 @@ def other_cases() -> Iterator[tuple[str, str, Any]]:
         )
 
 
-CASES = [*lora_cases(), *other_cases()]
+def layer_cases() -> Iterator[tuple[str, str, Any]]:
+    """Convolutions, embeddings, nn.MultiheadAttention, raw parameters."""
+    for name, rs, dora in itertools.product(("one", "two", "point", "three"), (False, True), (False, True)):
+        options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
+        yield (
+            f"conv-{name}-{rs}-{dora}",
+            "convolutions",
+            peft.LoraConfig(target_modules=[name], use_rslora=rs, use_dora=dora, **options),
+        )
+    for name in ("one", "two", "point"):
+        yield (
+            f"loha-conv-{name}",
+            "convolutions",
+            peft.LoHaConfig(r=2, alpha=3, target_modules=[name], init_weights=False),
+        )
+        if name != "point":
+            config = peft.LoHaConfig(r=2, alpha=3, target_modules=[name], init_weights=False, use_effective_conv2d=True)
+            yield f"loha-tucker-{name}", "convolutions", config
+        for effective in (False, True):
+            config = peft.LoKrConfig(
+                r=1, alpha=3, target_modules=[name], init_weights=False, use_effective_conv2d=effective
+            )
+            yield f"lokr-conv-{name}-{effective}", "convolutions", config
+    for rs, dora in itertools.product((False, True), (False, True)):
+        config = peft.LoraConfig(r=3, target_modules=["words"], use_rslora=rs, use_dora=dora, init_lora_weights=False)
+        yield f"embedding-{rs}-{dora}", "reader", config
+    for rs, bias in itertools.product((False, True), ("none", "all")):
+        config = peft.LoraConfig(r=3, target_modules=["attention"], use_rslora=rs, bias=bias, init_lora_weights=False)
+        yield f"attention-{rs}-{bias}", "reader", config
+    yield (
+        "attention-patterns",
+        "reader",
+        peft.LoraConfig(
+            r=3,
+            target_modules=["attention", "words", "out"],
+            rank_pattern={"attention": 2},
+            alpha_pattern={"words": 5},
+            init_lora_weights=False,
+        ),
+    )
+    for names in (["up"], ["down"], ["up", "down"], ["first.up", "second.down"], ["first.down", "first.up"]):
+        for rs in (False, True):
+            config = peft.LoraConfig(
+                r=2, target_modules=[], target_parameters=names, use_rslora=rs, init_lora_weights=False
+            )
+            yield f"experts-{'-'.join(names)}-{rs}", "mixture", config
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["out"],
+        target_parameters=["up", "down"],
+        rank_pattern={"first.up": 3},
+        init_lora_weights=False,
+    )
+    yield "experts-and-linear", "mixture", config
+
+
+CASES = [*layer_cases(), *lora_cases(), *other_cases()]
 
 
 def test_the_grid_is_large() -> None:

@@ -15,7 +15,8 @@ from deltaw.core.adapter import Change
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.per_module import PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
+from deltaw.io.peft.per_module import CONVOLUTIONS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
+from deltaw.variants.lokr import divided
 
 
 class LokrGrammar(PerModule):
@@ -32,6 +33,8 @@ class LokrGrammar(PerModule):
         "lokr_w2_b": "D_right",
         "lokr_t2": "T",
     }
+
+    layers: ClassVar[tuple[str, ...]] = (*PerModule.layers, *CONVOLUTIONS)
 
     def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
         found = {name: t.flatten(1) for name, t in parts.items() if name != "T"}
@@ -50,9 +53,11 @@ class LokrGrammar(PerModule):
         rows = [found[n].shape[0] if n in found else found[f"{n}_left"].shape[0] for n in "CD"]
         columns = [found[n].shape[1] if n in found else found[f"{n}_right"].shape[1] for n in "CD"]
         (a, b), (c, d) = rows, columns
-        rule = variants[self.kind](
-            **options, factor=config.get("decompose_factor", -1), decompose_both=bool(config.get("decompose_both"))
-        )
+        options |= {
+            "factor": config.get("decompose_factor", -1),
+            "decompose_both": bool(config.get("decompose_both")),
+        }
+        rule = variants[self.kind](**options)
         try:
             as_ruled = rule.sides((a * b, c * d)) == ((a, b), (c, d)) and rule.kept_whole(a, b, c, d) == whole
         except (TargetError, ConfigError):
@@ -60,7 +65,10 @@ class LokrGrammar(PerModule):
         return Change(rule if as_ruled else variants[self.kind](**options, split=(a, c), whole=whole), found)
 
     def tensors(self, path: str, change: Change) -> dict[str, Tensor]:
-        return dict(change.tensors)
+        found = dict(change.tensors)
+        if "D" in found and change.layer in CONVOLUTIONS and change.shape is not None:
+            found["D"] = found["D"].reshape(found["D"].shape[0], -1, *change.shape[2:])
+        return found
 
     def config_of(self, changes: Mapping[str, Change]) -> dict[str, Any]:
         config = ranks_and_alphas(changes, "r", "alpha")
@@ -73,11 +81,31 @@ class LokrGrammar(PerModule):
 
     def cannot_also(self, changes: Mapping[str, Change]) -> str | None:
         every: list[Any] = [c.variant for c in changes.values()]
-        if any(v.split is not None or v.whole is not None for v in every):
-            return "PEFT divides weights by its own rule, and this one was divided otherwise"
+        for path, change in changes.items():
+            if not as_peft_divides(change):
+                return f"PEFT divides weights by its own rule, and that of {path!r} was divided otherwise"
         if len({(v.factor, v.decompose_both) for v in every}) > 1:
             return "one file has one decompose_factor"
         return None
+
+
+def as_peft_divides(change: Change) -> bool:
+    """Whether PEFT, given the variant's factor, divides the weight into the same C and D, kept in the same way.
+
+    It divides a convolution's channels, and lets D have the kernel.
+    """
+    v: Any = change.variant
+    if change.layer not in CONVOLUTIONS:
+        return v.split is None and v.whole is None
+    if change.shape is None:
+        return False
+    out, channels = change.shape[:2]
+    (a, b), (c, d) = divided(out, v.factor), divided(channels, v.factor)
+    whole = ("" if v.decompose_both and v.rank < max(a, c) / 2 else "C") + ("" if v.rank < max(b, d) / 2 else "D")
+    found = "".join(side for side in "CD" if side in change.tensors)
+    rows = change.tensors["C" if "C" in found else "C_left"].shape[0]
+    columns = change.tensors["C" if "C" in found else "C_right"].shape[1]
+    return found == whole and (rows, columns) == (a, c)
 
 
 GRAMMAR = LokrGrammar()

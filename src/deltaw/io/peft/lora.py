@@ -72,7 +72,9 @@ class LoraGrammar(Grammar):
             if part in groups.setdefault(at, {}):
                 raise AdapterError(f"{key}: the file holds {part} of {at[0]!r} twice")
             groups[at][part] = tensor
-        places = read_places(groups, names(config, "target_parameters") or (), shapes)
+        for path, style in [at for at in groups if at[1] == "embedding"]:
+            groups[path, style] |= groups.pop((path, "linear"), {})  # DoRA's vector, whose name does not tell
+        places = read_places(groups, claims, names(config, "target_parameters") or (), shapes)
         changes: dict[str, Change] = {}
         for at, parts in groups.items():
             place = places[at]

@@ -1,8 +1,8 @@
 """Where in a model the tensors of a PEFT file belong, and the form in which PEFT keeps them there.
 
 PEFT's tensor names carry the layer family: `.lora_A.weight` (Linear, GPT-2's Conv1D, convolutions), `.lora_embedding_A`
-(Embedding), a bare `.lora_A` (nn.MultiheadAttention's in_proj; its out_proj lies under `.base_layer.out_proj`), and for raw
-parameters `.lora_A.weight` on the module that owns them, one `.base_layer` deeper for each one registered later.
+(Embedding), both `.lora_A.weight` (older: `.lora_A`) and `.base_layer.out_proj.lora_A.weight` (nn.MultiheadAttention's
+in_proj and out_proj), and for raw parameters `.lora_A.weight` on the module that owns them, one `.base_layer` deeper for each one registered later.
 deltaw's factors are always A (rank, in) and B (out, rank) of the (out, in) matrix; a convolution's matrix is
 (out, in · kernel); stacks of E expert weights have A (E, rank, in) and B (E, out, rank), which PEFT lays side by side,
 A by expert first, B by rank first.
@@ -19,6 +19,7 @@ from torch import Tensor
 from deltaw.core.adapter import Change, join_key, split_key
 from deltaw.core.variant import Variant
 from deltaw.errors import AdapterError
+from deltaw.io.peft.claims import Claims
 from deltaw.io.peft.grammar import Shapes
 
 IN_PROJ = "in_proj_weight"
@@ -47,6 +48,15 @@ class Place:
         return join_key(self.path, "in_proj_bias" if self.style == "mha" else "bias")
 
     @property
+    def inside_attention(self) -> bool:
+        """True for the out_proj of an nn.MultiheadAttention.
+
+        PEFT (up to 0.21.2) merges its change twice before each forward: what was trained there is W + 2ΔW. So B is
+        doubled when read and halved when written, both exact.
+        """
+        return self.style == "linear" and self.written.endswith(f"{INSIDE}.out_proj")
+
+    @property
     def target(self) -> str:
         """The name by which PEFT's config calls it: the module, or the parameter."""
         if self.style == "parameter":
@@ -67,6 +77,8 @@ class Place:
             layer, shape, A, B = self._convolution(A, B)
         elif self.style == "parameter":
             A, B = self._experts(variant, A, B)
+        if self.inside_attention:
+            B = 2 * B
         if A.ndim not in (2, 3) or A.ndim != B.ndim or A.shape[-2] != B.shape[-1]:
             raise AdapterError(
                 f"{self.key!r}: A {tuple(parts['A'].shape)} and B {tuple(parts['B'].shape)} do not fit together"
@@ -129,11 +141,11 @@ class Place:
         A, B = change.tensors["A"], change.tensors["B"]
         m = change.tensors.get("m")
         path = self.written or self.path
+        if self.inside_attention:
+            B = B / 2
         a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
         if self.style == "embedding":
             a, b = f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
-        elif self.style == "mha":
-            a, b = f"{path}.lora_A", f"{path}.lora_B"
         elif self.style == "conv":
             assert change.shape is not None
             ones = (1,) * (len(change.shape) - 2)
@@ -148,7 +160,7 @@ class Place:
 
 
 def read_places(
-    raw: Iterable[tuple[str, str]], parameters: Iterable[str], shapes: Shapes
+    raw: Iterable[tuple[str, str]], claims: Claims, parameters: Iterable[str], shapes: Shapes
 ) -> dict[tuple[str, str], Place]:
     """(path in the file, style) -> place. `parameters`: the config's target_parameters.
 
@@ -159,13 +171,14 @@ def read_places(
     found = {}
     for written, style in raw:
         path = written.replace(INSIDE, "")
-        key = join_key(path, IN_PROJ if style == "mha" else "weight")
-        if style == "linear" and parameters and (names := owned(path, parameters, shapes)):
+        attention = style == "mha" or (f"{written}{INSIDE}.out_proj", "linear") in raw
+        key = join_key(path, IN_PROJ if attention else "weight")
+        if style == "linear" and parameters and not claims.targets(path) and (names := owned(path, parameters, shapes)):
             site = nth(written, names, [w for w, s in raw if s == style and w.replace(INSIDE, "") == path])
             found[written, style] = Place(path, "parameter", site, written, (shapes or {}).get(join_key(path, site)))
         elif path == written:
             shape = None if shapes is None else shapes.get(key)
-            found[written, style] = Place(path, style, split_key(key)[1], "", shape)
+            found[written, style] = Place(path, "mha" if attention else style, split_key(key)[1], "", shape)
         elif style == "linear" and written.endswith(f"{INSIDE}.out_proj") and written.count(INSIDE) == 1:
             found[written, style] = Place(path, "linear", "weight", written)
         else:
@@ -180,9 +193,7 @@ def owned(path: str, parameters: list[str], shapes: Shapes) -> list[str]:
         return any(key == name or key.endswith("." + name) for name in parameters)
 
     if shapes is not None:
-        mine = [split_key(k)[1] for k in shapes if split_key(k)[0] == path and wanted(k)]
-        if mine:
-            return mine
+        return [split_key(k)[1] for k in shapes if split_key(k)[0] == path and wanted(k)]
     return [s for s in dict.fromkeys(split_key(n)[1] for n in parameters) if wanted(join_key(path, s))]
 
 
