@@ -32,6 +32,11 @@ _WHERE = {
     "activate": "deltaw.model.activate",
     "rows": "deltaw.model.rows",
     "replace": "deltaw.model.hot",
+    "quantize": "deltaw.model.quantize",
+    "dequantize": "deltaw.model.quantize",
+    "Int8": "deltaw.frozen.int8",
+    "NF4": "deltaw.frozen.nf4",
+    "Dense16": "deltaw.frozen.dense",
     "add": "deltaw.model.copies",
     "copy": "deltaw.model.copies",
     "rename": "deltaw.model.copies",
@@ -84,6 +89,9 @@ if TYPE_CHECKING:
     from deltaw.compose import combine as combine
     from deltaw.core.adapter import Adapter as Adapter
     from deltaw.core.adapter import Change as Change
+    from deltaw.frozen.dense import Dense16 as Dense16
+    from deltaw.frozen.int8 import Int8 as Int8
+    from deltaw.frozen.nf4 import NF4 as NF4
     from deltaw.io import extract as extract
     from deltaw.io import load as load
     from deltaw.io import read as read
@@ -109,6 +117,8 @@ if TYPE_CHECKING:
     from deltaw.model.merge import merge as merge
     from deltaw.model.merge import merged as merged
     from deltaw.model.merge import unmerge as unmerge
+    from deltaw.model.quantize import dequantize as dequantize
+    from deltaw.model.quantize import quantize as quantize
     from deltaw.model.rows import rows as rows
     from deltaw.model.summary import adapters as adapters
     from deltaw.model.summary import summary as summary

@@ -14,12 +14,15 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.frozen import FrozenWeight
 from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
 from deltaw.core.recall import in_backward, note_silent_call, recall, remember
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
 
 CHILD = "adapters"
+FORMS = "forms"
+"""Child modules that a host has beside the layer's own: its adapters, and frozen weights kept in another form."""
 
 
 class Example(NamedTuple):
@@ -53,6 +56,12 @@ class Changes(nn.Module):
     _modules: dict[str, Delta]  # type: ignore[assignment]
 
 
+class Forms(nn.Module):
+    """The child module of a host with quantised weights: parameter name -> `FrozenWeight`."""
+
+    _modules: dict[str, FrozenWeight]  # type: ignore[assignment]
+
+
 class Spoken(NamedTuple):
     """A delta that speaks now, its weight, and the host and site in whose matrix form it is a change."""
 
@@ -81,6 +90,9 @@ class Host(nn.Module):
     """Child layers that a target means as well when it names the layer (MultiheadAttention's out_proj)."""
     beneath: ClassVar[bool] = False
     """True to mix this host in behind the layer's class: the layer's own forward runs, and its `super().forward` is ours."""
+
+    takes_forms: ClassVar[bool] = False
+    """True if the forward computes with a frozen weight that is kept in another form (`form`)."""
 
     adapters: Adapters
     roster: Roster
@@ -173,9 +185,39 @@ class Host(nn.Module):
         name = parameter_of(site)
         found: Tensor | None = self._parameters.get(name)
         if found is None:
-            found = self._buffers[name]
+            form = self.form(name)
+            found = self._buffers[name] if form is None else self.from_matrix(name, form.dense())
         assert found is not None
         return found
+
+    def form(self, name: str) -> FrozenWeight | None:
+        """The form in which a frozen parameter is kept, or None if it is simply there."""
+        forms = self._modules.get(FORMS)
+        return None if forms is None else forms._modules.get(name)  # type: ignore[return-value]
+
+    def hold(self, name: str, form: FrozenWeight | None, parameter: nn.Parameter | None = None) -> None:
+        """Keep the frozen parameter `name` as `form`; or, without one, have it as the plain `parameter` again.
+
+        Over a form, `layer.<name>` is the kept tensor (codes), not the weight that it stands for.
+        """
+        forms = self._modules.get(FORMS)
+        if form is not None:
+            self._parameters.pop(name, None)
+            if forms is None:
+                forms = Forms()
+                self._modules[FORMS] = forms
+            forms._modules[name] = form
+        else:
+            if forms is not None:
+                forms._modules.pop(name, None)
+                if not forms._modules:
+                    del self._modules[FORMS]
+            order = ("weight", "bias")  # as torch.nn registers them
+            self._parameters[name] = parameter
+            if set(self._parameters) == set(order):
+                self._parameters.update({n: self._parameters.pop(n) for n in order})
+        held = self._modules.get(FORMS)
+        self.__class__ = host_class(self.host, self.base_class, () if held is None else tuple(held._modules))
 
     def matrix(self, site: str, stored: Tensor) -> Tensor:
         """The (out, in) matrix of a site, which may be a part, from the whole stored parameter."""
@@ -183,7 +225,8 @@ class Host(nn.Module):
 
     def frozen(self, site: str) -> FrozenMatrix:
         """The frozen weight of a site as a matrix."""
-        return Dense(self.matrix(site, self.parameter(site)))
+        form = self.form(site)
+        return form if form is not None else Dense(self.matrix(site, self.parameter(site)))
 
     # ---- what the forwards use
 
@@ -294,7 +337,9 @@ class Host(nn.Module):
     # ---- copies and pickles: a dynamic class is rebuilt from its two parts
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.host, self.base_class), self.__getstate__()
+        forms = self._modules.get(FORMS)
+        held = () if forms is None else tuple(forms._modules)
+        return _blank, (self.host, self.base_class, held), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         base_state = getattr(self.base_class, "__getstate__", None)
@@ -302,8 +347,8 @@ class Host(nn.Module):
         return dict(state)
 
 
-def _blank(host: type[Host], base: type[nn.Module]) -> nn.Module:
-    cls = host_class(host, base)
+def _blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:
+    cls = host_class(host, base, held)
     return cls.__new__(cls)
 
 
@@ -333,16 +378,33 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-_classes: dict[tuple[type[Host], type[nn.Module]], type[Host]] = {}
+_classes: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
 
 
-def host_class(host: type[Host], base: type[nn.Module]) -> type[Host]:
-    """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well."""
-    if (host, base) not in _classes:
+def host_class(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> type[Host]:
+    """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well.
+
+    held: the parameters that are kept in another form; as attributes they give the kept tensor.
+    """
+    if (host, base, held) not in _classes:
         body = {"base_class": base, "host": host, "__module__": base.__module__, "forward": called(host, base)}
+        body |= {name: property(functools.partial(_kept, name=name)) for name in held}
         parents = (base, host) if host.beneath else (host, base)
-        _classes[host, base] = type(f"{base.__name__}Host", parents, body)
-    return _classes[host, base]
+        _classes[host, base, held] = type(f"{base.__name__}Host", parents, body)
+    return _classes[host, base, held]
+
+
+def parameter_names(layer: nn.Module) -> list[str]:
+    """The names of a layer's own parameters, those that are kept in another form included."""
+    forms = layer._modules.get(FORMS) if isinstance(layer, Host) else None
+    held = [] if forms is None else list(forms._modules)
+    return held + [name for name, parameter in layer._parameters.items() if parameter is not None]
+
+
+def _kept(layer: Host, name: str) -> Tensor:
+    form = layer.form(name)
+    assert form is not None
+    return form.codes
 
 
 def dropped(delta: Delta, weight: Tensor) -> Tensor | None:
@@ -392,10 +454,13 @@ def written_out(module: nn.Module) -> nn.Module:
     base = type(module)
     if isinstance(module, Host):
         base = module.base_class
-        for site in module.active_sites():
-            (tensors if site in module._parameters else buffers)[site] = module.changed(site)
+        held = module._modules.get(FORMS)
+        for site in module.active_sites().union(() if held is None else held._modules):
+            (buffers if site in module._buffers else tensors)[site] = module.changed(site)
     twin = shell(module, base, tensors, buffers)
     twin.__dict__["_modules"] = {
-        name: None if child is None else written_out(child) for name, child in module._modules.items() if name != CHILD
+        name: None if child is None else written_out(child)
+        for name, child in module._modules.items()
+        if name not in (CHILD, FORMS)
     }
     return twin

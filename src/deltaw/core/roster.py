@@ -35,6 +35,7 @@ class Roster:
     default: active in every thread that is not inside `use` or `disabled`.
     frozen: parameter name -> whether it required a gradient before the first attach; `detach` restores it.
     merged: None, or what `unmerge` needs.
+    quantized: parameter name -> what `dequantize` needs.
     journals: thread -> who spoke in its calls without a graph (see recall.py). probes: what `rows` found out.
     """
 
@@ -44,6 +45,7 @@ class Roster:
         self.frozen: dict[str, bool] = {}
         self.merged: Any = None
         self.notes: dict[str, dict[str, Any]] = {}
+        self.quantized: dict[str, Any] = {}
         self.local = threading.local()
         self.journals: dict[int, tuple[list[int], list[Speaking]]] = {}
         self.probes: dict[Any, Any] = {}

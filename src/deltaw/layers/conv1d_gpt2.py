@@ -28,6 +28,7 @@ class Conv1DHost(OutputHost):
 
     family: ClassVar[str] = "conv1d_gpt2"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
+    takes_forms: ClassVar[bool] = True
     bias: Tensor
 
     @classmethod
@@ -38,8 +39,7 @@ class Conv1DHost(OutputHost):
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
-        columns, out = layer.weight.shape  # type: ignore[misc]
-        return {"weight": (int(out), int(columns))}
+        return {"weight": (int(layer.nf), int(layer.nx))}  # type: ignore[arg-type]
 
     def to_matrix(self, site: str, stored: Tensor) -> Tensor:
         return stored.mT if site == "weight" else stored
@@ -57,11 +57,15 @@ class Conv1DHost(OutputHost):
         yield Example("square", lambda: Conv1D(6, 6), lambda dtype: (torch.randn(2, 6, dtype=dtype),))
 
     def forward(self, x: Tensor) -> Tensor:
+        form = self.form("weight")
         if not self.active_sites():
+            if form is not None:
+                return adapted_linear(x, None, self.bias, (), training=self.training, frozen=form)
             return super().forward(x)  # type: ignore[no-any-return, misc]
         bias = self.changed("bias")
         terms = self.low_rank()
         if terms is None or not terms:
             flat = torch.addmm(bias, x.view(-1, x.shape[-1]), self.changed("weight"))
             return flat.view(*x.shape[:-1], flat.shape[-1])
-        return adapted_linear(x, self.weight.mT, bias, terms, training=self.training)
+        weight = self.weight.mT if form is None else None
+        return adapted_linear(x, weight, bias, terms, training=self.training, frozen=form)

@@ -24,6 +24,11 @@ class LinearHost(OutputHost, nn.Linear):
 
     family: ClassVar[str] = "linear"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    takes_forms: ClassVar[bool] = True
+
+    @classmethod
+    def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {"weight": (layer.out_features, layer.in_features)}  # type: ignore[dict-item]
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -38,15 +43,15 @@ class LinearHost(OutputHost, nn.Linear):
         yield Example("zero row", zero_row, lambda dtype: (torch.randn(3, 6, dtype=dtype),))
 
     def forward(self, x: Tensor) -> Tensor:
+        form = self.form("weight")
+        weight = self.weight if form is None else None
         if not self.active_sites():
-            return nn.functional.linear(x, self.weight, self.bias)
+            return adapted_linear(x, weight, self.bias, (), training=self.training, frozen=form)
         bias = self.changed_bias()
         terms = self.low_rank()
         if terms is None:
             return nn.functional.linear(x, self.changed("weight"), bias)
-        if not terms:
-            return nn.functional.linear(x, self.weight, bias)
-        return adapted_linear(x, self.weight, bias, terms, training=self.training)
+        return adapted_linear(x, weight, bias, terms, training=self.training, frozen=form)
 
 
 def zero_row() -> nn.Module:

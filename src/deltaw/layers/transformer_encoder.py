@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltaw.core.host import CHILD, Host, written_out
+from deltaw.core.host import CHILD, FORMS, Host, written_out
 from deltaw.core.registry import host
 
 
@@ -49,7 +49,7 @@ class TransformerEncoderHost(ReadingHost, nn.TransformerEncoder):
 def speaks(module: nn.Module) -> bool:
     """Whether a layer inside `module` has an active change."""
     for name, child in module._modules.items():
-        if child is not None and name != CHILD:
+        if child is not None and name not in (CHILD, FORMS):
             if isinstance(child, Host) and child.active_sites():
                 return True
             if speaks(child):

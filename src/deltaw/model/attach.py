@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Change, join_key
-from deltaw.core.host import Host
+from deltaw.core.host import FORMS, Host
 from deltaw.core.part import parameter_of
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, Site, Variant
@@ -111,7 +111,7 @@ def place(model: nn.Module, plan: list[Planned], name: str, *, freeze: bool, act
         for item, delta in deltas:
             host = item.layer if isinstance(item.layer, Host) else item.host.of(item.layer, roster)
             if not item.stored.is_meta:
-                delta.start(host.frozen(item.site) if not item.variant.any_shape else Dense(item.stored))
+                delta.start(host.frozen(item.site) if not item.variant.any_shape else Dense(host.parameter(item.site)))
             host.add(name, item.site, delta)
             tie(item, host, name, roster)
         enter(model, roster, name, freeze=freeze, active=active)
@@ -205,12 +205,15 @@ def forget(model: nn.Module, roster: Roster, name: str) -> None:
     mine = [host for _, host in state.hosts(model) if host.roster is roster]
     for host in mine:
         host.remove(name)
+    quantised = any(FORMS in host._modules for host in mine)
     for host in mine:
-        changes = host.adapters._modules or host.adapters.tied
-        stays = isinstance(host._buffers.get("running_mean"), Tensor) or isinstance(host, host.watches)
-        if not changes and (last or not stays):
+        changes = host.adapters._modules or host.adapters.tied or FORMS in host._modules
+        watches = isinstance(host, host.watches)
+        stays = watches or isinstance(host._buffers.get("running_mean"), Tensor)
+        if not changes and ((last and not (watches and quantised)) or not stays):
             host.release()
     if last:
+        roster.merged = None
         for parameter, key in list(base_parameters(model)):
             if roster.frozen.get(key):
                 parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, join_key, split_key
-from deltaw.core.host import CHILD, Host
+from deltaw.core.host import CHILD, FORMS, Host, parameter_names
 from deltaw.core.part import parameter_of, rows_of
 from deltaw.core.registry import variants as variant_registry
 from deltaw.core.variant import Site, Variant, fits
@@ -40,10 +40,21 @@ class Planned:
 
     @property
     def stored(self) -> Tensor:
-        """The frozen parameter or buffer, whole."""
+        """The frozen parameter or buffer, whole; for one that is kept in another form a stand-in without memory."""
         name = parameter_of(self.site)
+        form = self.layer.form(name) if isinstance(self.layer, Host) else None
+        if form is not None:
+            assert isinstance(self.layer, Host)
+            empty = torch.zeros((), dtype=form.dtype, device=form.codes.device)
+            return self.layer.from_matrix(name, empty.expand(form.shape))
         found = self.layer._parameters.get(name)
         return found if found is not None else self.layer._buffers[name]  # type: ignore[return-value]
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for the same parameter, however many layers hold it."""
+        form = self.layer.form(parameter_of(self.site)) if isinstance(self.layer, Host) else None
+        return ties.identity(self.stored if form is None else form.codes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,7 +115,7 @@ def add(plan: Wanted, item: Planned) -> None:
     Raises:
         ConfigError: two different wishes for one parameter.
     """
-    before = plan.setdefault((ties.identity(item.stored), item.site.removeprefix(parameter_of(item.site))), item)
+    before = plan.setdefault((item.identity, item.site.removeprefix(parameter_of(item.site))), item)
     if before.variant != item.variant:
         one = (
             f"{item.key!r}"
@@ -258,7 +269,7 @@ def check_free(path: str, layer: nn.Module) -> None:
     """Refuse a layer that has something of its own called `adapters` or `roster`."""
     if isinstance(layer, Host):
         return
-    for attribute in (CHILD, "roster"):
+    for attribute in (CHILD, FORMS, "roster"):
         if hasattr(layer, attribute):
             raise TargetError(
                 f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs"
@@ -277,9 +288,9 @@ def trained_in_full(model: nn.Module, name: str, known: dict[str, nn.Module], fu
     except TargetError:
         paths = []
         for path, layer in known.items():
-            for site, parameter in layer._parameters.items():
+            for site in parameter_names(layer):
                 key = join_key(path, site)
-                if parameter is not None and (key == name or key.endswith("." + name)):
+                if key == name or key.endswith("." + name):
                     found.append(Planned(path, layer, site, full, full_host(layer), f"train={name!r}"))
         if not found:
             raise
@@ -298,7 +309,7 @@ def subtree(path: str, known: dict[str, nn.Module], full: Variant) -> list[Plann
     for inner, layer in known.items():
         if inner != path and not inner.startswith(path + ".") and path:
             continue
-        own = [s for s, p in layer._parameters.items() if p is not None]
+        own = parameter_names(layer)
         kept = [s for s, b in layer._buffers.items() if b is not None and s not in layer._non_persistent_buffers_set]
         if own:
             check_free(inner, layer)
@@ -354,9 +365,9 @@ def fitted_one(
     path, site = split_key(key)
     name = parameter_of(site)
     layer = known.get(path)
-    there = layer is not None and (layer._parameters.get(name) is not None or layer._buffers.get(name) is not None)
+    there = layer is not None and (name in parameter_names(layer) or layer._buffers.get(name) is not None)
     if layer is None or not there:
-        every = [join_key(p, s) for p, m in known.items() for s in m._parameters]
+        every = [join_key(p, s) for p, m in known.items() for s in parameter_names(m)]
         return f"{key!r} is no parameter of {type(model).__name__}{did_you_mean(key, every, 1)}"
     cls = full_host(layer) if change.variant.any_shape else targeting.host_for_parameter(layer, name)
     why = None if cls is None or isinstance(layer, Host) or change.variant.any_shape else cls.refusal(layer)

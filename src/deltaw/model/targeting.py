@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.core.adapter import join_key
-from deltaw.core.host import CHILD, Host
+from deltaw.core.host import CHILD, FORMS, Host
 from deltaw.core.registry import hosts as host_registry
 from deltaw.errors import TargetError
 
@@ -47,14 +47,15 @@ def as_targets(targets: Any) -> list[Target]:
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of `model` by path (all paths of a shared one), adapters left out."""
     found: dict[str, nn.Module] = {}
-    skip: tuple[str, ...] = ()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if skip and path.startswith(skip):
-            continue
-        if isinstance(module, Host):
-            prefix = f"{path}.{CHILD}" if path else CHILD
-            skip += (prefix,)
+
+    def walk(path: str, module: nn.Module) -> None:
         found[path] = module
+        skip = (CHILD, FORMS) if isinstance(module, Host) else ()
+        for name, child in module._modules.items():
+            if child is not None and name not in skip:
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
     return found
 
 

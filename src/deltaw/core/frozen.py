@@ -1,0 +1,92 @@
+"""IN WHAT FORM the frozen weight is kept: a `Form` (the options, a value) makes one `FrozenWeight` (the kept tensors) per weight.
+
+A form file knows matrices only, as a variant file does. It never learns which layer the matrix belongs to or how it changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.variant import FrozenMatrix
+
+
+class FrozenWeight(nn.Module, FrozenMatrix):
+    """One frozen weight W (out, in) in some form. Its buffers are what a state dict keeps of it.
+
+    form: the options that made it. shape: (out, in). dtype: that of the weight it stands for, which follows `model.to(dtype)`;
+    the kept tensors do not.
+    """
+
+    codes: Tensor
+    """The kept tensor, which `layer.weight` gives."""
+
+    def __init__(self, form: Form, weight: Tensor) -> None:
+        super().__init__()
+        self.form = form
+        self.shape = tuple(weight.shape)
+        self.dtype = weight.dtype
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ, (..., in) -> (..., out): a fresh tensor in x's dtype. Not differentiated: the caller owns the backward."""
+
+    @abstractmethod
+    def matmul_grad(self, g: Tensor) -> Tensor:
+        """g W, (..., out) -> (..., in): a fresh tensor in g's dtype, the gradient of `matmul` for x."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight that this stands for, (out, in), in `dtype`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the kept tensors, but never casts them: a scale rounded to 16 bit would change the weight."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if new.dtype == tensor.dtype:
+                return new
+            return torch.empty_like(tensor, device=new.device) if new.is_meta else tensor.to(new.device)
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.form}, {self.shape[0]} x {self.shape[1]}, {self.nbytes:,} bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form(ABC):
+    """Options and identity of one form. Equal forms are equal values; printing one prints the call that makes it."""
+
+    kind: ClassVar[str]
+    """The form's name in files, on the command line and in tables."""
+    rounding: ClassVar[float] = 0.0
+    """How far a product may be from that with `dense()`, relative to its size, on inputs without outliers (0: a rounding)."""
+
+    @abstractmethod
+    def keep(self, weight: Tensor) -> FrozenWeight:
+        """`weight` (out, in), finite, in this form."""
+
+    @classmethod
+    def examples(cls) -> Iterable[Form]:
+        """Instances for the laws."""
+        return (cls(),)
+
+    def options(self) -> dict[str, Any]:
+        """Field name -> value, those that differ from the default only."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"

@@ -1,0 +1,283 @@
+"""Quantize: keep frozen weights in another form (8 bit, 4 bit, 16 bit), and have them back.
+
+Only weights that nobody trains. The products of forward and of the input gradient run on the kept form. The originals
+are kept only if asked for: without them there is a way back to the weights that the codes stand for, none to the bits.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deltaw.core.adapter import join_key
+from deltaw.core.frozen import Form, FrozenWeight
+from deltaw.core.host import Host
+from deltaw.core.roster import Roster
+from deltaw.errors import ConfigError, ModelError, NonFinite, TargetError
+from deltaw.model import state, targeting, ties
+from deltaw.model.attach import one_roster, watch
+from deltaw.model.gradients import listed
+
+Keep = Literal["memory", "file"] | None
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight: bytes before and after, and ‖kept - original‖ / ‖original‖."""
+
+    key: str
+    form: Form
+    before: int
+    after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` did. `skipped`: parameter name -> why it was left as it is. `kept_bytes`: cost of kept originals."""
+
+    weights: tuple[QuantizedWeight, ...]
+    skipped: Mapping[str, str]
+    kept_bytes: int
+
+    def __str__(self) -> str:
+        before, after = sum(w.before for w in self.weights), sum(w.after for w in self.weights)
+        worst = max(self.weights, key=lambda w: w.error)
+        left = (
+            f"; left as they are: {listed([f'{k} ({why})' for k, why in self.skipped.items()])}" if self.skipped else ""
+        )
+        return (
+            f"{len(self.weights)} weights as {self.weights[0].form}: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB, "
+            f"relative error at most {worst.error:.2%} ({worst.key}); originals kept: {self.kept_bytes / 2**20:.1f} MiB{left}"
+        )
+
+
+@dataclass
+class Quantized:
+    """What `dequantize` needs of one parameter. `original`: itself, or None if it is in `file` or not kept at all."""
+
+    trained_before: bool
+    dtype: torch.dtype
+    original: nn.Parameter | None = None
+    file: Path | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the original can be had back."""
+        return self.original is not None or self.file is not None
+
+
+def quantize(
+    model: nn.Module,
+    form: Form,
+    *,
+    targets: Any = targeting.ALL_LINEAR,
+    exclude: Any = (),
+    keep: Keep = None,
+) -> QuantizeReport:
+    """Keep the frozen weights of the layers that `targets` names in `form`, before or after adapters are attached.
+
+    targets, exclude: as for `attach`; default: every linear layer but the output head.
+    keep: the originals, for `dequantize`: "memory", "file" (a temporary safetensors file), or None.
+
+    A weight that is trained (it requires a gradient in a model with adapters, or an adapter trains a copy of it) or that
+    several layers share is left as it is; the report says which. In a model without adapters what is quantised counts as frozen.
+
+    Raises:
+        TargetError: a target matches nothing, a layer that cannot compute with a form, or only weights that are left.
+        ConfigError: an option is wrong, or the form cannot hold a weight.
+        NonFinite: a weight holds NaN or infinity.
+        ModelError: changes are merged into the weights, or a weight is on the meta device.
+    If anything is wrong, the model is left as it was.
+    """
+    if keep not in ("memory", "file", None):
+        raise ConfigError(f"keep={keep!r} is not one of 'memory', 'file', None")
+    if not isinstance(form, Form):
+        raise ConfigError(f"quantize takes a form such as dw.Int8(), not {form!r}")
+    root = state.unwrap(model)
+    state.unmerged(root, "quantize")
+    layers = wanted(root, targets, exclude)
+    skipped: dict[str, str] = {}
+    ready: list[tuple[str, nn.Module, type[Host], FrozenWeight]] = []
+    lines: list[QuantizedWeight] = []
+    for path, layer in layers.items():
+        key = join_key(path, "weight")
+        why = left_alone(root, layer)
+        if why is not None:
+            skipped[key] = why
+            continue
+        cls = layer.host if isinstance(layer, Host) else targeting.host_for(layer)
+        assert cls is not None
+        kept = in_form(form, key, layer, cls)
+        ready.append((path, layer, cls, kept))
+        lines.append(line(key, layer, cls, kept))
+    if not ready:
+        raise TargetError(f"nothing to quantize: {listed([f'{k} ({why})' for k, why in skipped.items()])}")
+
+    file = None
+    if keep == "file":
+        with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
+            file = Path(handle.name)
+        save_file({join_key(p, "weight"): weight_of(layer).data.contiguous() for p, layer, _, _ in ready}, file)
+    roster = one_roster(root)
+    for path, layer, cls, kept in ready:
+        host = layer if isinstance(layer, Host) else cls.of(layer, roster)
+        swap_in(host, path, kept, keep, file)
+    watch(root, roster)
+    cost = sum(w.before for w in lines) if keep == "memory" else 0
+    return QuantizeReport(tuple(lines), skipped, cost)
+
+
+def wanted(root: nn.Module, targets: Any, exclude: Any) -> dict[str, nn.Module]:
+    """The layers to quantise by path, each once; containers that a target also matches are passed over."""
+    known = targeting.layers_of(root)
+    left = [p for t in (targeting.as_targets(exclude) if exclude else []) for p in targeting.matching(root, t, known)]
+    found: dict[int, str] = {}
+    for target in targeting.as_targets(targets):
+        for path in targeting.matching(root, target, known, left):
+            layer = known[path]
+            cls = targeting.host_for(layer)
+            if cls is not None and cls.takes_forms:
+                found.setdefault(id(layer), path)
+            elif target != targeting.ALL_LINEAR and layer._parameters:
+                raise TargetError(
+                    f"{targeting.describe(target)} matches {path!r}, a {type(layer).__name__}, which computes with a plain "
+                    "weight only: linear layers can be quantised"
+                )
+    if not found:
+        raise TargetError(f"targets={targets!r} names no linear layer of {type(root).__name__} that can be quantised")
+    return {path: known[path] for path in found.values()}
+
+
+def left_alone(root: nn.Module, layer: nn.Module) -> str | None:
+    """Why the weight of `layer` is not to be quantised, or None."""
+    if isinstance(layer, Host):
+        if layer.form("weight") is not None:
+            return "quantised already"
+        copies = [n for n in layer.adapters._modules if "weight" in layer.deltas(n)]
+        if any(layer.deltas(n)["weight"].variant.any_shape for n in copies):
+            return "an adapter trains a copy of it"
+    weight = weight_of(layer)
+    if weight.requires_grad and state.names(root):
+        return "it is trained"
+    if not weight.is_floating_point():
+        return f"it is {weight.dtype} already"
+    if ties.others(ties.shared(targeting.layers_of(root)), layer, "weight"):
+        return "another layer shares it"
+    return None
+
+
+def in_form(form: Form, key: str, layer: nn.Module, cls: type[Host]) -> FrozenWeight:
+    """The weight of `layer` in `form`, checked."""
+    weight = weight_of(layer)
+    if weight.is_meta:
+        raise ModelError(f"cannot quantize {key!r}: it is on the meta device; load the model's weights first")
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFinite(f"cannot quantize {key!r}: it holds NaN or infinity; reload the base model")
+    return form.keep(cls.to_matrix(layer, "weight", weight.detach()))  # type: ignore[arg-type]
+
+
+def line(key: str, layer: nn.Module, cls: type[Host], kept: FrozenWeight) -> QuantizedWeight:
+    """The report on one weight."""
+    matrix = cls.to_matrix(layer, "weight", weight_of(layer).detach()).float()  # type: ignore[arg-type]
+    size = float(torch.linalg.vector_norm(matrix))
+    error = float(torch.linalg.vector_norm(kept.dense().float() - matrix)) / size if size else 0.0
+    stored = weight_of(layer)
+    return QuantizedWeight(key, kept.form, stored.numel() * stored.element_size(), kept.nbytes, error)
+
+
+def swap_in(host: Host, path: str, kept: FrozenWeight, keep: Keep, file: Path | None) -> None:
+    """Put the form in the weight's place; deltas that cache something of the weight look again."""
+    key, roster, weight = join_key(path, "weight"), host.roster, weight_of(host)
+    roster.quantized[key] = Quantized(
+        weight.requires_grad or roster.frozen.get(key, False),
+        weight.dtype,
+        weight if keep == "memory" else None,
+        file,
+    )
+    host.hold("weight", kept)
+    prepare(host)
+
+
+def prepare(host: Host) -> None:
+    """Let the deltas of a host cache anew what they need of its weight."""
+    for name in host.adapters._modules:
+        for site, delta in host.deltas(name).items():
+            if not delta.variant.any_shape:
+                delta.prepare(host.frozen(site))
+
+
+def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original") -> nn.Module:
+    """Have plain weights again: the kept originals, bit for bit, or with into="dense" those that the codes stand for.
+
+    Raises:
+        ModelError: nothing is quantised, the originals were not kept, or changes are merged into the weights.
+    """
+    if into not in ("original", "dense"):
+        raise ConfigError(f"into={into!r} is not one of 'original', 'dense'")
+    root = state.unwrap(model)
+    state.unmerged(root, "dequantize")
+    hosts = [(path, host) for path, host in state.hosts(root) if host.form("weight") is not None]
+    if not hosts:
+        raise ModelError("nothing is quantised")
+    gone = [join_key(p, "weight") for p, h in hosts if not h.roster.quantized[join_key(p, "weight")].kept]
+    if into == "original" and gone:
+        raise ModelError(
+            f"the originals of {len(gone)} weights were not kept ({listed(gone)}): quantize with keep='memory' or 'file', "
+            "or pass into='dense' for the weights that the codes stand for"
+        )
+    files: dict[Path, dict[str, Tensor]] = {}
+    for path, host in hosts:
+        key = join_key(path, "weight")
+        before: Quantized = host.roster.quantized.pop(key)
+        host.hold("weight", None, restored(host, key, before, into, files))
+        prepare(host)
+    for file in files:
+        file.unlink(missing_ok=True)
+    for roster in state.rosters(root):
+        if not roster.names:
+            release(root, roster)
+    return model
+
+
+def restored(host: Host, key: str, before: Quantized, into: str, files: dict[Path, dict[str, Tensor]]) -> nn.Parameter:
+    """The plain parameter again, requiring a gradient if it did and no adapter is there for which it is frozen."""
+    form = host.form("weight")
+    assert form is not None
+    device = form.codes.device
+    if into == "dense":
+        parameter = nn.Parameter(host.from_matrix("weight", form.dense()).to(before.dtype).contiguous(), False)
+    elif before.original is not None:
+        parameter = before.original
+        parameter.data = parameter.data.to(device)
+    else:
+        assert before.file is not None
+        if before.file not in files:
+            files[before.file] = load_file(before.file)
+        parameter = nn.Parameter(files[before.file][key].to(device), False)
+    adapted = bool(host.roster.names)
+    if adapted and before.trained_before:
+        host.roster.frozen.setdefault(key, True)
+    parameter.requires_grad_(before.trained_before and not adapted)
+    return parameter
+
+
+def release(root: nn.Module, roster: Roster) -> None:
+    """A model without adapters and forms becomes what it was."""
+    for _, host in list(state.hosts(root)):
+        if host.roster is roster:
+            host.release()
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """The plain weight of a layer."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
