@@ -69,7 +69,7 @@ def as_product(change: Change) -> Product | None:
             terms = delta_of(change).low_rank(_Absent())
     except _Needed:
         return None
-    if not terms or any(term.gain is not None for term in terms):
+    if not terms or any(term.gain is not None or term.A.ndim > 2 for term in terms):
         return None
     return total(Product(t.B.detach(), t.A.detach(), float(t.scale)) for t in terms)
 

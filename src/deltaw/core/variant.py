@@ -45,7 +45,7 @@ class Site:
 class LowRank(NamedTuple):
     """A change in the form that fused operations take: ΔW = diag(gain) W + scale · B A.
 
-    `A` is (rank, in), `B` is (out, rank), `gain` is (out,) or None for zero. `dropout` is the probability of zeroing,
+    `A` is (rank, in), `B` is (out, rank), `gain` is (out,) or None for zero; a stack of weights has a dimension in front. `dropout` is the probability of zeroing,
     in training, an entry of the input of A (`dropout_at="input"`) or of the low-rank output ("output").
     """
 

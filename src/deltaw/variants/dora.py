@@ -88,8 +88,6 @@ class DoRADelta(LoRADelta):
         return gain * weight + c * self.dense(present)
 
     def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
-        if self.A.ndim > 2:
-            return None
         c, present = self.strengths(frozen), self.presence()
-        first, *rest = (t._replace(B=c[:, None] * t.B) for t in self.terms(present))
+        first, *rest = (t._replace(B=c[..., None] * t.B) for t in self.terms(present))
         return (first._replace(gain=c - 1 if present is None else (c - 1) * present), *rest)

@@ -233,7 +233,7 @@ class LoRADelta(Delta, Waiting):
         return self.variant.scale * sum(rest, first)
 
     def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
-        return None if self.A.ndim > 2 else self.terms(self.presence())
+        return self.terms(self.presence())
 
     def terms(self, present: Tensor | None) -> tuple[LowRank, ...]:
         """The change in the form of the fused operations."""

@@ -110,8 +110,6 @@ class VeRADelta(Delta):
         return B @ A
 
     def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
-        if self.d.ndim > 1:
-            return None
         A, B = self.factors()
         return (LowRank(A, B, 1.0, None, self.variant.dropout),)
 
