@@ -114,7 +114,7 @@ def test_the_adapter_as_a_value_says_what_is_tied_and_goes_back():
     assert torch.equal(fresh(IDS), out)
 
     untied = tied(how="apart")
-    with pytest.raises(AdapterError, match="one parameter with 'head.weight'"):
+    with pytest.raises(AdapterError, match=r"one parameter with 'head\.weight'"):
         dw.install(untied, adapter)
 
 
