@@ -41,7 +41,7 @@ class Int8FrozenWeight(FrozenWeight):
         super().__init__(form, weight)
         wide = weight.detach().float()
         scales = wide.abs().amax(1).clamp_min(TINY) / LEVELS  # (out, in) -> (out,)
-        self.register_buffer("codes", (wide / scales[:, None]).round_().to(torch.int8))
+        self.register_buffer("codes", (wide / scales[:, None]).round_().to(torch.int8).contiguous())
         self.register_buffer("scales", scales)
         self.packed: tuple[tuple[int, ...], Int8Weight] | None = None
 

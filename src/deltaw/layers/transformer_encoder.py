@@ -47,10 +47,10 @@ class TransformerEncoderHost(ReadingHost, nn.TransformerEncoder):
 
 
 def speaks(module: nn.Module) -> bool:
-    """Whether a layer inside `module` has an active change."""
+    """Whether a layer inside `module` has an active change, or a weight that is kept in another form."""
     for name, child in module._modules.items():
         if child is not None and name not in (CHILD, FORMS):
-            if isinstance(child, Host) and child.active_sites():
+            if isinstance(child, Host) and (FORMS in child._modules or child.active_sites()):
                 return True
             if speaks(child):
                 return True
