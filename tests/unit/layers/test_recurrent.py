@@ -41,7 +41,7 @@ def test_adapted_equals_merged(kind, options, packed):
         dw.unmerge(model)
     sum(t.square().sum() for t in flat(model(*args))).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert {n for n in dw.get(model).changes} == {f"layer.{n}" for n in model.layer._flat_weights_names}
+    assert set(dw.get(model).changes) == {f"layer.{n}" for n in model.layer._flat_weights_names}
     dw.detach(model)
     assert type(model.layer) is kind
     assert all(
