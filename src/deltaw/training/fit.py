@@ -99,6 +99,7 @@ class Fit:
         """Go on from a checkpoint."""
         state = dict(found.state)
         plain = state.pop("optimizer")
+        state.pop("config")
         self.state = State(**state)
         trained.restore(self.bare, found.tensors["trained"])
         trained.unpack_optimizer(self.optimizer, found.tensors["optimizer"], plain)
@@ -120,7 +121,7 @@ class Fit:
                 "optimizer": tensors,
                 "random": trained.random_state(),
             }
-            state = {**asdict(self.state), "optimizer": plain}
+            state = {**asdict(self.state), "optimizer": plain, "config": self.config.nested()}
             checkpoint.write(
                 self.checkpoints, self.state.step, groups, state, self.config.digest(), self.config.keep_checkpoints
             )

@@ -34,6 +34,11 @@ class Progress:
         if not self.quiet:
             self.console.print(f"[{self.name}] {text}" if self.name else text, markup=False)
 
+    def complain(self, text: str) -> None:
+        """One line of text on stderr, also when quiet."""
+        self.finish()
+        print(text, file=sys.stderr, flush=True)
+
     def start(self, total: int, done: int) -> None:
         """Training begins, at step `done` of `total`."""
         self.total, self.first = total, done

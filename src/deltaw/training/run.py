@@ -27,7 +27,7 @@ from deltaw.io.folder import WEIGHTS
 from deltaw.model.groups import param_groups
 from deltaw.model.state import rosters
 from deltaw.training import checkpoint, memory
-from deltaw.training.config import RunConfig
+from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
 from deltaw.training.loader import ROWS, Epoch, micro_batches
 from deltaw.training.methods import Prepared, check_method, prepare
@@ -131,6 +131,7 @@ def train(
         except Interrupted:
             if checkpoints.is_dir() or not fresh:
                 set_status(folder, "interrupted")
+                progress.complain(f"saved; go on with: deltaw resume {folder}")
             else:
                 shutil.rmtree(folder)
             raise
@@ -240,13 +241,29 @@ def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress
         fit.record.cut(0)
         return
     if manifest["config"] != config.digest():
+        changed = differences(found.state.get("config", {}), config.nested())
         raise ConfigError(
-            "the checkpoint belongs to another configuration: resume with the run's own config.resolved.yaml, or train into another folder"
+            f"the checkpoint belongs to another configuration ({'; '.join(changed) or 'details unknown'}): "
+            f"resume with the run's own {CONFIG}, or train into another folder"
         )
     if manifest["versions"] != checkpoint.versions():
         progress.say(f"note: the checkpoint was written with {manifest['versions']}; going on is not bit-identical")
     fit.resume(found)
     progress.say(f"resumed at step {fit.state.step} of {fit.total}")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """ "key: before -> now" of every setting that decides the result and differs."""
+    found = []
+    for key in {**before, **now}:
+        if not where and key in IRRELEVANT:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{where}{key}.")
+        elif old != new:
+            found.append(f"{where}{key}: {old} -> {new}")
+    return found
 
 
 def keep_result(

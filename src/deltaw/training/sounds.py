@@ -1,0 +1,182 @@
+"""Labelled recordings for training: a folder of signal files, or a folder with one folder of audio files per class.
+
+DIR/train.safetensors, validation.safetensors, test.safetensors        (`signals_file`, `deltaw data gw`)
+DIR/[train|validation|test/]CLASS/*.wav, *.flac, *.ogg, *.mp3          (the layout of HF's audiofolder)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaw.errors import DataError, MissingExtra
+from deltaw.training.config import DataConfig
+from deltaw.training.order import generator
+from deltaw.training.rows import SPLIT_NAMES
+from deltaw.training.signals_file import Signals, read_signals
+
+Array = np.ndarray[Any, Any]
+AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
+RATE = 16_000
+
+
+def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tuple[dict[str, Signals], list[str]]:
+    """Split -> signals, and facts for the log. Missing splits are cut from the training part with `seed`.
+
+    seconds: audio files are cut or padded to this length; None for the longest of them (at most 30).
+
+    Raises:
+        DataError: nothing is there, a file is unreadable, or there is one class only.
+    """
+    if data.path is None:
+        raise DataError(
+            "no data: set data=FOLDER (`deltaw data gw --out FOLDER` makes one; or a folder with a folder of audio files per class)"
+        )
+    folder = Path(data.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data={data.path}: no such folder; `deltaw data gw --out {data.path}` makes one")
+    files = {SPLIT_NAMES[p.stem]: p for p in sorted(folder.glob("*.safetensors")) if p.stem in SPLIT_NAMES}
+    notes = [f"data: {data.path}"]
+    found = {name: read_signals(path) for name, path in files.items()} if files else _folders(folder, seconds, notes)
+    if "train" not in found:
+        raise DataError(f"{folder}: no train split (found {', '.join(found) or 'nothing usable'})")
+    first = found["train"]
+    for name, part in found.items():
+        if (part.waves.shape[1:], part.rate, list(part.names)) != (
+            first.waves.shape[1:],
+            first.rate,
+            list(first.names),
+        ):
+            raise DataError(f"{folder}: {name} differs from train in length, channels, rate or classes")
+    for name, share in (("test", data.test if not files else 0.0), ("validation", data.validation)):
+        if name not in found and share > 0:
+            found[name], found["train"] = _cut(found["train"], share, generator("split", seed, name))
+    if data.limit is not None:
+        found["train"] = found["train"][: data.limit]
+    for name in ("train", "validation"):
+        part = found[name]
+        counts = Counter(part.labels.tolist())
+        if len(part) == 0 or (name == "train" and len(counts) < 2):
+            raise DataError(
+                f"{folder}: {name} has {len(part):,} examples of {len(counts)} classes; two classes are needed"
+            )
+    order = [name for name in ("train", "validation", "test") if name in found]
+    for name in order:
+        counts = Counter(found[name].labels.tolist())
+        classes = ", ".join(f"{label} {counts[i]:,}" for i, label in enumerate(first.names))
+        notes.append(f"{name}: {len(found[name]):,} examples ({classes})")
+    return {name: found[name] for name in order}, notes
+
+
+def read_sound(path: Path, rate: float, samples: int, channels: int) -> Array:
+    """One recording as (channels, samples) at `rate`, cut or padded with zeros.
+
+    Raises:
+        DataError: it is unreadable, or has another number of channels (one channel is copied to all of them).
+    """
+    if path.suffix == ".npy":
+        waves = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
+    else:
+        waves, own = _audio(path)
+        waves = _at_rate(waves, own, rate)
+    if channels == 1 and len(waves) > 1:
+        waves = waves.mean(axis=0, keepdims=True)
+    if len(waves) == 1 and channels > 1:
+        waves = np.repeat(waves, channels, axis=0)
+    if len(waves) != channels:
+        raise DataError(f"{path}: {len(waves)} channels, {channels} are needed")
+    if not np.isfinite(waves).all():
+        raise DataError(f"{path}: holds NaN or infinity")
+    waves = waves[:, :samples]
+    return np.pad(waves, ((0, 0), (0, samples - waves.shape[1])))
+
+
+def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str, Signals]:
+    parts = {
+        SPLIT_NAMES[p.name.lower()]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in SPLIT_NAMES
+    }
+    parts = parts or {"train": folder}
+    listed = {
+        split: [(file, one.name) for one in sorted(part.iterdir()) if one.is_dir() for file in sorted(one.rglob("*"))]
+        for split, part in parts.items()
+    }
+    listed = {split: [(f, c) for f, c in files if f.suffix.lower() in AUDIO] for split, files in listed.items()}
+    names = sorted({label for files in listed.values() for _, label in files})
+    if len(names) < 2:
+        raise DataError(
+            f"{folder}: no train.safetensors, and audio files ({', '.join(AUDIO)}) of {len(names)} classes; "
+            "wanted: one folder of audio files per class"
+        )
+    dropped: Counter[str] = Counter()
+    read: dict[str, list[tuple[Array, int]]] = {}
+    for split, files in listed.items():
+        read[split] = []
+        for file, label in files:
+            try:
+                waves, own = _audio(file)
+            except DataError:
+                dropped["unreadable"] += 1
+                continue
+            if waves.shape[1] == 0:
+                dropped["empty"] += 1
+                continue
+            read[split].append((_at_rate(waves, own, RATE).mean(axis=0), names.index(label)))
+    if not any(read.values()):
+        raise DataError(f"{folder}: none of its audio files can be read")
+    longest = max(len(wave) for rows in read.values() for wave, _ in rows)
+    samples = min(longest, 30 * RATE) if seconds is None else round(seconds * RATE)
+    cut = sum(len(wave) > samples for rows in read.values() for wave, _ in rows)
+    if cut:
+        dropped[f"(only their ends beyond {samples / RATE:g} s)"] = cut
+    if dropped:
+        notes.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
+    return {
+        split: Signals(
+            waves=np.stack([np.pad(w[:samples], (0, max(0, samples - len(w))))[None] for w, _ in rows]),
+            labels=np.array([label for _, label in rows]),
+            rate=float(RATE),
+            names=names,
+            channels=["sound"],
+        )
+        for split, rows in read.items()
+        if rows
+    }
+
+
+def _audio(path: Path) -> tuple[Array, float]:
+    """(channels, samples) and the rate of an audio file."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingExtra("audio files need soundfile: pip install soundfile") from error
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        waves, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise DataError(f"{path}: cannot be read as audio ({error})") from error
+    return waves.T, float(rate)
+
+
+def _at_rate(waves: Array, own: float, rate: float) -> Array:
+    if own == rate:
+        return waves
+    import torch
+
+    from deltaw.training.log_mel import resample
+
+    return resample(torch.from_numpy(np.ascontiguousarray(waves)), round(waves.shape[1] * rate / own)).numpy()
+
+
+def _cut(part: Signals, share: float, random: np.random.Generator) -> tuple[Signals, Signals]:
+    """(held out, rest): `share` of every class."""
+    held: list[int] = []
+    for label in range(len(part.names)):
+        own = np.flatnonzero(part.labels == label)
+        held += random.permutation(own)[: max(1, round(share * len(own))) if len(own) > 1 else 0].tolist()
+    rest: Sequence[int] = sorted(set(range(len(part))) - set(held))
+    return part[np.array(sorted(held), dtype=int)], part[np.array(rest, dtype=int)]
