@@ -7,9 +7,9 @@ subtraction. So `unmerge` is exact in any dtype, and a base that must not be wri
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,16 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deltaw.core.adapter import join_key
+from deltaw.core.adapter import join_key, split_key
+from deltaw.core.frozen import FrozenWeight
 from deltaw.core.host import Host
-from deltaw.core.roster import Active, Roster
+from deltaw.core.roster import Active
 from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
 from deltaw.model.targeting import layers_of
-from deltaw.model.ties import refuse_one_sided
+from deltaw.model.ties import identity, others, refuse_one_sided, shared
 
 Keep = Literal["memory", "file"] | None
+Into = Literal["dequantized", "original"]
+INTO: tuple[Into, ...] = ("dequantized", "original")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class MergedWeight:
 
     largest: largest |ΔW|. rounding: largest |stored - exact| of the merged weight; relative: ‖stored - exact‖ / ‖ΔW‖.
     unmoved: share of the entries with ΔW ≠ 0 whose stored value did not move.
+    errors: for a weight kept in another form, `relative` for both targets, "dequantized" and "original".
     """
 
     key: str
@@ -43,6 +47,7 @@ class MergedWeight:
     rounding: float
     relative: float
     unmoved: float
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,46 +60,62 @@ class MergeReport:
 
     def __str__(self) -> str:
         worst = max(self.weights, key=lambda w: w.relative)
+        both = [w.errors for w in self.weights if w.errors]
+        forms = "".join(
+            f"; error of the change in quantised weights at most {max(e[into] for e in both):.1%} into={into!r}"
+            for into in (INTO if both else ())
+        )
         return (
             f"merged {', '.join(self.names)} into {len(self.weights)} weights; "
             f"largest change {max(w.largest for w in self.weights):.3g}, "
             f"rounding at most {max(w.rounding for w in self.weights):.3g}, "
             f"{worst.relative:.2%} of the change in {worst.key} ({worst.dtype}), "
             f"entries that did not move at most {max(w.unmoved for w in self.weights):.1%}; "
-            f"originals kept: {self.kept_bytes / 2**20:.1f} MiB"
+            f"originals kept: {self.kept_bytes / 2**20:.1f} MiB{forms}"
         )
 
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the originals, in memory or in a file."""
+    """What `unmerge` needs: the originals, in memory or in a file. Those kept in another form stay in memory: they are small."""
 
     names: tuple[str, ...]
     originals: dict[str, Tensor] = field(default_factory=dict)
+    forms: dict[str, FrozenWeight] = field(default_factory=dict)
     file: Path | None = None
     final: bool = False
 
 
-def merge(
-    model: nn.Module,
-    names: Choice = None,
-    keep: Keep = "memory",
-    into: Literal["dequantized", "original"] = "dequantized",
-) -> MergeReport:
+@dataclass
+class Change:
+    """One parameter to be merged: its name, a host that holds it, the new values, and the layers that share it."""
+
+    key: str
+    host: Host
+    site: str
+    new: Tensor
+    again: FrozenWeight | None
+    line: MergedWeight
+    tied: list[tuple[str, nn.Module, str]]
+
+
+def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: Into = "dequantized") -> MergeReport:
     """Write the changes of `names` (default: the active adapters) into the weights, rounding once to their dtype.
 
     keep: where the originals go for `unmerge`: "memory" (costs as much as the merged weights; the report says how
         much), "file" (a temporary safetensors file, removed by `unmerge`), or None (merged for good).
-    into: for a quantised weight, the form of the result: "dequantized" or "original" (quantised again).
+    into: for a quantised weight, the form of the result: "dequantized" or "original" (quantised again). The report
+        holds the error of both.
 
     Raises:
         ModelError: something is merged already, no adapter speaks, or a weight is on the meta device.
-        NonFinite: a weight or a change holds NaN or infinity; nothing is merged then.
+        NonFinite: a weight or a change holds NaN or infinity.
         UnknownName: the model has no adapter of that name.
+    If anything is wrong, nothing is merged.
     """
     if keep not in ("memory", "file", None):
         raise ConfigError(f"keep={keep!r} is not one of 'memory', 'file', None")
-    if into not in ("dequantized", "original"):
+    if into not in INTO:
         raise ConfigError(f"into={into!r} is not one of 'dequantized', 'original'")
     root = state.unwrap(model)
     state.unmerged(root, "merge")
@@ -104,45 +125,87 @@ def merge(
     active = every[0].active() if names is None else chosen(root, names)
     if not active:
         raise ModelError("nothing to merge: no adapter is active; name one, dw.merge(model, 'name')")
-    results = [(key, host, site, new) for key, host, site, new in changed_weights(root, active, every)]
-    if not results:
+    changes = list(changed_weights(root, active, into))
+    if not changes:
         raise ModelError(f"nothing to merge: {[n for n, _ in active]} change no weight")
 
     merged = Merged(tuple(n for n, _ in active), final=keep is None)
-    report = []
     originals: dict[str, Tensor] = {}
-    for key, host, site, (_new, line) in results:
-        report.append(line)
-        originals[key] = host.parameter(site).data
+    for change in changes:
+        form = change.host.form(change.site)
+        if form is not None:
+            merged.forms[change.key] = form
+        else:
+            originals[change.key] = change.host.parameter(change.site).data
+            for path, layer, site in change.tied:
+                originals[join_key(path, site)] = stored(layer, site).data
     if keep == "file":
-        with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
-            merged.file = Path(handle.name)
-        save_file({k: t.contiguous() for k, t in originals.items()}, merged.file)
+        merged.file = written(originals)
     elif keep == "memory":
         merged.originals = originals
-    for _, host, site, (new, _) in results:
-        host.parameter(site).data = new
+    for change in changes:
+        write(change, into, final=keep is None)
     for roster in every:
         roster.merged = merged
-    cost = sum(t.numel() * t.element_size() for t in originals.values()) if keep == "memory" else 0
-    return MergeReport(merged.names, tuple(report), cost)
+    cost = sum(c.new.numel() * c.new.element_size() for c in changes if c.key in originals) if keep == "memory" else 0
+    return MergeReport(merged.names, tuple(c.line for c in changes), cost)
 
 
-def changed_weights(
-    model: nn.Module, active: Active, rosters: Sequence[Roster]
-) -> Iterator[tuple[str, Host, str, tuple[Tensor, MergedWeight]]]:
-    """(name, host, site, (new stored tensor, report line)) of every parameter that the active adapters change."""
-    refuse_one_sided(layers_of(model), active)
+def written(originals: dict[str, Tensor]) -> Path:
+    """The originals in a temporary file; none is left behind if it cannot be written."""
+    with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
+        file = Path(handle.name)
+    try:
+        save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in originals.items()}, file)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def write(change: Change, into: Into, final: bool) -> None:
+    """Put the new values into their place, and into those of all layers that share the parameter."""
+    host, site = change.host, change.site
+    if host.form(site) is None:
+        host.parameter(site).data = change.new
+        for _, layer, other in change.tied:
+            stored(layer, other).data = change.new
+    elif into == "original":
+        host.hold(site, change.again)
+    else:
+        host.hold(site, None, nn.Parameter(change.new, False))
+    if final and change.key in host.roster.quantized:
+        if into == "dequantized":
+            del host.roster.quantized[change.key]
+        else:  # the kept original is no longer that of this weight
+            host.roster.quantized[change.key] = replace(host.roster.quantized[change.key], original=None, file=None)
+
+
+def changed_weights(model: nn.Module, active: Active, into: Into) -> Iterator[Change]:
+    """Every parameter that the active adapters change, once, whatever the number of layers that share it."""
+    layers = layers_of(model)
+    refuse_one_sided(layers, active)
+    ties = shared(layers)
     hosts = list(state.hosts(model))
-    seen: set[int] = set()
+    seen: set[Hashable] = set()
     with torch.no_grad(), undropped(host for _, host in hosts):
         for path, host in hosts:
             with host.roster.using(active):
                 for site in sorted(host.active_sites()):
-                    one = id(host.parameter(site))
-                    if one not in seen:  # a tied parameter is merged once
+                    form = host.form(site)
+                    one = identity(host.parameter(site)) if form is None else id(form)
+                    if one not in seen:
                         seen.add(one)
-                        yield join_key(path, site), host, site, merged_weight(join_key(path, site), host, site)
+                        key = join_key(path, site)
+                        new, again, line = merged_weight(key, host, site, into)
+                        tied = others(ties, host, site) if form is None else []
+                        yield Change(key, host, site, new, again, line, tied)
+
+
+def stored(layer: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a layer."""
+    found = layer._parameters.get(name)
+    return found if found is not None else layer._buffers[name]  # type: ignore[return-value]
 
 
 @contextmanager
@@ -158,34 +221,45 @@ def undropped(hosts: Iterable[Host]) -> Iterator[None]:
             module.training = mode
 
 
-def merged_weight(key: str, host: Host, site: str) -> tuple[Tensor, MergedWeight]:
-    """The new stored tensor of one site with its line of the report."""
-    stored = host.parameter(site)
-    if stored.is_meta:
+def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, FrozenWeight | None, MergedWeight]:
+    """The new values of one site, the same in the form in which it is kept (if it is), and its line of the report."""
+    here = host.parameter(site)
+    if here.is_meta:
         raise ModelError(f"cannot merge into {key!r}: the base is on the meta device; load its weights first")
-    if not stored.is_floating_point():
+    if not here.is_floating_point():
         new = host.changed(site)
-        return new.clone(), MergedWeight(key, str(stored.dtype).removeprefix("torch."), 0.0, 0.0, 0.0, 0.0)
-    if not bool(torch.isfinite(stored).all()):
+        return new.clone(), None, MergedWeight(key, str(here.dtype).removeprefix("torch."), 0.0, 0.0, 0.0, 0.0)
+    if not bool(torch.isfinite(here).all()):
         raise NonFinite(f"cannot merge: base weight {key!r} holds NaN or infinity; reload the base model")
     exact = host.changed(site, dtype=torch.float64)
     if not bool(torch.isfinite(exact).all()):
         raise NonFinite(f"cannot merge: the change of {key!r} holds NaN or infinity; the adapter is damaged")
-    new = exact.to(stored.dtype).contiguous().clone()
-    delta = exact - stored.to(exact.dtype)
-    rounding = new.to(exact.dtype) - exact
+    new = exact.to(here.dtype).contiguous().clone()
+    form = host.form(site)
+    again = None if form is None else form.form.keep(host.to_matrix(site, new))
+    delta = exact - here.to(exact.dtype)
     size = float(torch.linalg.vector_norm(delta))
+
+    def relative(result: Tensor) -> float:
+        return float(torch.linalg.vector_norm(result.to(exact.dtype) - exact)) / size if size else 0.0
+
+    errors: dict[str, float] = {}
+    result = new
+    if again is not None:
+        requantised = host.from_matrix(site, again.dense())
+        errors = {"dequantized": relative(new), "original": relative(requantised)}
+        result = requantised if into == "original" else new
     wanted = delta != 0
-    unmoved = float(((new == stored) & wanted).sum()) / max(1, int(wanted.sum()))
     line = MergedWeight(
         key,
-        str(stored.dtype).removeprefix("torch."),
+        repr(again.form) if again is not None and into == "original" else str(here.dtype).removeprefix("torch."),
         float(delta.abs().max()) if delta.numel() else 0.0,
-        float(rounding.abs().max()) if delta.numel() else 0.0,
-        float(torch.linalg.vector_norm(rounding)) / size if size else 0.0,
-        unmoved,
+        float((result.to(exact.dtype) - exact).abs().max()) if delta.numel() else 0.0,
+        relative(result),
+        float(((result == here) & wanted).sum()) / max(1, int(wanted.sum())),
+        errors,
     )
-    return new, line
+    return new, again, line
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -202,12 +276,17 @@ def unmerge(model: nn.Module) -> nn.Module:
     if merged.final:
         raise ModelError("merged with keep=None: the originals are gone; load the base model again")
     originals = load_file(merged.file) if merged.file is not None else merged.originals
-    for path, host in state.hosts(root):
-        for site in {*host._parameters, *host._buffers}:
-            key = join_key(path, site)
-            if key in originals:
-                here = host.parameter(site)
-                here.data = originals[key].to(here.device)
+    layers = layers_of(root)
+    for key, original in originals.items():
+        path, site = split_key(key)
+        here = stored(layers[path], site)
+        here.data = original.to(here.device)
+    for key, form in merged.forms.items():
+        path, site = split_key(key)
+        host = layers[path]
+        assert isinstance(host, Host)
+        device = host.parameter(site).device
+        host.hold(site, form.to(device))
     for roster in found:
         roster.merged = None
     if merged.file is not None:
@@ -222,4 +301,5 @@ def merged(model: nn.Module, names: Choice = None) -> Iterator[MergeReport]:
     try:
         yield report
     finally:
-        unmerge(model)
+        if any(roster.merged is not None for roster in state.rosters(model)):
+            unmerge(model)
