@@ -67,8 +67,7 @@ def weight(change: Change) -> dict[str, Any]:
     product = as_product(change)
     norm: float | None = None
     if product is not None:
-        left, right = product.left.double(), product.right.double()
-        norm = math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+        norm = product.norm()
     return {
         "method": v.kind,
         "rank": getattr(v, "rank", None),

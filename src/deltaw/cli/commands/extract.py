@@ -1,0 +1,41 @@
+"""`deltaw extract`: a low-rank adapter from a full fine-tune."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+
+    @app.command()
+    def extract(
+        tuned: str = typer.Argument(
+            ..., metavar="TUNED", help="The fine-tuned model: folder, hub id, or safetensors file."
+        ),
+        base: str = typer.Option(..., "--base", metavar="MODEL", help="What it was fine-tuned from."),
+        out: str = typer.Option(..., "--out", "-o", metavar="DIR", help="Folder to write."),
+        rank: int = typer.Option(None, "--rank", "-r", help="Rank of every change."),
+        energy: float = typer.Option(
+            None, "--energy", help="Instead: the share of the squared change to keep, such as 0.95."
+        ),
+        as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
+    ) -> None:
+        """Write the adapter nearest to TUNED minus MODEL, with its error."""
+        from deltaw.io.base_models import open_base
+        from deltaw.io.extract import extract as take
+        from deltaw.io.files import write
+
+        new, old = open_base(tuned, weights=True), open_base(base, weights=True)
+        if new.model is not None and old.model is not None:
+            adapter = take(new.model, old.model, rank, energy=energy)
+        else:
+            adapter = take(new.all(), old.all(), rank, energy=energy)
+        write(adapter.replace(base={**adapter.base, "name": base}), out)
+        worst = max(adapter.error.items(), key=lambda item: item[1], default=("", 0.0))
+        if as_json:
+            typer.echo(json.dumps({"out": out, "error": dict(adapter.error)}))
+        else:
+            typer.echo(f"wrote {out}: {adapter!r}; relative error at most {worst[1]:.2%} ({worst[0]})")
