@@ -69,7 +69,8 @@ def attach(
 
 
 def checked_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken or that cannot be one."""
+    """Refuse a name that is taken or that cannot be one, and a model that takes no more adapters."""
+    state.unsharded(model, "give the model another adapter")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(f"name={name!r}: an adapter's name has letters, digits, '_' and '-' only")
     if name in state.names(model):
@@ -228,6 +229,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         ModelError: changes are merged into the weights (unmerge first; after `merge(keep=None)` it is allowed).
     """
     root = state.unwrap(model)
+    state.unsharded(root, "detach")
     for roster in state.rosters(root):
         if roster.merged is not None and not roster.merged.final:
             raise ModelError(

@@ -103,6 +103,7 @@ def quantize(
         raise ConfigError(f"quantize takes a form such as dw.Int8(), not {form!r}")
     root = state.unwrap(model)
     state.unmerged(root, "quantize")
+    state.unsharded(root, "quantize")
     layers = wanted(root, targets, exclude)
     skipped: dict[str, str] = {}
     ready: list[tuple[str, nn.Module, type[Host], FrozenWeight]] = []
@@ -224,6 +225,7 @@ def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original"
         raise ConfigError(f"into={into!r} is not one of 'original', 'dense'")
     root = state.unwrap(model)
     state.unmerged(root, "dequantize")
+    state.unsharded(root, "dequantize")
     hosts = [(path, host) for path, host in state.hosts(root) if host.form("weight") is not None]
     if not hosts:
         raise ModelError("nothing is quantised")

@@ -76,3 +76,17 @@ def unmerged(model: nn.Module, verb: str) -> None:
         raise ModelError(
             f"cannot {verb}: {', '.join(map(repr, merged))} merged into the weights; call dw.unmerge(model) first"
         )
+
+
+def unsharded(model: nn.Module, verb: str) -> None:
+    """Refuse what would change the classes or parameters of a model that FSDP has sharded.
+
+    Raises:
+        ModelError: some module is sharded.
+    """
+    for path, module in unwrap(model).named_modules():
+        if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__):
+            raise ModelError(
+                f"cannot {verb}: FSDP has sharded {path or 'the model'}; attach, load and quantize before sharding, and "
+                "detach in a process that loads the model whole"
+            )
