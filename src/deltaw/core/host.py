@@ -88,6 +88,8 @@ class Host(nn.Module):
     """Layer classes that read the weights of layers inside them: one with a changed layer inside becomes this host."""
     children_too: ClassVar[tuple[str, ...]] = ()
     """Child layers that a target means as well when it names the layer (MultiheadAttention's out_proj)."""
+    lookup: ClassVar[bool] = False
+    """True if the layer looks up columns of its matrix, so that factors had better start the other way round."""
     beneath: ClassVar[bool] = False
     """True to mix this host in behind the layer's class: the layer's own forward runs, and its `super().forward` is ours."""
 

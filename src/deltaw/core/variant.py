@@ -30,6 +30,8 @@ class Site:
     device: torch.device = torch.device("cpu")
     buffer: bool = False
     """True for a buffer of the layer (running statistics), which is kept but not trained by gradients."""
+    lookup: bool = False
+    """True if the inputs are one-hot (an embedding): a call sees single columns of the matrix."""
 
     @property
     def rows(self) -> int:

@@ -2,7 +2,7 @@
 
 So A is (rank, number) and B (dim, rank): the change of a token is scale · B A[:, id], a look-up in Aᵀ and one small
 product. `max_norm` scales the rows of W + ΔW that were looked up; unlike nn.Embedding, nothing is written into W.
-Gradients are nn.Embedding's: none from `padding_idx`, divided by a token's count under `scale_grad_by_freq`, and taken
+A starts at zero and B at random, the reverse of other layers, as in PEFT and loralib. Gradients are nn.Embedding's: none from `padding_idx`, divided by a token's count under `scale_grad_by_freq`, and taken
 at the scaled row under `max_norm`.
 """
 
@@ -26,6 +26,8 @@ TINY = 1e-7
 
 class EmbeddingMatrix(OutputHost):
     """An embedding's weight (number, dim) as the matrix (dim, number)."""
+
+    lookup: ClassVar[bool] = True
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -72,7 +72,7 @@ class Planned:
         dtype = stored.dtype
         if not buffer and (dtype.itemsize <= 2 or not dtype.is_floating_point):
             dtype = torch.float32
-        return Site(self.shape, dtype, stored.device, buffer and self.variant.any_shape)
+        return Site(self.shape, dtype, stored.device, buffer and self.variant.any_shape, self.host.lookup)
 
 
 Wanted = dict[tuple[Hashable, str], Planned]

@@ -142,7 +142,12 @@ class LoRADelta(Delta, Waiting):
     def start(self, frozen: FrozenMatrix) -> None:
         rule = inits[self.variant.init]
         start = start_of(rule)
-        if start is None:
+        if start is None and self.site.lookup and isinstance(self.A, nn.Parameter):
+            # A call meets single columns of A: if those were random and B zero, every step of B would move all tokens
+            # (the padding too) by what belongs to few. So A starts at zero and B at random, normal by default as PEFT's.
+            rule = inits["gaussian"] if self.variant.init == "kaiming" else rule
+            rule(self.B.mT, self.A.mT)
+        elif start is None:
             rule(self.A, self.B)
         elif start.looks_at in ("shape", "weight"):
             self.fill(start, frozen, None)

@@ -122,3 +122,26 @@ def test_ids_out_of_range_stay_an_error():
     dw.attach(model, dw.LoRA(rank=2), targets=["layer"])
     with pytest.raises(IndexError):
         model(torch.tensor([11]))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian/rank"])
+def test_factors_start_the_other_way_round_and_padding_never_moves(init):
+    model = made(padding_idx=4).train()
+    plain = model.layer.weight.clone()
+    dw.attach(model, dw.LoRA(rank=2, init=init), targets=["layer"])
+    delta = model.layer.deltas("default")["weight"]
+    assert not delta.A.any()
+    assert delta.B.all()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(IDS).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = (model.layer.changed("weight") != plain).any(1).nonzero().flatten().tolist()
+    assert moved == [0, 1, 10]  # the tokens seen, without the padding
+
+
+def test_a_frozen_a_starts_at_random_everywhere():
+    model = made()
+    dw.attach(model, dw.LoRAFA(rank=2), targets=["layer"])
+    assert model.layer.deltas("default")["weight"].A.all()
