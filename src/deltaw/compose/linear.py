@@ -1,6 +1,6 @@
 """linear: average the factors, not the changes. What LoRAHub (arXiv:2307.13269) and PEFT's "linear" compute.
 
-A = Σ √|wᵢsᵢ| Aᵢ and B = Σ sgn(wᵢsᵢ) √|wᵢsᵢ| Bᵢ, so BA = Σ wᵢsᵢ BᵢAᵢ plus a cross term BᵢAⱼ for every pair. It keeps
+A = Σ sgn(wᵢsᵢ) √|wᵢsᵢ| Aᵢ and B = Σ √|wᵢsᵢ| Bᵢ, so BA = Σ wᵢsᵢ BᵢAᵢ plus a cross term BᵢAⱼ for every pair. It keeps
 the rank, but it is not the sum of the changes, and it depends on how each adapter happens to split its ΔW between A
 and B. It is here to read what others combined that way; `.error` says how far it is from the sum.
 """
@@ -43,8 +43,8 @@ class Linear(Combiner):
         for term, product in zip(terms, products):
             strength = term.weight * product.scale
             root = math.sqrt(abs(strength))
-            left[:, : product.width] += math.copysign(root, strength) * product.left.double()
-            right[: product.width] += root * product.right.double()
+            left[:, : product.width] += root * product.left.double()
+            right[: product.width] += math.copysign(root, strength) * product.right.double()
         return Product(left, right)
 
     def blend_any_shape(self, key: str, terms: Sequence[Term], seed: int) -> Matrix:

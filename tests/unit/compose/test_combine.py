@@ -288,8 +288,8 @@ class TestLinear:
         s1, s2 = 0.7 * 2.0, 0.3 * 0.5
         A = math.sqrt(s1) * A1
         B = math.sqrt(s1) * B1
-        A[:2] += math.sqrt(s2) * A2
-        B[:, :2] -= math.sqrt(s2) * B2
+        A[:2] -= math.sqrt(s2) * A2
+        B[:, :2] += math.sqrt(s2) * B2
         assert relative(dense(result, "x.weight"), B @ A) < ROUNDING
         assert result.error["x.weight"] > 0.1
 
@@ -537,3 +537,38 @@ def test_a_combiner_from_outside_is_used_like_ours():
         assert relative(dense(result, "x.weight"), dense(adapter(1), "x.weight")) < ROUNDING
     finally:
         del combiners._known["first"]
+
+
+def test_weights_in_use_compute_what_the_combination_computes():
+    model = nn.Sequential(nn.Linear(13, 9), nn.ReLU(), nn.Linear(9, 13)).double()
+    made = [
+        dw.Adapter(
+            {"0.weight": lora(n, dtype=torch.float64), "2.weight": lora(n + 9, out=13, columns=9, dtype=torch.float64)}
+        )
+        for n in (1, 2)
+    ]
+    x = torch.randn(5, 13, dtype=torch.float64)
+    for name, a in zip("ab", made):
+        dw.install(model, a, name=name, active=False)
+    dw.install(model, dw.combine(made, [0.6, -0.4]), name="both", active=False)
+    with dw.use(model, {"a": 0.6, "b": -0.4}):
+        live = model(x)
+    with dw.use(model, "both"):
+        assert torch.allclose(model(x), live, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_is_pefts_linear():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 9))
+    config = {"target_modules": ["0"], "lora_alpha": 5}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, **config), adapter_name="one")
+    wrapped.add_adapter("two", peft.LoraConfig(r=3, **config))
+    made = [adapter(n, keys=("0.weight",)) for n in (1, 2)]
+    layer = wrapped.base_model.model[0]
+    for name, a in zip(("one", "two"), made):
+        layer.lora_A[name].weight.data = a.changes["0.weight"].tensors["A"].clone()
+        layer.lora_B[name].weight.data = a.changes["0.weight"].tensors["B"].clone()
+    wrapped.add_weighted_adapter(["one", "two"], [0.7, -0.3], "sum", combination_type="linear")
+    ours = dw.combine(made, [0.7, -0.3], how="linear")
+    assert torch.allclose(ours.changes["0.weight"].delta_weight(), layer.get_delta_weight("sum"), rtol=1e-4, atol=1e-5)
