@@ -1,0 +1,140 @@
+"""Many adapters in one batch: every row as if it were alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaw.core.variant import LowRank
+from deltaw.errors import ConfigError, NonFinite
+from deltaw.ops import adapted_linear
+from deltaw.ops.grouped import Segment, grouped_linear, grouped_linear_reference, sort_rows
+from deltaw.ops.stacked import stack, stacked_linear
+from tests.unit.ops.test_linear import Doubled
+
+
+def adapter(rank: int, gain: bool = False, dropout: float = 0.0, at: str = "input") -> LowRank:
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    return LowRank(noise(rank, 5), noise(4, rank), 0.7, noise(4) if gain else None, dropout, at)
+
+
+def batch(
+    *lead: int, gain: bool = False, dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Segment]]:
+    """Ten rows: bare, adapter a, two adapters at once, a hole, b, an empty segment, c alone in its row."""
+    torch.manual_seed(0)
+    x = torch.randn(10, *lead, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    a, b, c = adapter(2), adapter(3, gain, dropout), adapter(1, gain, dropout, "output")
+    segments = [
+        Segment(0, 1),
+        Segment(1, 3, (a,)),
+        Segment(3, 6, (a, b)),
+        Segment(7, 9, (b,)),
+        Segment(9, 9, (c,)),
+        Segment(9, 10, (c,)),
+    ]
+    return x, weight, bias, segments
+
+
+def leaves(segments: list[Segment]) -> list[torch.Tensor]:
+    found = {id(t): t for s in segments for a in s.adapters for t in (a.A, a.B, a.gain) if t is not None}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (40,), (3, 4)])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equal_to_the_plain_twin_with_every_gradient(
+    lead: tuple[int, ...], gain: bool, dropout: float, bias: bool
+) -> None:
+    x, weight, b, segments = batch(*lead, gain=gain, dropout=dropout)
+    tensors = [x, weight, *([b] if bias else []), *leaves(segments)]
+    results = []
+    for op in (grouped_linear, grouped_linear_reference):
+        torch.manual_seed(4)
+        y = op(x, weight, b if bias else None, segments, training=True)
+        results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("lead", [(), (40,)])
+def test_each_row_equals_the_row_alone(lead: tuple[int, ...]) -> None:
+    x, weight, bias, segments = batch(*lead, gain=True)
+    y = grouped_linear(x, weight, bias, segments, training=False)
+    owners: list[tuple[LowRank, ...]] = [()] * 10
+    for s in segments:
+        owners[s.start : s.stop] = [tuple(s.adapters)] * (s.stop - s.start)
+    for row, adapters in enumerate(owners):
+        alone = adapted_linear(x[row : row + 1], weight, bias, adapters, training=False)
+        torch.testing.assert_close(y[row : row + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", [(), (40,)])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_full_of_nan_changes_its_own_rows_only(lead: tuple[int, ...], training: bool) -> None:
+    x, weight, bias, segments = batch(*lead)
+    healthy = grouped_linear(x, weight, bias, segments, training=training)
+    canary = LowRank(torch.full((2, 5), float("nan"), dtype=torch.float64), segments[1].adapters[0].B, 1.0)
+    segments[1] = Segment(1, 3, (canary,))
+    y = grouped_linear(x, weight, bias, segments, training=training)
+    others = [0, *range(3, 10)]
+    assert y[1:3].isnan().all()
+    assert torch.equal(y[others], healthy[others])
+    gradient = torch.autograd.grad(y[others].sum(), x)[0]
+    assert torch.isfinite(gradient[others]).all()
+
+
+def test_a_frozen_form() -> None:
+    x, weight, bias, segments = batch(2, gain=True)
+    tensors = [x, bias, *leaves(segments)]
+    results = []
+    for frozen in (Doubled(weight.detach() / 2), None):
+        y = grouped_linear(x, None if frozen else weight, bias, segments, training=False, frozen=frozen)
+        results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("spans", [[(3, 5), (1, 2)], [(0, 4), (3, 6)], [(0, 99)], [(4, 2)]])
+def test_segments_that_do_not_fit_are_refused(spans: list[tuple[int, int]]) -> None:
+    x, weight, bias, _ = batch()
+    with pytest.raises(ConfigError, match="sort_rows"):
+        grouped_linear(x, weight, bias, [Segment(a, b, (adapter(2),)) for a, b in spans], training=False)
+
+
+def test_rows_are_sorted_and_put_back() -> None:
+    owners = ["b", None, "a", "b", None, "c"]
+    order, inverse, runs = sort_rows(owners)
+    assert [[owners[i] for i in order][start:stop] for _, start, stop in runs] == [
+        ["b", "b"],
+        [None, None],
+        ["a"],
+        ["c"],
+    ]
+    assert [order[i] for i in inverse] == list(range(6))
+    assert sort_rows([]) == ([], [], [])
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_the_stack_is_the_grouped_operation(lead: tuple[int, ...]) -> None:
+    x, weight, bias, _ = batch(*lead)
+    adapters = [adapter(2), adapter(3), adapter(1)]
+    owners = torch.tensor([0, 2, -1, 1, 0, -1, 2, 2, 1, 0])
+    y = stacked_linear(x, weight, bias, stack(adapters), owners)
+    for row, owner in enumerate(owners.tolist()):
+        own = adapters[owner : owner + 1] if owner >= 0 else []
+        torch.testing.assert_close(
+            y[row : row + 1], adapted_linear(x[row : row + 1], weight, bias, own, training=False)
+        )
+
+
+def test_only_finite_factors_without_gains_are_stacked() -> None:
+    bad = adapter(2)._replace(B=torch.full((4, 2), float("inf"), dtype=torch.float64))
+    with pytest.raises(NonFinite, match="adapter 1"):
+        stack([adapter(1), bad])
+    with pytest.raises(ConfigError, match="gain"):
+        stack([adapter(1, gain=True)])
