@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
 
-from deltaw.core.roster import Active
+from deltaw.core.roster import Active, Roster
 from deltaw.errors import ConfigError, ModelError
 from deltaw.model import state
 
@@ -23,7 +23,12 @@ def chosen(model: nn.Module, names: Choice) -> Active:
         UnknownName: the model has no adapter of that name.
         ConfigError: a name comes twice, a weight is not a finite number, or there is no adapter at all.
     """
-    if not state.rosters(model):
+    return chosen_in(state.rosters(model), model, names)
+
+
+def chosen_in(rosters: Sequence[Roster], model: nn.Module, names: Choice) -> Active:
+    """`chosen`, where the rosters are at hand."""
+    if not rosters:
         raise ModelError("the model carries no adapter: dw.attach or dw.load one first")
     if names is None:
         return ()
@@ -33,7 +38,7 @@ def chosen(model: nn.Module, names: Choice) -> Active:
     if len(weights) != len(names):
         raise ConfigError(f"use({list(names)!r}): a name comes twice; give it a weight instead, {{name: 2.0}}")
     for name, weight in weights.items():
-        state.known(model, name)
+        state.known_in(rosters, model, name)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(f"weight {weight!r} of adapter {name!r}: must be a finite number")
     return tuple((name, float(weight)) for name, weight in weights.items())
@@ -50,10 +55,11 @@ def use(model: nn.Module, names: Choice) -> Iterator[nn.Module]:
         UnknownName: the model has no adapter of that name.
         ModelError: changes are merged into the weights.
     """
-    active = chosen(model, names)
-    state.unmerged(model, "switch adapters")
+    rosters = state.rosters(model)
+    active = chosen_in(rosters, model, names)
+    state.unmerged_in(rosters, "switch adapters")
     with ExitStack() as stack:
-        for roster in state.rosters(model):
+        for roster in rosters:
             stack.enter_context(roster.using(active))
         yield model
 
@@ -65,8 +71,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
 
 def activate(model: nn.Module, names: Choice) -> nn.Module:
     """From now on and in every thread, these adapters speak (outside of `use`). Errors as `use`."""
-    active = chosen(model, names)
-    state.unmerged(model, "switch adapters")
-    for roster in state.rosters(model):
+    rosters = state.rosters(model)
+    active = chosen_in(rosters, model, names)
+    state.unmerged_in(rosters, "switch adapters")
+    for roster in rosters:
         roster.default = active
     return model

@@ -169,16 +169,16 @@ def base_parameters(model: nn.Module) -> Iterable[tuple[nn.Parameter, str]]:
 
 def keep_still(model: nn.Module, roster: Roster) -> None:
     """Host every module with running statistics, so that they do not move under a frozen base."""
-    for _, module in list(model.named_modules()):
+    for module in state.modules(model):
         if not isinstance(module, Host) and isinstance(module._buffers.get("running_mean"), Tensor):
             targeting.host_of_any(module).of(module, roster)
 
 
 def watch(model: nn.Module, roster: Roster) -> None:
     """Host every module that reads weights of layers inside it (fast paths), where one of those changes."""
-    for module in list(model.modules()):
+    for module in state.modules(model):
         cls = None if isinstance(module, Host) else targeting.watcher_of(module)
-        if cls is not None and any(isinstance(inner, Host) for inner in module.modules()):
+        if cls is not None and any(isinstance(inner, Host) for inner in state.modules(module)):
             cls.of(module, roster)
 
 

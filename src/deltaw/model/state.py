@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from deltaw.core.host import Host
+from deltaw.core.host import CHILD, FORMS, Host
 from deltaw.core.roster import Roster
 from deltaw.errors import ModelError, UnknownName, did_you_mean
 
@@ -28,17 +28,48 @@ def _wraps(model: nn.Module, attribute: str) -> bool:
     return type(model).__name__ in known and attribute in model._modules
 
 
+def modules(model: nn.Module) -> list[nn.Module]:
+    """Every module of `model` once, in the order of `model.modules()`, adapters and forms left out."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = [unwrap(model)]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append(module)
+        children: dict[str, nn.Module | None] = module._modules
+        if children:
+            if isinstance(module, Host):
+                children = {name: child for name, child in children.items() if name not in (CHILD, FORMS)}
+            waiting.extend(child for child in reversed(children.values()) if child is not None)
+    return found
+
+
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     """(path, host) of every host of `model`; a layer reached by two paths comes once."""
-    for path, module in unwrap(model).named_modules():
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, Host]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        skip: tuple[str, ...] = ()
         if isinstance(module, Host):
+            skip = (CHILD, FORMS)
             yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in skip:
+                yield from walk(f"{path}.{name}" if path else name, child)
+
+    yield from list(walk("", unwrap(model)))
 
 
 def rosters(model: nn.Module) -> list[Roster]:
     """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own."""
     found: dict[int, Roster] = {}
-    for module in unwrap(model).modules():
+    for module in modules(model):
         roster = module.__dict__.get("roster")
         if isinstance(roster, Roster):
             found[id(roster)] = roster
@@ -47,7 +78,12 @@ def rosters(model: nn.Module) -> list[Roster]:
 
 def names(model: nn.Module) -> list[str]:
     """The names of the adapters that `model` carries, in the order in which they came."""
-    return list(dict.fromkeys(name for roster in rosters(model) for name in roster.names))
+    return names_in(rosters(model))
+
+
+def names_in(rosters: Sequence[Roster]) -> list[str]:
+    """The names of the adapters of these rosters."""
+    return list(dict.fromkeys(name for roster in rosters for name in roster.names))
 
 
 def known(model: nn.Module, name: str) -> str:
@@ -56,7 +92,12 @@ def known(model: nn.Module, name: str) -> str:
     Raises:
         UnknownName: it does not; the message holds the names that it has.
     """
-    have = names(model)
+    return known_in(rosters(model), model, name)
+
+
+def known_in(rosters: Sequence[Roster], model: nn.Module, name: str) -> str:
+    """`known`, where the rosters are at hand."""
+    have = names_in(rosters)
     if name not in have:
         raise UnknownName(
             f"{type(unwrap(model)).__name__} has no adapter {name!r}{did_you_mean(name, have)} "
@@ -71,7 +112,12 @@ def unmerged(model: nn.Module, verb: str) -> None:
     Raises:
         ModelError: some adapter is merged.
     """
-    merged = [n for roster in rosters(model) if roster.merged is not None for n in roster.merged.names]
+    unmerged_in(rosters(model), verb)
+
+
+def unmerged_in(rosters: Sequence[Roster], verb: str) -> None:
+    """`unmerged`, where the rosters are at hand."""
+    merged = [n for roster in rosters if roster.merged is not None for n in roster.merged.names]
     if merged:
         raise ModelError(
             f"cannot {verb}: {', '.join(map(repr, merged))} merged into the weights; call dw.unmerge(model) first"
@@ -84,9 +130,9 @@ def unsharded(model: nn.Module, verb: str) -> None:
     Raises:
         ModelError: some module is sharded.
     """
-    for path, module in unwrap(model).named_modules():
+    for module in modules(model):
         if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__):
             raise ModelError(
-                f"cannot {verb}: FSDP has sharded {path or 'the model'}; attach, load and quantize before sharding, and "
+                f"cannot {verb}: FSDP has sharded a {type(module).__name__}; attach, load and quantize before sharding, and "
                 "detach in a process that loads the model whole"
             )

@@ -152,7 +152,9 @@ def host_for_parameter(layer: nn.Module, site: str) -> type[Host] | None:
 
 def watcher_of(layer: nn.Module) -> type[Host] | None:
     """The host for a module that reads the weights of layers inside it, or None."""
-    return next((cls for _, cls in reversed(host_registry.items()) if isinstance(layer, cls.watches)), None)
+    return next(
+        (cls for _, cls in reversed(host_registry.items()) if cls.watches and isinstance(layer, cls.watches)), None
+    )
 
 
 def host_of_any(layer: nn.Module) -> type[Host]:
