@@ -7,7 +7,7 @@ meaning: the sides then differ, and cannot be merged into the one storage.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor, nn
 
@@ -74,8 +74,3 @@ def changes_of(layer: nn.Module, site: str, active: Active) -> list[tuple[int, f
     with layer.roster.using(active):
         spoken = [*layer.speaking(site), *layer.feeding(site)]
     return sorted((id(s.delta), s.weight) for s in spoken)
-
-
-def unfollowed(hosts: Iterable[Host]) -> set[int]:
-    """ids of the hosts that neither hold a change nor follow one."""
-    return {id(h) for h in hosts if not h.adapters._modules and not h.adapters.tied}
