@@ -25,16 +25,17 @@ def fetch(repo: str, *, revision: str | None = None, token: str | None = None) -
         MissingExtra: huggingface_hub is not installed.
     """
     hub = _library()
-    try:
-        there = set(hub.HfApi(token=token).list_repo_files(repo, revision=revision))
-        wanted = [n for n in (CONFIG, WEIGHTS, MANIFEST) if n in there]
-        if CONFIG not in there or WEIGHTS not in there:
-            raise AdapterError(f"{repo} is no adapter: it has no {CONFIG if CONFIG not in there else WEIGHTS}")
-        files = {n: hub.hf_hub_download(repo, n, revision=revision, token=token) for n in wanted}
-    except AdapterError:
-        raise
-    except Exception as error:
-        raise AdapterError(f"{repo!r} is no folder here, and the hub has no such adapter: {error}") from error
+    missing: Any = hub.errors.EntryNotFoundError
+    files: dict[str, str] = {}
+    for name in (CONFIG, WEIGHTS, MANIFEST):
+        try:
+            files[name] = hub.hf_hub_download(repo, name, revision=revision, token=token)
+        except missing as error:
+            if name == MANIFEST:
+                continue
+            raise AdapterError(f"{repo} on the hub is no adapter that can be read: it has no {name}") from error
+        except Exception as error:
+            raise AdapterError(f"{repo!r} is no folder here, and the hub has no such adapter: {error}") from error
     return Files(files, repo)
 
 
