@@ -16,6 +16,8 @@ from deltaw.errors import MissingExtra
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 MANY_CELLS = 160
 """Heat maps of more cells carry no figures in them."""
+MANY_NAMES = 12
+"""Axes with more weights than this carry no names."""
 
 
 def figure(width: float, height: float) -> Any:
@@ -176,8 +178,12 @@ def amplification(found: Mapping[str, Amplifications]) -> Any:
         ):
             axis.plot([getattr(weights[k], pick) for k in order], marker, color=colour, label=label, markersize=4)
         axis.set_yscale("log")
-        axis.set(title=name, xlabel="weights, block by block", ylabel="Frobenius norm")
-        axis.legend(fontsize=7, frameon=False, ncols=2)
+        axis.set(title=name, ylabel="Frobenius norm")
+        if len(order) <= MANY_NAMES:
+            axis.set_xticks(range(len(order)), order, fontsize=7, rotation=20, ha="right")
+        else:
+            axis.set_xlabel("weights, block by block")
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
 
 

@@ -1,4 +1,4 @@
-"""linear: average the factors, not the changes. What LoRAHub (arXiv:2307.13269) and PEFT's "linear" compute.
+"""linear: average the factors, not the changes: PEFT's "linear" (LoRAHub, arXiv:2307.13269, with wᵢ for its root).
 
 A = Σ sgn(wᵢsᵢ) √|wᵢsᵢ| Aᵢ and B = Σ √|wᵢsᵢ| Bᵢ, so BA = Σ wᵢsᵢ BᵢAᵢ plus a cross term BᵢAⱼ for every pair. It keeps
 the rank, but it is not the sum of the changes, and it depends on how each adapter happens to split its ΔW between A

@@ -111,6 +111,28 @@ class TestSpectrum:
         assert found["head.weight"].values == pytest.approx(torch.linalg.svdvals(V - W).tolist())
         assert "only matrices" in found.skipped["head.bias"]
 
+    def test_dora_is_analysed_by_its_true_change(self):
+        W, A, B, m = randn(1, 20, 30), randn(2, 3, 30), randn(3, 20, 3), 1 + randn(4, 20).abs()
+        a = dw.Adapter({KEY: dw.Change(dw.DoRA(rank=3, alpha=3), {"A": A, "B": B, "m": m})})
+        with pytest.raises(errors.ConfigError, match="depends on the base weight"):
+            dw.spectrum(a)
+        changed = W + B @ A
+        exact = m[:, None] * changed / changed.norm(dim=1, keepdim=True) - W
+        assert dw.spectrum(a, base={KEY: W})[KEY].values == pytest.approx(torch.linalg.svdvals(exact).tolist())
+        found = dw.amplification(a, {KEY: W}, rank=2)[KEY]
+        U, _, Vh = torch.linalg.svd(exact)
+        assert found.along_change == pytest.approx(float((U[:, :2].T @ W @ Vh[:2].T).norm()))
+
+    def test_every_expert_of_a_stack_has_its_own(self):
+        A, B, W = randn(1, 3, 2, 8), randn(2, 3, 6, 2), randn(3, 3, 6, 8)
+        a = dw.Adapter({"layers.0.experts": dw.Change(dw.LoRA(rank=2, alpha=2), {"A": A, "B": B})})
+        found = dw.spectrum(a)
+        assert list(found) == [f"layers.0.experts#{e}" for e in range(3)]
+        assert found["layers.0.experts#1"].values == pytest.approx(torch.linalg.svdvals(B[1] @ A[1])[:2].tolist())
+        assert dw.amplification(a, {"layers.0.experts": W})["layers.0.experts#2"].weight == pytest.approx(
+            float(W[2].norm())
+        )
+
     def test_prints(self):
         text = str(dw.spectrum(with_values([4.0, 2.0])[0]))
         assert KEY in text
