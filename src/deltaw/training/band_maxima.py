@@ -22,7 +22,7 @@ def band_maxima(train: Tensor, labels: Tensor, others: Tensor, penalty: float = 
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(x @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(closure)
     return (y @ weight.T + bias).detach()
