@@ -42,7 +42,7 @@ def extract(
         raise ConfigError(f"rank={rank!r}: must be a whole number of at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy={energy!r}: must be a share in (0, 1]")
-    new, old = tensors_of(tuned), tensors_of(base)
+    new, old = ({k: t.detach() for k, t in tensors_of(w).items()} for w in (tuned, base))
     check_names(new, old)
     owners = places(base) if isinstance(base, nn.Module) else {}
     ties = same_storage(base) if isinstance(base, nn.Module) else {}
