@@ -33,6 +33,7 @@ class Progress:
         """One line of text."""
         if not self.quiet:
             self.console.print(f"[{self.name}] {text}" if self.name else text, markup=False)
+            sys.stdout.flush()
 
     def complain(self, text: str) -> None:
         """One line of text on stderr, also when quiet."""

@@ -78,21 +78,24 @@ def train(
         progress.say(
             f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})"
         )
+        stop.check()
         fresh = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = folder / "checkpoints"
         try:
-            if accelerator.is_main_process:
-                checkpoint.write_atomic(folder / CONFIG, yaml.safe_dump(config.nested(), sort_keys=False))
-                set_status(folder, "running")
+            if accelerator.is_main_process and not resume:
+                write_config(folder, config)
             record = Record(folder / "metrics.jsonl" if accelerator.is_main_process else None)
             stack.callback(record.close)
             fit, spent_before = _fit(model, task, config, accelerator, prepared, record, progress, stop, checkpoints)
             if resume and prepared.trains:
                 _continue(fit, checkpoints, config, progress)
+                if accelerator.is_main_process:
+                    write_config(folder, config)
             elif not resume:
                 record.cut(0)
             fit.state.seconds = fit.state.seconds or spent_before
+            stop.check()
             state = fit.run() if prepared.trains else fit.state
             test = fit.evaluate("test") if "test" in task.splits else None
             validation = None if prepared.trains else fit.evaluate("validation")
@@ -310,6 +313,12 @@ def counts(model: nn.Module) -> dict[str, int]:
     """Trained parameters, and the parameters of the model as it is used: adapters included, frozen originals of trained copies not."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"trainable": trainable, "total": sum(p.numel() for p in model.parameters())}
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write what the run is, and that it runs."""
+    checkpoint.write_atomic(folder / CONFIG, yaml.safe_dump(config.nested(), sort_keys=False))
+    set_status(folder, "running")
 
 
 def set_status(folder: Path, state: str) -> None:
