@@ -74,13 +74,18 @@ class Similarities(Mapping[str, Similarity]):
         return len(self.weights)
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """φ and its random baseline averaged over the weights, for as many directions as all of them have."""
+        """φ and its random baseline at every (i, j), averaged over the weights that have so many directions."""
         if not self.weights:
             raise ConfigError("no weight is changed by both adapters in directions that could be compared")
-        i = min(s.phi.shape[0] for s in self.weights.values())
-        j = min(s.phi.shape[1] for s in self.weights.values())
-        phi = torch.stack([s.phi[:i, :j] for s in self.weights.values()]).mean(0)
-        return phi, torch.stack([s.baseline[:i, :j] for s in self.weights.values()]).mean(0)
+        i = max(s.phi.shape[0] for s in self.weights.values())
+        j = max(s.phi.shape[1] for s in self.weights.values())
+        phi, baseline, count = (torch.zeros(i, j, dtype=torch.float64) for _ in range(3))
+        for s in self.weights.values():
+            here = (slice(s.phi.shape[0]), slice(s.phi.shape[1]))
+            phi[here] += s.phi
+            baseline[here] += s.baseline
+            count[here] += 1
+        return phi / count, baseline / count
 
     def table(self) -> list[dict[str, Any]]:
         """One row per weight, for tables and JSON."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from deltaw.analysis.similarity import Similarities, similarity
 from deltaw.analysis.spectrum import spectrum
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
+from deltaw.core.true_change import any_shape
 
 SHARED = 0.5
 """φ(1, 1) above which two top directions are called shared: the paper reads "> 0.5" off its figure 3."""
@@ -69,12 +70,12 @@ class Study:
         ):
             if found is None:
                 continue
-            phi, random = (t.numpy() for t in found.mean())
-            first = [s.at(1, 1) for s in found.values()]
+            first, random = [s.at(1, 1) for s in found.values()], [float(s.baseline[0, 0]) for s in found.values()]
+            whole, expected = [s.whole for s in found.values()], [float(s.baseline[-1, -1]) for s in found.values()]
             share = float(np.mean([f > SHARED for f in first]))
             said.append(
-                f"Top input direction of {what}: φ(1,1) = {phi[0, 0]:.2f} on average, random {random[0, 0]:.3f}; shared "
-                f"(> {SHARED}) in {share:.0%} of the weights. All directions: φ = {phi[-1, -1]:.2f}, random {random[-1, -1]:.2f}."
+                f"Top input direction of {what}: φ(1,1) = {np.mean(first):.2f} on average, random {np.mean(random):.3f}; shared "
+                f"(> {SHARED}) in {share:.0%} of the weights. All directions: φ = {np.mean(whole):.2f}, random {np.mean(expected):.2f}."
             )
         for rank, rows in self.amplified.items():
             factors = [a.factor for a in rows.values() if math.isfinite(a.factor)]
@@ -101,10 +102,11 @@ class Study:
 def study(
     runs: list[Run], metric: str, base: Base | None = None, *, higher_is_better: bool = True, of: str = "change"
 ) -> Study:
-    """Compare the runs of a grid of ranks and seeds.
+    """Compare the runs of a grid of ranks and seeds. Trained copies (a new head) have no rank and are left out.
 
     of: directions of the "change" ΔW, or of the "factors" as in the paper (see similarity.py).
     """
+    runs = [replace(run, adapter=_ranked(run.adapter)) for run in runs]
     by = {(run.rank, run.seed): run for run in runs}
     ranks = sorted({run.rank for run in runs})
     seeds = sorted({run.seed for run in runs})
@@ -220,6 +222,10 @@ def markdown(found: Study, title: str, subtitle: str) -> str:
                 names = ("change", "weight", "along_change", "along_weight", "along_random", "factor")
                 lines.append(f"| {rank} | " + " | ".join(f"{_middle(rows, n):.3g}" for n in names) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _ranked(adapter: Adapter) -> Adapter:
+    return adapter.replace(changes={k: c for k, c in adapter.changes.items() if not any_shape(c)})
 
 
 def _table(found: Similarities | None) -> list[dict[str, Any]]:

@@ -280,3 +280,20 @@ def test_places():
     assert place("classifier.weight") == Place(None, "classifier")
     assert place("h.11.attn.c_attn.bias") == Place(11, "attn.c_attn.bias")
     assert place("0.weight") == Place(0, "weight")
+
+
+def test_the_mean_similarity_is_over_the_weights_that_have_so_many_directions():
+    small, large = "layers.0.head.weight", "layers.0.q.weight"
+    parts = [
+        {
+            large: one(randn(n, 4, 30), randn(n + 9, 20, 4)).changes[KEY],
+            small: one(randn(n, 2, 30), randn(n, 6, 2)).changes[KEY],
+        }
+        for n in (1, 2)
+    ]
+    found = dw.similarity(*(dw.Adapter(p) for p in parts))
+    phi, baseline = found.mean()
+    assert phi.shape == (4, 4)
+    assert float(phi[3, 3]) == pytest.approx(found[large].at(4, 4))
+    assert float(phi[1, 0]) == pytest.approx((found[large].at(2, 1) + found[small].at(2, 1)) / 2)
+    assert float(baseline[3, 3]) == pytest.approx(4 / 30)
