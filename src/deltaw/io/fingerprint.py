@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, join_key
-from deltaw.core.host import CHILD, Host
+from deltaw.core.host import CHILD, FORMS, Host, parameter_names
 from deltaw.errors import ModelError
 from deltaw.io.tensor_file import NAMES, content
 
@@ -34,7 +34,9 @@ TOLERANCE = {"float": 0.01, "int8": 0.05, "other": 0.25}
 
 OTHER = "!other values"
 
-_seen: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, dict[str, Any]]]] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, dict[str, Any], dict[str, Any] | None]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,31 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     Raises:
         ModelError: the model is on the meta device, or merged for good (its base is gone).
     """
-    return {"version": VERSION, "parameters": dict(entries(model, without))}
+    earlier = {name: known[2] for name, known in _seen.get(model, {}).items() if known[2] is not None}
+    return {"version": VERSION, "parameters": originals_of(dict(entries(model, without)), earlier)}
+
+
+def originals_of(entries: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`entries` with those of quantised weights replaced by what is known of the originals from before.
+
+    earlier: entries of the same base, from a time when it was not quantised; only those count that still agree.
+    """
+    found = dict(entries)
+    for name, entry in entries.items():
+        before = (earlier or {}).get(name)
+        if "form" not in entry or not isinstance(before, Mapping) or "form" in before:
+            continue
+        if before.get("shape") == entry["shape"] and distance(before.get("sketch"), entry["sketch"]) <= tolerance(
+            entry
+        ):
+            found[name] = dict(before)
+    return found
+
+
+def tolerance(entry: Mapping[str, Any]) -> float:
+    """How far a weight in this entry's form may be from its original."""
+    form = entry.get("form", "dense")
+    return TOLERANCE["float" if form == "dense" else "int8" if "8" in form else "other"]
 
 
 def entries(
@@ -74,7 +100,8 @@ def entries(
         state = (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.dtype, form, _probe(tensor))
         known = cache.get(name)
         if known is None or known[0] != state:
-            known = (state, entry_of(tensor, form))
+            before = None if known is None else known[1] if "form" not in known[1] else known[2]
+            known = (state, entry_of(tensor, form), before if form != "dense" else None)
             cache[name] = known
         yield name, known[1]
 
@@ -89,6 +116,10 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     for path, module in own_modules(model):
         if isinstance(module, Host) and originals is None:
             originals = _originals(module)
+        for site in parameter_names(module):
+            held = module.form(site) if isinstance(module, Host) else None
+            if held is not None and isinstance(module, Host):
+                yield join_key(path, site), module.parameter(site).detach(), held.form.kind
         kept = {s: b for s, b in module._buffers.items() if s not in module._non_persistent_buffers_set}
         for site, tensor in [*module._parameters.items(), *kept.items()]:
             if tensor is None or id(tensor) in seen:
@@ -105,7 +136,10 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, Host):
-            inside.update(id(m) for m in module._modules[CHILD].modules())  # type: ignore[union-attr]
+            for child in (CHILD, FORMS):
+                held = module._modules.get(child)
+                if held is not None:
+                    inside.update(id(m) for m in held.modules())
         if id(module) not in inside:
             yield path, module
 

@@ -78,7 +78,11 @@ def described(model: nn.Module, adapter: Adapter) -> Adapter:
     if isinstance(named, str) and named:
         base["name"] = named
     if not any(t.is_meta for t in adapter.tensors().values()):
-        base["fingerprint"] = prints.fingerprint(model, prints.replaced(adapter))
+        now = prints.fingerprint(model, prints.replaced(adapter))
+        earlier = base.get("fingerprint")
+        if isinstance(earlier, Mapping) and isinstance(earlier.get("parameters"), Mapping):
+            now["parameters"] = prints.originals_of(now["parameters"], earlier["parameters"])
+        base["fingerprint"] = now
     extra = dict(adapter.extra)
     task = task_of(model, adapter)
     extra.pop("task_type", None)
