@@ -1,7 +1,7 @@
 """Adapters -> adapter: combinations of changes with their error stated, and the search for good weights."""
 
 from deltaw.compose.cat import Cat
-from deltaw.compose.combine import combine
+from deltaw.compose.combination import combine
 from deltaw.compose.combiner import Combiner, combiner, combiners
 from deltaw.compose.dare import Dare
 from deltaw.compose.linear import Linear

@@ -37,7 +37,7 @@ def add(app: typer.Typer) -> None:
         as_json: bool = typer.Option(False, "--json", help="Print the errors as JSON."),
     ) -> None:
         """Blend adapters of one base into one; says how far the result is from the exact sum of the changes."""
-        from deltaw.compose.combine import combine as blend
+        from deltaw.compose.combination import combine as blend
         from deltaw.errors import ConfigError
         from deltaw.io.files import write
 

@@ -37,7 +37,7 @@ def add(app: typer.Typer) -> None:
     ) -> None:
         """Search weights; go on with --out's trace if there is one; keep the combination; compare on held-out data."""
         from deltaw.cli.commands.analyze import distinct
-        from deltaw.compose.combine import combine
+        from deltaw.compose.combination import combine
         from deltaw.compose.hub import BASE, measured, search
         from deltaw.compose.hub_plot import plot
         from deltaw.io.files import write
