@@ -14,8 +14,9 @@ Where W' = c W + Σ s B A is cheaper to form than the adapters are to apply (sel
 the adapters cost nothing in forward and in ∂x; W' is formed again in backward, not kept. Otherwise, and for adapters
 with dropout, they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy.
 
-x is saved as it came, so that all projections of one input keep one copy. Dropout is made again from its seed. Nothing
-is computed for an input that needs no gradient. The plain twin is `adapted_linear_reference`.
+x is saved as it came, so that all projections of one input keep one copy, or not at all where it can be made again from
+what its producer keeps (recompute.py). Dropout is made again from its seed. Nothing is computed for an input that needs
+no gradient. The plain twin is `adapted_linear_reference`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import use_merged
 from deltaw.ops.terms import (
     TENSORS,
@@ -74,7 +76,8 @@ def adapted_linear(
     if transformed():
         return plain(x, weight, bias, terms, frozen)
     plan, tensors = pack(terms)
-    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    recipe, sources = recipe_of(x) or (None, ())
+    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, recipe, sources, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -140,12 +143,17 @@ class AdaptedLinear(torch.autograd.Function):
         plan: Plan,
         merge: bool,
         frozen: FrozenProduct | None,
+        recipe: Recipe | None,
+        sources: tuple[Tensor, ...],
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """`plan` and `tensors` are the packed terms; `merge` says whether gains and undropped factors are in W'."""
+        """`plan` and `tensors` are the packed terms; `merge` says whether gains and undropped factors are in W'.
+
+        `sources` is what `recipe` makes x again from.
+        """
         terms = unpack(plan, tensors)
         gain = None if merge else total_gain(terms)
         if weight is None:
@@ -169,8 +177,8 @@ class AdaptedLinear(torch.autograd.Function):
         kept = None  # y, from which ∂gain is read
         if any(t.gain is not None and t.gain.requires_grad for t in terms) and not torch.compiler.is_compiling():
             kept, ctx.witness = alias(y)
-        ctx.plan, ctx.merge, ctx.frozen = plan, merge, frozen
-        ctx.save_for_backward(kept, x, weight, bias, *tensors, *products)
+        ctx.plan, ctx.merge, ctx.frozen, ctx.recipe, ctx.sources = plan, merge, frozen, recipe, len(sources)
+        ctx.save_for_backward(kept, x if recipe is None else None, weight, bias, *tensors, *products, *sources)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -179,8 +187,10 @@ class AdaptedLinear(torch.autograd.Function):
         """The derivatives of the header; None for every input that needs none."""
         kept, x, weight, bias, *rest = ctx.saved_tensors
         terms = unpack(ctx.plan, rest)
-        products = rest[TENSORS * len(terms) :]
-        needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[3:]
+        products = rest[TENSORS * len(terms) : len(rest) - ctx.sources]
+        if ctx.recipe is not None:
+            x = ctx.recipe.take(rest[len(rest) - ctx.sources :])
+        needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[5:]
         needs_gain = any(needs[i] for i in range(2, len(needs), TENSORS))
         g = flat(grads[0]).contiguous()  # (T, out)
         rows = flat(x)  # (T, in)
@@ -218,7 +228,7 @@ class AdaptedLinear(torch.autograd.Function):
             dterms += [dgain.to(t.gain.dtype) if wanted and dgain is not None and t.gain is not None else None, None]
         dweight = scaled.t() @ rows if needs_weight else None
         dinput = None if dx is None else dx.view(x.shape)
-        return None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
+        return None, None, None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
 
 
 def backward_factors(

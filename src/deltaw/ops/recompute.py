@@ -1,0 +1,114 @@
+"""Not saving x: where x is the output of an operation that keeps its own input for backward, x is made again from that.
+
+∂A = uᵀ x needs x, so every LoRA layer keeps its input alive: next to what GELU, SiLU·up and LayerNorm keep for their
+own backward that is a second copy of the same information, and most of what LoRA saves. So instead of x the adapted
+linear keeps what x's producer keeps already, and makes x again, one elementwise pass beside a matrix product.
+
+    GELU, SiLU     x = f(z)                       to the bit
+    product        x = a · b                      to the bit (where both are kept: the gate of a SwiGLU)
+    LayerNorm      x = (z - mean) rstd γ + β      to a rounding or two: the kernel's order of operations is its own
+
+Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Left
+alone: graphs under saved-tensor hooks (checkpointing, offloading), compilers (they decide themselves), small inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WORTH = 1 << 14
+"""Below so many numbers x is simply kept."""
+
+KEY = "deltaw.recipe"
+
+Maker = Callable[..., Tensor]
+
+
+class Recipe:
+    """How x is made again from `tensors`; shared by all layers that read the same x."""
+
+    def __init__(self, make: Maker) -> None:
+        self.make = make
+        self.readers = 0
+        self.left = 0
+        self.made: Tensor | None = None
+
+    def take(self, tensors: Sequence[Tensor]) -> Tensor:
+        """x, made by the first reader, forgotten after the last."""
+        made = self.made
+        if made is None:
+            made = self.make(*tensors)
+            self.left = self.readers
+        self.left -= 1
+        self.made = made if self.left > 0 else None
+        return made
+
+
+def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
+    """The recipe for x and the tensors it needs, all of them kept by x's producer anyway; None where x is to be kept."""
+    if torch.compiler.is_compiling() or x.numel() < WORTH or not torch.is_grad_enabled():
+        return None
+    node: Any = x.grad_fn
+    known = None if node is None else PRODUCERS.get(node.name())
+    if known is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+        return None
+    try:
+        found = known(node)
+    except RuntimeError:  # the producer's input was written to: its own backward will say so
+        return None
+    if found is None:
+        return None
+    tensors, make = found
+    recipe = node.metadata.setdefault(KEY, Recipe(make))
+    recipe.readers += 1
+    return recipe, tensors
+
+
+Found = tuple[tuple[Tensor, ...], Maker] | None
+
+
+def gelu(node: Any) -> Found:
+    """x = gelu(z)."""
+    approximate = node._saved_approximate
+    return (node._saved_self,), lambda z: F.gelu(z, approximate=approximate)
+
+
+def silu(node: Any) -> Found:
+    """x = silu(z)."""
+    return (node._saved_self,), F.silu
+
+
+def product(node: Any) -> Found:
+    """x = a · b, if the producer keeps both."""
+    a, b = node._saved_self, node._saved_other
+    return None if a is None or b is None else ((a, b), torch.mul)
+
+
+def layer_norm(node: Any) -> Found:
+    """x = (z - mean) rstd γ + β; mean and rstd have one entry per row."""
+    gamma, beta = node._saved_weight, node._saved_bias
+    tensors = [node._saved_input, node._saved_result1, node._saved_result2]
+
+    def make(z: Tensor, mean: Tensor, rstd: Tensor, *affine: Tensor) -> Tensor:
+        wide = torch.addcmul(-mean * rstd, z, rstd)
+        rest = list(affine)
+        scale = None if gamma is None else rest.pop(0)
+        shift = rest.pop(0) if rest else None
+        if scale is not None:
+            wide = wide.mul_(scale) if shift is None else torch.addcmul(shift, wide, scale, out=wide)
+        return wide.to(z.dtype)
+
+    return (*tensors, *(t for t in (gamma, beta) if t is not None)), make
+
+
+PRODUCERS: dict[str, Callable[[Any], Found]] = {
+    "GeluBackward0": gelu,
+    "SiluBackward0": silu,
+    "MulBackward0": product,
+    "NativeLayerNormBackward0": layer_norm,
+}
