@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.registry import foreign_readers
 from deltaw.core.variant import FrozenMatrix
 
 
@@ -90,3 +91,18 @@ class Form(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
+
+
+def foreign_dense(layer: nn.Module, weight: Tensor) -> Tensor | None:
+    """The weight (stored shape) that a tensor which another library has quantised stands for; None for a plain tensor.
+
+    Libraries are known by files in frozen/ that register a reader, `read(layer, weight) -> Tensor | None`.
+    """
+    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
+        return None
+    for _, read in foreign_readers.items():
+        dense = read(layer, weight)
+        if dense is not None:
+            found: Tensor = dense.detach()
+            return found
+    return None

@@ -8,16 +8,16 @@ are sites, how each is an (out, in) matrix, and how the layer computes with chan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.frozen import FrozenWeight
+from deltaw.core.frozen import FrozenWeight, foreign_dense
 from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
 from deltaw.core.recall import in_backward, note_silent_call, recall, remember
-from deltaw.core.roster import Roster
+from deltaw.core.roster import Active, Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
 
 CHILD = "adapters"
@@ -93,6 +93,8 @@ class Host(nn.Module):
     beneath: ClassVar[bool] = False
     """True to mix this host in behind the layer's class: the layer's own forward runs, and its `super().forward` is ours."""
 
+    foreign: ClassVar[bool] = False
+    """True for layers whose weight another library keeps in a form of its own (see `core.frozen.foreign_dense`)."""
     takes_forms: ClassVar[bool] = False
     """True if the forward computes with a frozen weight that is kept in another form (`form`)."""
 
@@ -190,6 +192,9 @@ class Host(nn.Module):
             form = self.form(name)
             found = self._buffers[name] if form is None else self.from_matrix(name, form.dense())
         assert found is not None
+        if self.foreign:
+            dense = foreign_dense(self, found)
+            found = found if dense is None else dense
         return found
 
     def form(self, name: str) -> FrozenWeight | None:
@@ -231,6 +236,13 @@ class Host(nn.Module):
         return form if form is not None else Dense(self.matrix(site, self.parameter(site)))
 
     # ---- what the forwards use
+
+    def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
+        """The layer's output where rows start..stop of x have their own adapters, as one operation.
+
+        None (the default) if there is none: the call is then made group by group.
+        """
+        return None
 
     def speaking(self, site: str) -> list[Spoken]:
         """The deltas that change the parameter `site` now: its own, those of its parts, those of a layer tied to it."""

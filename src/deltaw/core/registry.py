@@ -78,6 +78,7 @@ def load_plugins() -> None:
 variants: Registry[type[Any]] = Registry("method", "deltaw.variants")
 hosts: Registry[type[Any]] = Registry("layer family", "deltaw.layers")
 forms: Registry[type[Any]] = Registry("form of the frozen weight", "deltaw.frozen")
+foreign_readers: Registry[Callable[..., Any]] = Registry("library of quantised weights", "deltaw.frozen")
 inits: Registry[Callable[..., Any]] = Registry("init", "deltaw.inits")
 
 
@@ -97,6 +98,16 @@ def form(cls: T) -> T:
     """Class decorator: make a form of the frozen weight known by its `kind`."""
     forms.register(cls.kind, cls)
     return cls
+
+
+def foreign_reader(name: str) -> Callable[[V], V]:
+    """Decorator: make a reader of another library's quantised weights known by the library's `name`."""
+
+    def add(thing: V) -> V:
+        foreign_readers.register(name, thing)  # type: ignore[arg-type]
+        return thing
+
+    return add
 
 
 def init(name: str) -> Callable[[V], V]:

@@ -6,15 +6,18 @@ that keep nn.Linear's forward count as nn.Linear; for those with a forward of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.frozen import foreign_dense
 from deltaw.core.host import Example
 from deltaw.core.registry import host
+from deltaw.core.roster import Active
 from deltaw.layers.output import OutputHost
+from deltaw.ops.grouped import Segment, grouped_linear
 from deltaw.ops.linear import adapted_linear
 
 
@@ -25,6 +28,10 @@ class LinearHost(OutputHost, nn.Linear):
     family: ClassVar[str] = "linear"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     takes_forms: ClassVar[bool] = True
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return super().accepts(layer) and not is_foreign(layer)
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -52,6 +59,25 @@ class LinearHost(OutputHost, nn.Linear):
         if terms is None:
             return nn.functional.linear(x, self.changed("weight"), bias)
         return adapted_linear(x, weight, bias, terms, training=self.training, frozen=form)
+
+    def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
+        segments = []
+        for active, start, stop in groups:
+            with self.roster.using(active):
+                sites = self.active_sites()
+                terms = self.low_rank() if sites else []
+            if terms is None or sites - {"weight"} or self.beneath:
+                return None
+            segments.append(Segment(start, stop, terms))
+        form = self.form("weight")
+        weight = self.weight if form is None else None
+        return grouped_linear(x, weight, self.bias, segments, training=self.training, frozen=form)
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether another library keeps the weight in a form of its own."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and foreign_dense(layer, weight) is not None
 
 
 def zero_row() -> nn.Module:

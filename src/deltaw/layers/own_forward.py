@@ -25,7 +25,7 @@ from deltaw.core.variant import LowRank
 from deltaw.layers.conv import ConvMatrix
 from deltaw.layers.conv_transpose import ConvTransposeMatrix
 from deltaw.layers.embedding import EmbeddingHost, EmbeddingMatrix
-from deltaw.layers.linear import LinearHost
+from deltaw.layers.linear import LinearHost, is_foreign
 from deltaw.layers.output import OutputHost, added, dropped_input
 from deltaw.layers.weight import WeightHost
 
@@ -164,7 +164,11 @@ class OwnForwardLinearHost(OutputHost):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return way_of(layer, nn.Linear) in ("added", "unused")
+        return way_of(layer, nn.Linear) in ("added", "unused") and not is_foreign(layer)
+
+    @classmethod
+    def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {"weight": (layer.out_features, layer.in_features)}  # type: ignore[dict-item]
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -193,6 +197,34 @@ class OwnForwardLinearHost(OutputHost):
             return nn.functional.linear(nn.functional.linear(inputs, t.A), t.B)
 
         return added(y, bias, terms, low, behind=0, training=self.training)
+
+
+@host
+class ForeignLinearHost(OwnForwardLinearHost):
+    """A Linear whose weight bitsandbytes or torchao keep quantised (frozen/foreign.py): its own product stays in charge."""
+
+    family: ClassVar[str] = "linear (quantised by another library)"
+    foreign: ClassVar[bool] = True
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) and is_foreign(layer)
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        return None
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        return ()
+
+    def listed_as(self) -> str:
+        return LinearHost.family
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "weight" in self.active_sites() and self.low_rank() is None:
+            return nn.functional.linear(x, self.changed("weight").to(x.dtype), self.changed_bias())
+        return super().forward(x)
 
 
 class ChangedHost(WeightHost):

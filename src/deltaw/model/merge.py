@@ -224,6 +224,11 @@ def undropped(hosts: Iterable[Host]) -> Iterator[None]:
 def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, FrozenWeight | None, MergedWeight]:
     """The new values of one site, the same in the form in which it is kept (if it is), and its line of the report."""
     here = host.parameter(site)
+    if host.foreign and site == "weight":
+        raise ModelError(
+            f"cannot merge into {key!r}: another library keeps it quantised; load the base model in 16 or 32 bit, load "
+            "the adapter there, and merge"
+        )
     if here.is_meta:
         raise ModelError(f"cannot merge into {key!r}: the base is on the meta device; load its weights first")
     if not here.is_floating_point():

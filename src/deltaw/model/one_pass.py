@@ -70,12 +70,27 @@ class OnePass(ByRow):
         multiple = self.multiples.get(id(host), 1)
         follows = self.checked(host, args, kwargs, multiple)
         entries = [trees.unfold(sorted(group), multiple) for group in groups.values()]
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            whole = self.at_once(host, args[0], list(zip(groups, entries)))
+            if whole is not None:
+                return whole
         outputs = []
         for active, some in zip(groups, entries):
             some_args, some_kwargs = trees.taken((args, kwargs), dict.fromkeys(follows, 0), some)
             with host.roster.using(active):
                 outputs.append(forward(host, *some_args, **some_kwargs))
         return trees.together(outputs, functools.partial(self.join, host, entries))
+
+    def at_once(self, host: Host, x: Tensor, groups: Sequence[Group]) -> Tensor | None:
+        """One operation for all groups, on the rows sorted by group, if the layer has one."""
+        spans: list[tuple[Active, int, int]] = []
+        start = 0
+        for active, some in groups:
+            spans.append((active, start, start + len(some)))
+            start += len(some)
+        order = [entry for _, some in groups for entry in some]
+        y = host.grouped(trees.take(x, order), spans)
+        return None if y is None else trees.place([y], [order])
 
     def checked(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], multiple: int) -> set[str]:
         """The names of the arguments that follow the rows."""

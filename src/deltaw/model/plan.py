@@ -47,14 +47,19 @@ class Planned:
             assert isinstance(self.layer, Host)
             empty = torch.zeros((), dtype=form.dtype, device=form.codes.device)
             return self.layer.from_matrix(name, empty.expand(form.shape))
+        if self.host.foreign and name in self.host.sites(self.layer):
+            empty = torch.zeros((), device=self.layer._parameters[name].device)  # type: ignore[union-attr]
+            return empty.expand(self.host.sites(self.layer)[name])
         found = self.layer._parameters.get(name)
         return found if found is not None else self.layer._buffers[name]  # type: ignore[return-value]
 
     @property
     def identity(self) -> Hashable:
         """Equal for the same parameter, however many layers hold it."""
-        form = self.layer.form(parameter_of(self.site)) if isinstance(self.layer, Host) else None
-        return ties.identity(self.stored if form is None else form.codes)
+        name = parameter_of(self.site)
+        form = self.layer.form(name) if isinstance(self.layer, Host) else None
+        kept = self.layer._parameters.get(name) if form is None else form.codes
+        return ties.identity(self.stored if kept is None else kept)
 
     @property
     def shape(self) -> tuple[int, ...]:

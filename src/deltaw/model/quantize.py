@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key
-from deltaw.core.frozen import Form, FrozenWeight
+from deltaw.core.frozen import Form, FrozenWeight, foreign_dense
 from deltaw.core.host import Host
 from deltaw.core.roster import Roster
 from deltaw.errors import ConfigError, ModelError, NonFinite, TargetError
@@ -145,7 +145,8 @@ def wanted(root: nn.Module, targets: Any, exclude: Any) -> dict[str, nn.Module]:
         for path in targeting.matching(root, target, known, left):
             layer = known[path]
             cls = targeting.host_for(layer)
-            if cls is not None and cls.takes_forms:
+            read_only = targeting.belongs_to_parent(path, known)
+            if cls is not None and (cls.takes_forms or cls.foreign) and not read_only:
                 found.setdefault(id(layer), path)
             elif target != targeting.ALL_LINEAR and layer._parameters:
                 raise TargetError(
@@ -166,6 +167,8 @@ def left_alone(root: nn.Module, layer: nn.Module) -> str | None:
         if any(layer.deltas(n)["weight"].variant.any_shape for n in copies):
             return "an adapter trains a copy of it"
     weight = weight_of(layer)
+    if foreign_dense(layer, weight) is not None:
+        return "another library keeps it quantised"
     if weight.requires_grad and state.names(root):
         return "it is trained"
     if not weight.is_floating_point():
