@@ -1,7 +1,7 @@
 """Compare methods: each in a process of its own, because a process's peak memory never falls.
 
     DIR/  compare.json (what was asked)  METHOD.yaml  METHOD/ (a run each)  pretrained/ (if the recipe makes its base)
-          results.json  metrics.jsonl  report.html  metric_over_epochs.png  metric_over_time.png
+          results.json  metrics.jsonl  report.html  table.md  metric_over_epochs.png  metric_over_time.png
 
 A comparison that was stopped goes on where it was: runs that are finished are not run again.
 """
@@ -27,7 +27,7 @@ from deltaw.training.config import RunConfig
 from deltaw.training.methods import check_method
 from deltaw.training.plots import draw
 from deltaw.training.record import read_record
-from deltaw.training.report import report, results_json
+from deltaw.training.report import page, report, results_json
 from deltaw.training.run import RESULTS, status
 from deltaw.training.signals import Interrupted
 from deltaw.training.verdict import Compared, compared, verdict
@@ -146,5 +146,6 @@ def write_report(folder: Path, names: Sequence[str], config: str, command: str) 
     write_atomic(folder / "metrics.jsonl", "\n".join(lines) + "\n")
     draw(rows, metric, folder)
     write_atomic(folder / "report.html", report(rows, take, sentence, runs, command, config))
+    write_atomic(folder / "table.md", page(rows, sentence, runs, command))
     write_atomic(folder / RESULTS, results_json(rows, take, sentence, runs, command))
     return rows, take, sentence

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 58, 96, 16, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 72, 16, 46
 
 Line = tuple[str, Sequence[tuple[float, float]]]
 """Name, points (x, y). One point stands for a level that does not change."""

@@ -32,21 +32,20 @@ def draw(rows: Sequence[Compared], metric: str, folder: Path) -> list[Path]:
         (1, "training time (s)", "metric_over_time.png"),
     ):
         figure, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-        for i, row in enumerate(r for r in rows if r.curve):
+        for i, row in enumerate(rows):
+            colour, name = COLOURS[i % len(COLOURS)], f"{row.method} (best {row.score:.4f})"
+            if not row.curve:
+                axes.axhline(row.score, color=colour, linewidth=1.4, linestyle="--", label=name)
+                continue
             axes.plot(
                 [point[column] for point in row.curve],
                 [point[2] for point in row.curve],
-                color=COLOURS[i % len(COLOURS)],
+                color=colour,
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=5,
                 linewidth=1.8,
-                label=f"{row.method} (best {row.score:.4f})",
+                label=name,
             )
-        for row in rows:
-            if not row.curve:
-                axes.axhline(
-                    row.score, color="#999999", linewidth=1.2, linestyle="--", label=f"{row.method} ({row.score:.4f})"
-                )
         axes.set_xlabel(label)
         axes.set_ylabel(f"validation {metric}")
         axes.grid(color="#dddddd", linewidth=0.7)

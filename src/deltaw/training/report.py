@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaw.training.chart import chart
 from deltaw.training.plots import COLOURS
-from deltaw.training.verdict import Compared, size, table
+from deltaw.training.verdict import Compared, markdown, size, table
 
 STYLE = """
 :root { color-scheme: light dark; --bg:#fbfbf9; --card:#fff; --ink:#1c1d20; --soft:#62656d; --rule:#e4e4df; --mark:#eef4fb; LIGHT }
@@ -60,11 +60,7 @@ def report(
     style = STYLE.replace("LIGHT", _palette(COLOURS)).replace("DARK", _palette(DARK), 1)
     notes = "".join(f"<li>{escape(n)}</li>" for n in first["notes"])
     facts = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
-    machine = first["machine"]
-    where = (
-        machine["gpu"]
-        or f"{machine['cores']} cores ({machine['architecture']}{', ' + ', '.join(machine['features']) if machine['features'] else ''})"
-    )
+    where = machine_text(first["machine"])
     largest = max(rows, key=lambda r: r.kept_bytes)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -92,6 +88,34 @@ Kept per task: what must be stored beside the shared base ({escape(largest.metho
 <p class="facts">{escape(facts)}</p>
 </main></body></html>
 """
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """The machine in a few words."""
+    if machine["gpu"]:
+        return str(machine["gpu"])
+    features = "".join(f", {f}" for f in machine["features"])
+    return f"{machine['cores']} cores, {machine['threads']} threads used ({machine['architecture']}{features})"
+
+
+def page(rows: Sequence[Compared], sentence: str, runs: Sequence[Mapping[str, Any]], command: str) -> str:
+    """table.md: the comparison for a README or an issue, with what is needed to repeat it."""
+    first = runs[0]
+    seeds = ", ".join(str(s) for s in dict.fromkeys(r["seed"] for r in runs))
+    return "\n".join(
+        [
+            markdown(rows, first["metric"]),
+            "",
+            sentence,
+            "",
+            f"- command: `{command}`",
+            f"- seed: {seeds}",
+            *(f"- {note}" for note in first["notes"]),
+            f"- versions: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}",
+            f"- machine: {machine_text(first['machine'])}",
+            "",
+        ]
+    )
 
 
 def _palette(colours: Sequence[str]) -> str:

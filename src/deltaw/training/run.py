@@ -73,7 +73,8 @@ def train(
         prepared = prepare(model, task, config)
         model.to(accelerator.device)
         torch.manual_seed(config.seed)
-        loaded = memory.resident_bytes()
+        earlier, loaded = memory.peak_bytes(), memory.resident_bytes()
+        memory.reset_peak()
         size = counts(model)
         progress.say(
             f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})"
@@ -114,7 +115,7 @@ def train(
                     "test": test,
                     "history": state.history,
                     "seconds": round(state.seconds, 3),
-                    "peak_bytes": peak,
+                    "peak_bytes": max(earlier, peak),
                     "peak_above_model_bytes": max(0, peak - loaded),
                     "kept_bytes": kept,
                     "examples": {name: len(rows) for name, rows in task.splits.items()},
