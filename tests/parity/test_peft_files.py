@@ -179,3 +179,54 @@ def test_base_is_verified(base: nn.Module, tmp_path: Path) -> None:
     for precise in (base.__class__.half, base.__class__.bfloat16, lambda m: m.half().float()):
         with pytest.warns(AdapterNotice, match="same base in another precision"):
             dw.load(precise(copy.deepcopy(base)), tmp_path / "a")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 3}])
+def test_starts_that_rewrite_the_base(base: nn.Module, tmp_path: Path, start: str, options: dict[str, object]) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["query"], init_lora_weights=start, **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shaken(theirs).save_pretrained(tmp_path / "a")
+    expected = logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval())
+    with pytest.raises(dw.errors.AdapterError, match="takes out of the base"):
+        dw.read(tmp_path / "a")
+    model = copy.deepcopy(base)
+    with pytest.warns(AdapterNotice, match="computed from this base"):
+        dw.load(model, tmp_path / "a")
+    assert (logits(model) - expected).abs().max() < 1e-4
+    dw.save(model, tmp_path / "b")  # and now it is a plain adapter
+    assert (logits(load_peft(base, tmp_path / "b")) - expected).abs().max() < 1e-4
+    assert dw.read(tmp_path / "b").changes.keys() == dw.get(model).changes.keys()
+
+
+def test_a_head_alone(base: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(base)
+    dw.attach(model, {"classifier": dw.Full()})
+    expected = logits(shaken(model))
+    dw.save(model, tmp_path / "a")
+    # PEFT loads no file that adapts no layer: it is written in deltaw's own grammar, which PEFT rejects
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == "DELTAW"
+    assert torch.equal(logits(dw.load(copy.deepcopy(base), tmp_path / "a")), expected)
+    with pytest.raises((KeyError, ValueError, TypeError)):
+        load_peft(base, tmp_path / "a")
+
+
+def test_only_tokens(base: nn.Module, tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(
+        target_modules=["word_embeddings"], token_indices=[1, 7, 30], init_weights=False
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    expected = logits(shaken(theirs))
+    theirs.save_pretrained(tmp_path / "a")
+    model = dw.load(copy.deepcopy(base), tmp_path / "a")
+    assert (logits(model) - expected).abs().max() < 1e-5
+    dw.save(model, tmp_path / "b")
+    assert (logits(load_peft(base, tmp_path / "b")) - expected).abs().max() < 1e-5
+
+
+def test_unknown_fields_are_named(base: nn.Module, tmp_path: Path) -> None:
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_newest_trick": True}))
+    with pytest.warns(AdapterNotice, match="use_newest_trick"):
+        dw.read(tmp_path / "a")

@@ -108,6 +108,20 @@ def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
     )
 
 
+def over_any_base(admitted: Admitted) -> Adapter:
+    """The adapter, if it says by itself what it changes.
+
+    Raises:
+        AdapterError: it was started by a rule that rewrote the base, so that only a model can tell.
+    """
+    if admitted.parsed.start is not None:
+        raise AdapterError(
+            f"the adapter was started by {admitted.parsed.start!r}, which PEFT takes out of the base at every load: what it "
+            f"changes can only be told with its base. Load it onto the model (dw.load) and save it from there"
+        )
+    return admitted.adapter
+
+
 def _check_names(folder: Folder) -> None:
     for name in (CONFIG, WEIGHTS):
         if name in folder.names:

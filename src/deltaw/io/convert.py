@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError
 from deltaw.io import files
-from deltaw.io.admission import admit, check_values
+from deltaw.io.admission import admit, check_values, over_any_base
 from deltaw.io.extract import approximate
 from deltaw.io.folder import MANIFEST, sync
 from deltaw.io.formats import Hints, format_named, formats, guess
@@ -39,7 +39,7 @@ def read_any(
         admitted = admit(path, verify=verify, shapes=hints.shapes)
         for note in admitted.notes:
             warnings.warn(note, AdapterNotice, stacklevel=2)
-        return admitted.adapter
+        return over_any_base(admitted)
     if not path.exists():
         raise AdapterError(f"there is no file or folder {path}")
     found = format_named(kind) if kind is not None else guess(path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaw.core.adapter import Adapter, Change
 from deltaw.errors import AdapterError
 from deltaw.io import manifest, strict_json, tensor_file
-from deltaw.io.admission import admit, check_values
+from deltaw.io.admission import admit, check_values, over_any_base
 from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS, replace
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_for, grammar_of
@@ -32,7 +32,7 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Adapter:
     admitted = admit(path, verify=verify)
     for note in admitted.notes:
         warnings.warn(note, AdapterNotice, stacklevel=2)
-    return admitted.adapter
+    return over_any_base(admitted)
 
 
 def write(

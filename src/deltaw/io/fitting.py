@@ -160,8 +160,8 @@ def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
             continue
         if path not in modules:
             return False
-        if {join_key(path, s) for s, p in modules[path]._parameters.items() if p is not None} - copied:
-            return False
+        if {join_key(path, name) for name, _ in _own_parameters(modules[path])} - copied:
+            return False  # PEFT would save the whole module, with the layers inside it
     return True
 
 

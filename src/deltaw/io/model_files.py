@@ -21,6 +21,7 @@ from deltaw.io.fitting import check_dtypes, check_fit, folded, peft_can_place, t
 from deltaw.io.folder import Folder
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
+from deltaw.io.starts import without_start
 from deltaw.model import state
 from deltaw.model.attach import get, install
 
@@ -170,6 +171,9 @@ def fitted(model: nn.Module, admitted: Admitted) -> tuple[Adapter, list[str]]:
         check_fit(model, adapter, admitted.parsed.claims)
     if not admitted.manifested:
         adapter = tie_rows(model, adapter)
+    if admitted.parsed.start is not None:
+        adapter = without_start(model, adapter, admitted.parsed.start)
+        notes.append(f"the adapter was started by {admitted.parsed.start!r}: its start was computed from this base")
     adapter, more = folded(model, adapter, admitted.parsed.base_copies)
     return adapter, notes + more
 

@@ -9,7 +9,82 @@ from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError
 
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
+REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+FROM_BASE = ("pissa", "olora")
+"""Starts that follow from the base alone: `load` takes them away."""
+KNOWN = frozenset(
+    [
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "kasa_config",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+        "velora_config",
+        "runtime_config",
+        "enable_lora",
+        "merge_weights",
+        "alpha",
+        "rank_dropout",
+        "module_dropout",
+        "use_effective_conv2d",
+        "init_weights",
+        "decompose_both",
+        "decompose_factor",
+        "rank_dropout_scale",
+        "feedforward_modules",
+        "init_ia3_weights",
+        "projection_prng_key",
+        "save_projection",
+        "vera_dropout",
+        "d_initial",
+        "target_r",
+        "init_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+        "token_indices",
+    ]
+)
+"""Fields of PEFT's configs. The others are named in a notice: nobody can say here what they mean."""
 NUMBERS = ("r", "lora_alpha", "lora_dropout", "alpha")
 
 
@@ -28,14 +103,23 @@ def check(config: Mapping[str, Any], unsupported: Mapping[str, str]) -> list[str
             raise AdapterError(f"{field}={value!r} in the config is no number")
     for field in ("rank_pattern", "alpha_pattern"):
         check_patterns(config, field)
-    init = config.get("init_lora_weights", config.get("init_weights"))
-    if isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
+    start = start_of(config)
+    if start is not None and not start.startswith(FROM_BASE):
         raise AdapterError(
-            f"the adapter was started by {init!r}, which rewrites the base, and saved without the conversion: over the "
-            f"plain base it means something else. Save it again from PEFT with "
+            f"the adapter was started by {start!r}, which rewrites the base by what training saw, and saved without the "
+            f"conversion: over the plain base it means something else. Save it again from PEFT with "
             f"save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+    unknown = sorted(k for k, v in config.items() if v and k not in KNOWN and not k.startswith("_"))
+    if unknown:
+        return [f"the config has fields that are not known here, and are ignored: {', '.join(unknown[:6])}"]
     return []
+
+
+def start_of(config: Mapping[str, Any]) -> str | None:
+    """The name of a start that rewrote the base, or None."""
+    start = config.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) and start.lower().startswith(REWRITES_BASE) else None
 
 
 def check_patterns(config: Mapping[str, Any], field: str) -> None:

@@ -25,13 +25,15 @@ class Parsed:
     """What a reader found.
 
     claims: what the config says of the model. base_copies: frozen base weights that the file carries along (PEFT adds
-    a targeted embedding's): they must be the base's own. notes: what the reader has to say about the file.
+    a targeted embedding's): they must be the base's own. notes: what the reader has to say about the file. start: the start that PEFT took out of the base, if it follows from the
+    base: only over the model can it be told what the adapter changes.
     """
 
     adapter: Adapter
     claims: Claims | None = None
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    start: str | None = None
 
 
 class Grammar(ABC):

@@ -92,7 +92,11 @@ class LoraGrammar(Grammar):
             changes[key] = change
         base = fields.base_of(config)
         return Parsed(
-            Adapter(changes, base, fields.extra_of(config)), claims, copies.of_base, tuple(dict.fromkeys(notes))
+            Adapter(changes, base, fields.extra_of(config)),
+            claims,
+            copies.of_base,
+            tuple(dict.fromkeys(notes)),
+            fields.start_of(config),
         )
 
     def _variant(
@@ -129,6 +133,8 @@ class LoraGrammar(Grammar):
 
     def cannot(self, adapter: Adapter) -> str | None:
         low = low_rank(adapter)
+        if not low:
+            return "nothing in it is low-rank, and PEFT loads no file that adapts no layer"
         foreign = sorted({c.variant.kind for c in adapter.changes.values()} - set(self.kinds))
         if foreign:
             return f"it has no word for the method {foreign[0]!r}"
