@@ -121,7 +121,8 @@ def agree(one: Contender, other: Contender, tolerance: float = 1e-3) -> None:
     loss, grads = one.gradients()
     loss_other, grads_other = other.gradients()
     assert abs(loss - loss_other) <= 1e-4 * max(abs(loss), 1e-2), f"losses differ: {loss} and {loss_other}"
-    assert grads.keys() == grads_other.keys() and grads, f"trained tensors differ: {grads.keys() ^ grads_other.keys()}"
+    assert grads, "no gradients"
+    assert grads.keys() == grads_other.keys(), f"trained tensors differ: {grads.keys() ^ grads_other.keys()}"
     for name, g in grads.items():
         size = float(grads_other[name].norm())
         gap = float((g - grads_other[name]).norm())

@@ -1,0 +1,75 @@
+"""S7: peak memory of a training step above the loaded model, dropout 0.05, each method in a process of its own.
+
+The peak is the kernel's own count of resident pages (VmHWM, reset after loading), so it holds what the allocator keeps.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import record, row
+
+METHODS = {
+    "deltaw": "methods.deltaw(work, dropout=0.05)",
+    "deltaw without dropout": "methods.deltaw(work)",
+    "deltaw DoRA": "methods.deltaw(work, dropout=0.05, dora=True)",
+    "peft": "methods.peft(work, dropout=0.05)",
+    "peft DoRA": "methods.peft(work, dropout=0.05, dora=True)",
+    "full": "methods.full(work)",
+    "floor": "methods.floor(work)",
+}
+
+CHILD = """
+import gc, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from benchmarks import methods, workloads
+
+def kilobytes(name):
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name)).split()[1])
+
+work = workloads.all_workloads()[int(sys.argv[1])]
+contender = eval(sys.argv[2])
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+for _ in range(3):
+    contender.step()
+print(kilobytes("VmHWM") - before)
+"""
+
+
+def peak(work: int, method: str) -> float:
+    """MiB above the loaded model."""
+    root = Path(__file__).parents[1]
+    # Freed memory goes back at once in every process, so that the peak counts what is in use.
+    env = {**os.environ, "PYTHONPATH": str(root), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(work), METHODS[method]], cwd=root, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) / 1024
+
+
+def main(which: tuple[int, ...] = (0, 1, 2)) -> None:
+    rows: list[dict[str, Any]] = []
+    table = {}
+    for index in which:
+        from benchmarks.workloads import all_workloads
+
+        name = all_workloads()[index].name
+        mib = {method: round(peak(index, method), 1) for method in METHODS}
+        table[name] = mib
+        rows.append(row(f"{name}: memory deltaw / PEFT", {"ratio": mib["deltaw"] / mib["peft"]}, 0.60))
+        rows.append(row(f"{name}: memory deltaw / full", {"ratio": mib["deltaw"] / mib["full"]}, 0.65))
+        rows.append(row(f"{name}: memory floor / full", {"ratio": mib["floor"] / mib["full"]}))
+        rows.append(row(f"{name}: memory DoRA deltaw / PEFT", {"ratio": mib["deltaw DoRA"] / mib["peft DoRA"]}))
+    record("S7", rows, mebibytes=table)
+
+
+if __name__ == "__main__":
+    main()
