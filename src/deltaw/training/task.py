@@ -80,6 +80,10 @@ class Task(ABC):
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Examples -> tensors, batch first."""
 
+    def render(self, example: Any) -> str:
+        """One line that shows a person what the model will see of an example, and what it must answer."""
+        return str(example)[:300]
+
     # ---- what is learnt
 
     def weight(self, batch: Batch) -> float:

@@ -136,3 +136,14 @@ def test_a_yaml_file_of_init_runs(deltaw, tiny, tmp_path):
     assert json.loads(deltaw("config", "schema", "mnist").out)["properties"]["mnist"]["properties"]["source"]
     assert "sentiment" in json.loads(deltaw("recipes", "--json").out)["recipes"]
     assert "text-classification" in deltaw("inspect", "run").out
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(deltaw, tiny, tmp_path):
+    arguments = ["train", "text-classification", f"model={tiny / 'model'}", f"data={tiny / 'data.csv'}", "--dry-run"]
+    facts = json.loads(deltaw(*arguments, "--json").out)
+    assert facts["trainable"] == 7746
+    assert facts["steps"] == 15
+    assert len(facts["samples"]) == 3
+    assert facts["samples"][0].split()[0] in ("good", "bad")
+    assert "7,746 of 28,900" in deltaw(*arguments).out
+    assert list(tmp_path.iterdir()) == []

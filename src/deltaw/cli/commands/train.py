@@ -21,6 +21,9 @@ def add(app: typer.Typer) -> None:
         method: str = typer.Option(None, "--method", "-m", help="lora, dora, lora:4, head, full, ..."),
         out: str = typer.Option(None, "--out", "-o", help="Run folder. Default: runs/RECIPE-METHOD."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run folder if it exists."),
+        dry_run: bool = typer.Option(
+            False, "--dry-run", help="Say what would be trained, its cost and first examples; write nothing."
+        ),
         as_json: bool = typer.Option(False, "--json", help="Print the result as JSON, and nothing else."),
     ) -> None:
         """Fine-tune with one method and keep the result."""
@@ -29,6 +32,13 @@ def add(app: typer.Typer) -> None:
         from deltaw.recipes.start import start
 
         config = load(source, overrides or (), {"method": method})
+        if dry_run:
+            from deltaw.recipes.configure import recipe_of
+            from deltaw.training.rehearsal import rehearse, text
+
+            facts = rehearse(lambda: recipe_of(config).task(config), config)
+            typer.echo(json.dumps(facts, indent=2) if as_json else text(facts))
+            return
         folder = new_folder(out, f"{config.recipe}-{config.method.replace(':', '')}", overwrite)
         results = start(config, folder, quiet=as_json)
         if not results:

@@ -129,6 +129,10 @@ class TextClassification(Task):
         mask = (torch.arange(width) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
 
+    def render(self, example: tuple[list[int], int]) -> str:
+        ids, label = example
+        return f"{self.labels[label]}  <-  {self.tokenizer.decode(ids)}"
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), logits
