@@ -230,3 +230,24 @@ def test_unknown_fields_are_named(base: nn.Module, tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_newest_trick": True}))
     with pytest.warns(AdapterNotice, match="use_newest_trick"):
         dw.read(tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_renamed_base(base: nn.Module, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base.bert), peft.LoraConfig(r=4, target_modules=["query"], init_lora_weights=False)
+    )
+    shaken(theirs).save_pretrained(tmp_path / "a")
+    model = copy.deepcopy(base)
+    with pytest.raises(dw.errors.AdapterError, match=r"rename=\{'': 'bert'\}"):
+        dw.load(model, tmp_path / "a")
+    dw.load(model, tmp_path / "a", rename={"": "bert"})
+    with torch.no_grad():
+        hidden = theirs(input_ids=IDS).last_hidden_state
+        assert (model.bert(input_ids=IDS).last_hidden_state - hidden).abs().max() < 1e-5
+    dw.save(model, tmp_path / "b")
+    dw.load(copy.deepcopy(base.bert), tmp_path / "b", rename={"bert": ""}, allow_base_mismatch=True)
+    with pytest.raises(dw.errors.AdapterError, match=r"rename=\{'bert': ''\}"):
+        dw.load(copy.deepcopy(base.bert), tmp_path / "b")
+    with pytest.raises(dw.errors.AdapterError, match="no parameter of the adapter starts with"):
+        dw.load(copy.deepcopy(base), tmp_path / "b", rename={"bart": "bert"})

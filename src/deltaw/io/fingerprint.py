@@ -233,7 +233,9 @@ def _probe(tensor: Tensor) -> int:
     flat = tensor.detach().reshape(-1)
     if not flat.numel():
         return 0
-    at = torch.linspace(0, flat.numel() - 1, 64).long().clamp(max=flat.numel() - 1).to(flat.device)  # fp32 rounds large counts up
+    at = (
+        torch.linspace(0, flat.numel() - 1, 64).long().clamp(max=flat.numel() - 1).to(flat.device)
+    )  # fp32 rounds large counts up
     return hash(tuple(flat[at].float().tolist()))
 
 

@@ -36,6 +36,7 @@ def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
     Raises:
         AdapterError: naming them.
     """
+    check_names(model, adapter)
     have = {split_key(key)[0] for key in adapter.changes}
     modules = dict(prints.own_modules(model))
     empty = [
@@ -58,6 +59,39 @@ def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
                 raise AdapterError(
                     f"{name!r} is trained in full by this adapter, but the file has no tensor {missing[0]!r}: incomplete"
                 )
+
+
+def check_names(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter whose parameters are all there under another beginning, and say which.
+
+    Raises:
+        AdapterError: with the `rename` that would help. Single names that are missing are left to `install`.
+    """
+    wanted = [key.partition("[")[0] for key in adapter.changes]
+    modules = list(prints.own_modules(model))
+    have = {join_key(path, site) for path, m in modules for site in (*m._parameters, *m._buffers)}
+    if not wanted or any(key in have for key in wanted):
+        return
+    beginnings = [path for path, _ in modules if path]
+    for new in beginnings:
+        if all(f"{new}.{key}" in have for key in wanted):
+            raise AdapterError(_called_otherwise(model, wanted[0], {"": new}))
+    first = wanted[0].split(".")
+    for n in range(1, len(first)):
+        old = ".".join(first[:n])
+        rest = [key.removeprefix(f"{old}.") for key in wanted]
+        if any(key == r for key, r in zip(wanted, rest)):
+            break
+        for new in ("", *beginnings):
+            if all(join_key(new, r) in have for r in rest):
+                raise AdapterError(_called_otherwise(model, wanted[0], {old: new}))
+
+
+def _called_otherwise(model: nn.Module, key: str, rename: dict[str, str]) -> str:
+    return (
+        f"{key!r} and the adapter's other parameters are not in {type(model).__name__} under these names, but under "
+        f"another beginning. If this is the base it was trained on, pass rename={rename}"
+    )
 
 
 def check_dtypes(model: nn.Module, adapter: Adapter) -> None:

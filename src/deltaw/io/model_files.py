@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from deltaw.io import hub
 from deltaw.io.admission import Admitted, admit, check_values
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
-from deltaw.io.fitting import check_dtypes, check_fit, folded, peft_can_place, task_of, tie_rows, tighten
+from deltaw.io.fitting import check_dtypes, check_fit, check_names, folded, peft_can_place, task_of, tie_rows, tighten
 from deltaw.io.folder import Folder
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
@@ -104,6 +105,7 @@ def load(
     allow_base_mismatch: bool = False,
     *,
     verify: bool = True,
+    rename: Mapping[str, str] | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> nn.Module:
@@ -113,6 +115,7 @@ def load(
     active: it speaks from now on, alone. trainable: training goes on with it.
     allow_base_mismatch: accept a base with other weights than the one it was trained on.
     verify: False accepts files that were edited since deltaw wrote them.
+    rename: {old: new} beginnings of module paths, for a base whose modules have other names than they had in training.
     A `deltaw.io.AdapterNotice` (a warning) says when the base could not be verified, or has another precision.
 
     Raises:
@@ -124,12 +127,13 @@ def load(
     """
     root = state.unwrap(model)
     if isinstance(source, Adapter):
-        adapter = source
+        adapter = source if rename is None else moved(source, rename)
         notes: list[str] = []
         check_values(adapter.tensors())
     else:
-        admitted = admit(found(source, revision, token), verify=verify, shapes=stored_shapes(root))
-        adapter, notes = fitted(root, admitted)
+        admitted = admit(found(source, revision, token), verify=verify, shapes=None if rename else stored_shapes(root))
+        adapter, notes = fitted(root, renamed(admitted, rename) if rename else admitted)
+    check_names(root, adapter)
     check_dtypes(root, adapter)
     notes += check_base(root, adapter, allow_base_mismatch)
     install(root, adapter, name, active=active, trainable=trainable)
@@ -148,6 +152,42 @@ def found(source: str | os.PathLike[str] | Folder, revision: str | None = None, 
     if revision is not None:
         raise AdapterError(f"revision={revision!r} is for the hub, and {path} is a local folder")
     return Folder(path)
+
+
+def moved(adapter: Adapter, rename: Mapping[str, str]) -> Adapter:
+    """`adapter` with other beginnings of its parameters' names, in its fingerprint too.
+
+    Raises:
+        AdapterError: a beginning that nothing has, or two names become one.
+    """
+
+    def new(name: str) -> str:
+        for old, now in rename.items():
+            if name == old or name.startswith(f"{old}.") or not old:
+                rest = name if not old else name[len(old) + 1 :]
+                return f"{now}.{rest}" if now else rest
+        return name
+
+    unused = [old for old in rename if old and not any(k.startswith(f"{old}.") for k in adapter.changes)]
+    if unused:
+        raise AdapterError(f"rename={dict(rename)!r}: no parameter of the adapter starts with {unused[0]!r}")
+    changes = {new(k): replace(c, tied=tuple(new(t) for t in c.tied)) for k, c in adapter.changes.items()}
+    if len(changes) < len(adapter.changes):
+        raise AdapterError(f"rename={dict(rename)!r} gives two parameters the same name")
+    base = dict(adapter.base)
+    recorded = base.get("fingerprint")
+    if isinstance(recorded, Mapping) and isinstance(recorded.get("parameters"), Mapping):
+        base["fingerprint"] = {**recorded, "parameters": {new(k): e for k, e in recorded["parameters"].items()}}
+    return adapter.replace(changes=changes, base=base)
+
+
+def renamed(admitted: Admitted, rename: Mapping[str, str]) -> Admitted:
+    """The same for an adapter from a file. What its config says of module names is of the old ones, and no longer asked."""
+    copies = moved(Adapter(dict(admitted.adapter.changes)), rename).changes
+    names = dict(zip(admitted.adapter.changes, copies))
+    of_base = {names.get(k, k): t for k, t in admitted.parsed.base_copies.items()}
+    parsed = replace(admitted.parsed, claims=None, base_copies=of_base)
+    return replace(admitted, adapter=moved(admitted.adapter, rename), parsed=parsed)
 
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
