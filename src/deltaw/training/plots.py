@@ -33,9 +33,9 @@ def draw(rows: Sequence[Compared], metric: str, folder: Path) -> list[Path]:
     ):
         figure, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=150, layout="constrained")
         for i, row in enumerate(rows):
-            colour, name = COLOURS[i % len(COLOURS)], f"{row.method} (best {row.score:.4f})"
+            colour, said = COLOURS[i % len(COLOURS)], f"{row.method} (best {row.score:.4f})"
             if not row.curve:
-                axes.axhline(row.score, color=colour, linewidth=1.4, linestyle="--", label=name)
+                axes.axhline(row.score, color=colour, linewidth=1.4, linestyle="--", label=said)
                 continue
             axes.plot(
                 [point[column] for point in row.curve],
@@ -44,7 +44,7 @@ def draw(rows: Sequence[Compared], metric: str, folder: Path) -> list[Path]:
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=5,
                 linewidth=1.8,
-                label=name,
+                label=said,
             )
         axes.set_xlabel(label)
         axes.set_ylabel(f"validation {metric}")

@@ -237,6 +237,7 @@ def record_body(
 
 def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress) -> None:
     checkpoint.remove_leftovers(checkpoints)
+    checkpoint.remove_leftovers(checkpoints.parent)
     found, manifest, skipped = checkpoint.newest(checkpoints)
     for reason in skipped:
         progress.say(f"skipped {reason}")
