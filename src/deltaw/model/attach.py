@@ -22,6 +22,7 @@ from deltaw.core.variant import Delta, Dense, Site, Variant
 from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
 from deltaw.model import state, targeting
 from deltaw.model.plan import Planned, fitted, full_host, planned
+from deltaw.model.quantizer_gate import close_gate, open_gate
 
 NAME = re.compile(r"[A-Za-z0-9_\-]+")
 CHECKED_AT_ONCE = 2**24
@@ -148,6 +149,7 @@ def one_roster(model: nn.Module) -> Roster:
 def enter(model: nn.Module, roster: Roster, name: str, *, freeze: bool, active: bool) -> None:
     """Make `name` known, let parents that read changed weights know of it, and freeze the base."""
     roster.names.append(name)
+    open_gate(model)
     watch(model, roster)
     if active:
         roster.default = ((name, 1.0),)
@@ -175,10 +177,10 @@ def keep_still(model: nn.Module, roster: Roster) -> None:
 
 
 def watch(model: nn.Module, roster: Roster) -> None:
-    """Host every module that reads weights of layers inside it (fast paths), where one of those changes."""
+    """Host every module that reads weights of layers inside it (fast paths, own code), where one of those changes."""
     for module in state.modules(model):
-        cls = None if isinstance(module, Host) else targeting.watcher_of(module)
-        if cls is not None and any(isinstance(inner, Host) for inner in state.modules(module)):
+        cls = None if isinstance(module, Host) else targeting.reader_of(module)
+        if cls is not None:
             cls.of(module, roster)
 
 
@@ -209,11 +211,12 @@ def forget(model: nn.Module, roster: Roster, name: str) -> None:
     quantised = any(FORMS in host._modules for host in mine)
     for host in mine:
         changes = host.adapters._modules or host.adapters.tied or FORMS in host._modules
-        watches = isinstance(host, host.watches)
+        watches = isinstance(host, host.watches) or host.host.reads(host)
         stays = watches or isinstance(host._buffers.get("running_mean"), Tensor)
         if not changes and ((last and not (watches and quantised)) or not stays):
             host.release()
     if last:
+        close_gate(model)
         roster.merged = None
         for parameter, key in list(base_parameters(model)):
             if roster.frozen.get(key):
