@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def language_model(
         model: nn.Module = load_pretrained(AutoModelForCausalLM, place, name, revision=revision, dtype=dtype, **drop)
         model.config._name_or_path = name  # type: ignore[union-attr]
         return model
-    read: Any = load_pretrained(AutoModelForCausalLM, place, name, dtype=dtype, **options)
+    with redirect_stderr(StringIO()):  # the bar of the conversion heeds no setting
+        read: Any = load_pretrained(AutoModelForCausalLM, place, name, dtype=dtype, **options)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
