@@ -57,7 +57,7 @@ register(
             "epochs": 2,
             "evaluations": 2,
             "batch_size": 32,
-            "lr": {"head": 3e-3, "full": 1e-4, "default": 1e-3},
+            "lr": {"head": 3e-2, "full": 1e-4, "default": 1e-3},
             "base_dropout": 0.0,
         },
     )
