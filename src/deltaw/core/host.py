@@ -123,6 +123,11 @@ class Host(nn.Module):
         """Why a layer that `accepts` took cannot be adapted after all, or None. Asked at attach and load only."""
         return None
 
+    @classmethod
+    def reads(cls, layer: nn.Module) -> bool:
+        """Whether `layer` reads weights of a host inside it without calling that. Default: one of `watches` with a host inside."""
+        return isinstance(layer, cls.watches) and any(isinstance(m, Host) for m in layer.modules() if m is not layer)
+
     def bias_of(self, site: str) -> tuple[str, slice | None] | None:
         """The bias (and which rows of it) that is added to what a weight's site computes, or None. Default: "bias"."""
         return ("bias", None) if site == "weight" and self._parameters.get("bias") is not None else None
@@ -201,6 +206,11 @@ class Host(nn.Module):
         """The form in which a frozen parameter is kept, or None if it is simply there."""
         forms = self._modules.get(FORMS)
         return None if forms is None else forms._modules.get(name)  # type: ignore[return-value]
+
+    def held(self) -> tuple[str, ...]:
+        """The names of the frozen parameters that are kept in another form."""
+        forms = self._modules.get(FORMS)
+        return () if forms is None else tuple(forms._modules)
 
     def hold(self, name: str, form: FrozenWeight | None, parameter: nn.Parameter | None = None) -> None:
         """Keep the frozen parameter `name` as `form`; or, without one, have it as the plain `parameter` again.

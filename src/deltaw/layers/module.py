@@ -7,6 +7,8 @@ that one with any variant: a matrix (out, in), or the stacked weights of a mixtu
 The forward runs on a shell, a per-call shallow twin with the changed tensors: nothing shared is mutated, so two threads
 may use two adapters. It also keeps running statistics still: in training a frozen BatchNorm normalises with the batch,
 as it always did, and updates a throw-away copy of its buffers.
+
+A module whose own code reads the weight of a changed layer inside it becomes this host too (see reading.py).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.core.host import Host, shell
 from deltaw.core.registry import host
+from deltaw.layers.reading import read_hosts, written_in
 
 
 @host
@@ -44,6 +47,10 @@ class ModuleHost(Host):
     def main_sites(cls, layer: nn.Module) -> tuple[str, ...]:
         return ()
 
+    @classmethod
+    def reads(cls, layer: nn.Module) -> bool:
+        return bool(read_hosts(layer))
+
     def to_matrix(self, site: str, stored: Tensor) -> Tensor:
         return matrix_form(self, stored)
 
@@ -53,7 +60,8 @@ class ModuleHost(Host):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites = self.active_sites()
         still = self.training and bool(self._buffers)
-        if not sites and not still:
+        read = {path: layer for path, layer in read_hosts(self).items() if layer.active_sites() or layer.held()}
+        if not sites and not still and not read:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         parameters: dict[str, Tensor | None] = {
             s: self.changed(s, dropout=self.training) for s in sites if s in self._parameters
@@ -63,7 +71,8 @@ class ModuleHost(Host):
             for name, buffer in self._buffers.items():
                 if name not in buffers and buffer is not None:
                     buffers[name] = buffer.clone()
-        return self.base_class.forward(shell(self, self.base_class, parameters, buffers), *args, **kwargs)
+        twin = shell(self, self.base_class, parameters, buffers)
+        return self.base_class.forward(written_in(twin, read, self.training), *args, **kwargs)
 
     def own_buffer(self, site: str) -> Tensor:
         """The active adapter's copy of a buffer, which the module may update; of several adapters, their weighted sum."""

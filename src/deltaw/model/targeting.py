@@ -157,6 +157,11 @@ def watcher_of(layer: nn.Module) -> type[Host] | None:
     )
 
 
+def reader_of(layer: nn.Module) -> type[Host] | None:
+    """The host for a module that reads weights of hosts inside it as the model is now, or None."""
+    return next((cls for _, cls in reversed(host_registry.items()) if cls.reads(layer)), None)
+
+
 def host_of_any(layer: nn.Module) -> type[Host]:
     """The host of last resort, which trains a module of any class in full."""
     return next(cls for _, cls in host_registry.items() if cls.full_only)

@@ -1,0 +1,133 @@
+"""Modules whose own code reads the weights of layers inside them instead of calling those layers.
+
+Mamba's mixer multiplies by `self.dt_proj.weight`, language models by `self.embed.weight`. A change of such a layer that
+only shows in its call would be silently dead (it is in PEFT). So the code of a module's class is read once: what its
+forward, and the methods that this uses, take as `self.<layer>.<parameter>` is found, and where such a layer changes, the
+module runs on a twin in which that layer is a plain one with W + ΔW. Asking for a dtype, device or shape is no reading,
+unless the weight is kept in another form, whose dtype is not that of the weight.
+
+Weights that are fetched in other ways (`self.layers[i].weight`, a function that is given the layer) are not found here;
+the first call of the model names layers that were never called (see model/first_call.py).
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from deltaw.core.host import CHILD, FORMS, Host, shell
+
+FACTS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "nelement", "element_size"}
+FACTS |= {"requires_grad", "is_meta", "is_cuda", "is_floating_point"}
+"""What may be asked of a weight without reading its values."""
+
+
+class Read(NamedTuple):
+    """`self.<path>.<site>` in a module's code. `values`: more is asked of it than one of the `FACTS`."""
+
+    path: tuple[str, ...]
+    site: str
+    values: bool = True
+
+
+_found: dict[type[nn.Module], frozenset[Read]] = {}
+
+
+def reads_in(kind: type[nn.Module]) -> frozenset[Read]:
+    """What a call of a module of class `kind` reads, as far as its code tells; torch.nn's own classes are left out."""
+    if kind not in _found:
+        own = [c for c in kind.__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.nn.")]
+        own = [c for c in own if not issubclass(c, Host)]
+        _found[kind] = frozenset(read for code in reached(own) for read in chains(code))
+    return _found[kind]
+
+
+def reached(classes: list[type[nn.Module]]) -> Iterator[CodeType]:
+    """The code of `forward` and of all methods and properties that it reaches by name, in these classes."""
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        name = waiting.pop()
+        for code in (c for cls in classes for c in codes(cls.__dict__.get(name))):
+            yield code
+            new = set(names_in(code)) - seen
+            seen |= new
+            waiting.extend(new)
+
+
+def codes(attribute: Any) -> list[CodeType]:
+    """The code of a method or property of a class, what decorators have wrapped included; [] for anything else."""
+    if isinstance(attribute, property):
+        attribute = attribute.fget
+    if isinstance(attribute, (staticmethod, classmethod)):
+        attribute = attribute.__func__
+    function = inspect.unwrap(attribute) if callable(attribute) else None
+    if not isinstance(function, FunctionType):
+        return []
+    return [function.__code__, *(c for c in function.__code__.co_consts if isinstance(c, CodeType))]
+
+
+def names_in(code: CodeType) -> tuple[str, ...]:
+    """The attributes (and globals) that a function names."""
+    return code.co_names
+
+
+def chains(code: CodeType) -> Iterator[Read]:
+    """Every `self.a.b.c` in a function, at each place where it may be split into a layer and its parameter."""
+    me = next(iter(code.co_varnames or code.co_freevars), "self")
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "PUSH_NULL", "RESUME", "PRECALL")]
+    for i, step in enumerate(steps):
+        loads = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) or loads[-1] not in (me, "self"):
+            continue
+        asked = i > 0 and steps[i - 1].opname == "LOAD_GLOBAL" and steps[i - 1].argval == "isinstance"
+        names: list[str] = []
+        for after in steps[i + 1 :]:
+            if after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                break
+            names.append(after.argval)
+        for k in range(1, len(names)):
+            fact = asked if k + 1 == len(names) else names[k + 1] in FACTS
+            yield Read(tuple(names[:k]), names[k], not fact)
+
+
+def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
+    """Path -> layer inside `module` that is changed (or kept in another form), and that the module's own code reads."""
+    kind = module.base_class if isinstance(module, Host) else type(module)
+    found: dict[tuple[str, ...], Host] = {}
+    for path, site, values in reads_in(kind):
+        layer: nn.Module | None = module
+        for name in path:
+            layer = None if layer is None else layer._modules.get(name)
+        if not isinstance(layer, Host) or path[0] in (CHILD, FORMS):
+            continue
+        changed = values and site in layer._parameters and (layer.adapters._modules or layer.adapters.tied)
+        if changed or site in layer.held():
+            found[path] = layer
+    return found
+
+
+def written_in(twin: nn.Module, layers: dict[tuple[str, ...], Host], dropout: bool) -> nn.Module:
+    """`twin`, a shell of its own, with the layers at these paths replaced by plain ones that hold W + ΔW."""
+    for path, layer in layers.items():
+        at = twin
+        for name in path[:-1]:
+            inner = at._modules[name]
+            assert inner is not None
+            inner = shell(inner, type(inner), {})
+            at.__dict__["_modules"] = {**at._modules, name: inner}
+            at = inner
+        at.__dict__["_modules"] = {**at._modules, path[-1]: plain(layer, dropout)}
+    return twin
+
+
+def plain(layer: Host, dropout: bool) -> nn.Module:
+    """A twin of an adapted layer, of its plain class, that holds W + ΔW."""
+    sites = layer.active_sites().union(layer.held())
+    tensors: dict[str, Tensor | None] = {s: layer.changed(s, dropout=dropout) for s in sites - set(layer._buffers)}
+    buffers: dict[str, Tensor | None] = {s: layer.changed(s) for s in sites & set(layer._buffers)}
+    return shell(layer, layer.base_class, tensors, buffers)
