@@ -1,0 +1,125 @@
+"""S9: attach to a DeBERTa-v3-large, load one adapter more beside many, switch the active one, import: each / PEFT."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import DebertaV2Config, DebertaV2Model
+
+import deltaw as dw
+from benchmarks.measure import alternate, ratio, record, row
+
+TARGETS = ["query_proj", "value_proj"]
+PRESENT = 1000
+"""Adapters that are there already when one more is loaded."""
+
+
+def deberta() -> nn.Module:
+    """DeBERTa-v3-large without storage: attaching and loading never read the base's values."""
+    config = DebertaV2Config(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        vocab_size=1000,
+        relative_attention=True,
+        position_buckets=256,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        max_relative_positions=-1,
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    torch.manual_seed(0)
+    return DebertaV2Model(config)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def attaching(rounds: int) -> dict[str, list[float]]:
+    """Attach to a fresh model."""
+    base = deberta()
+    config = LoraConfig(r=8, target_modules=TARGETS)
+    times: dict[str, list[float]] = {"deltaw": [], "peft": []}
+    for _ in range(rounds + 1):
+        times["deltaw"].append(seconds(lambda: dw.attach(base, dw.LoRA(rank=8), targets=TARGETS)))
+        dw.detach(base)
+        wrapped: list[Any] = []
+        times["peft"].append(seconds(lambda wrapped=wrapped: wrapped.append(get_peft_model(base, config))))
+        wrapped[0].unload()
+    return {name: values[1:] for name, values in times.items()}
+
+
+def loading_and_switching(rounds: int, folder: Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Load one more adapter beside `PRESENT` others (PEFT: beside a few, its time grows with them), and switch."""
+    ours = deberta()
+    dw.attach(ours, dw.LoRA(rank=8), targets=TARGETS, name="first")
+    dw.save(ours, folder / "one", name="first")
+    for i in range(PRESENT):
+        dw.load(ours, folder / "one", name=f"n{i}", active=False)
+    theirs = PeftModel.from_pretrained(deberta(), folder / "one", adapter_name="first")
+    for i in range(8):
+        theirs.load_adapter(folder / "one", adapter_name=f"n{i}")
+    loads: dict[str, list[float]] = {"deltaw": [], "peft": []}
+    for i in range(rounds + 1):
+        loads["deltaw"].append(seconds(lambda i=i: dw.load(ours, folder / "one", name=f"m{i}", active=False)))
+        loads["peft"].append(seconds(lambda i=i: theirs.load_adapter(folder / "one", adapter_name=f"m{i}")))
+    turn = [0]
+
+    def switch_ours() -> None:
+        turn[0] += 1
+        dw.activate(ours, f"n{turn[0] % 8}")
+
+    def switch_theirs() -> None:
+        theirs.set_adapter(f"n{turn[0] % 8}")
+
+    switches = alternate({"deltaw": switch_ours, "peft": switch_theirs}, rounds * 3)
+    return {name: values[1:] for name, values in loads.items()}, switches
+
+
+def importing(rounds: int) -> dict[str, list[float]]:
+    """Fresh interpreters that import one thing."""
+    times: dict[str, list[float]] = {"deltaw": [], "torch": [], "peft": []}
+    for _ in range(rounds):
+        for name in times:
+            times[name].append(
+                seconds(lambda name=name: subprocess.run([sys.executable, "-c", f"import {name}"], check=True))
+            )
+    return times
+
+
+def main(rounds: int = 5) -> None:
+    attach = attaching(rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        load, switch = loading_and_switching(rounds, Path(folder))
+    imports = importing(3)
+    rows = [
+        row("attach to DeBERTa-v3-large: deltaw / PEFT", ratio(attach, "deltaw", "peft"), 0.1),
+        row(f"load one more beside {PRESENT}: deltaw / PEFT beside 8", ratio(load, "deltaw", "peft"), 0.1),
+        row("switch the active adapter: deltaw / PEFT", ratio(switch, "deltaw", "peft"), 0.1),
+        row("import deltaw / import torch", ratio(imports, "deltaw", "torch"), 1.1),
+        row("import peft / import torch", ratio(imports, "peft", "torch")),
+    ]
+    every = {"attach": attach, "load": load, "switch": switch, "import": imports}
+    ms = {k: {n: round(1e3 * statistics.median(v), 3) for n, v in t.items()} for k, t in every.items()}
+    record("S9", rows, milliseconds=ms)
+
+
+if __name__ == "__main__":
+    main()
