@@ -69,7 +69,7 @@ register(
             "epochs": 20,
             "batch_size": 32,
             "eval_batch_size": 100,
-            "lr": 2e-4,
+            "lr": {"head": 1e-3, "full": 2e-4, "default": 5e-4},
             "warmup": 0.1,
             "clip": 1.0,
         },

@@ -78,7 +78,7 @@ def make(
                     names=NAMES,
                     channels=list(DETECTORS),
                     columns={k: np.concatenate([p[2][k] for p in parts]) for k in FACTS},
-                    about={k: json.dumps(v) for k, v in {**about, "split": split}.items()},
+                    about={**about, "split": split},
                 ),
             )
     facts = {**about, "sizes": sizes}

@@ -24,5 +24,5 @@ def band_maxima(train: Tensor, labels: Tensor, others: Tensor, penalty: float = 
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return (y @ weight.T + bias).detach()

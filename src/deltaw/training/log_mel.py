@@ -40,7 +40,8 @@ def log_mel(waves: Tensor, rate: float, mels: int = 80, speed: float = 1.0) -> T
     energy = spectrum[..., :-1].abs() ** 2  # (n, 201, frames)
     bands = (filters(mels).to(flat.device) @ energy).clamp(min=1e-10).log10()
     bands = torch.maximum(bands, bands.amax(dim=(1, 2), keepdim=True) - 8.0)
-    return ((bands + 4.0) / 4.0).reshape(*shape, mels, -1)
+    found: Tensor = ((bands + 4.0) / 4.0).reshape(*shape, mels, -1)
+    return found
 
 
 def resample(waves: Tensor, count: int) -> Tensor:
@@ -54,7 +55,8 @@ def resample(waves: Tensor, count: int) -> Tensor:
         spectrum = spectrum[..., :bins]
     else:
         spectrum = torch.nn.functional.pad(spectrum, (0, bins - spectrum.shape[-1]))
-    return (torch.fft.irfft(spectrum, n=count) * (count / length)).float()
+    found: Tensor = torch.fft.irfft(spectrum, n=count) * (count / length)
+    return found.float()
 
 
 @cache

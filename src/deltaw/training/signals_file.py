@@ -1,7 +1,7 @@
 """A file of labelled signals: equally long recordings of one or several channels, with what is known of each.
 
     NAME.safetensors  signals (n, channels, samples), float16 or float32; labels (n,), uint8; any further columns (n,)
-                      metadata: rate (samples a second), labels (the classes' names), channels, and free text
+                      metadata: JSON with rate (samples a second), labels (the classes' names), channels, about
 
 A data set is a folder with train.safetensors, validation.safetensors and maybe test.safetensors.
 """
@@ -28,7 +28,7 @@ class Signals:
     """Recordings of the same length.
 
     waves: (n, channels, samples). labels: (n,), indices into `names`. rate: samples a second.
-    columns: name -> (n,), what is known of each. about: free text facts.
+    columns: name -> (n,), what is known of each. about: JSON facts.
     """
 
     waves: Array
@@ -37,7 +37,7 @@ class Signals:
     names: Sequence[str]
     channels: Sequence[str]
     columns: Mapping[str, Array] = field(default_factory=dict)
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,13 +59,13 @@ def write_signals(path: Path, found: Signals) -> None:
     from safetensors.numpy import save
 
     tensors = {"signals": found.waves, "labels": found.labels.astype(np.uint8), **found.columns}
-    metadata = {
-        "format": FORMAT,
-        "rate": repr(found.rate),
-        "labels": json.dumps(list(found.names)),
-        "channels": json.dumps(list(found.channels)),
-        "about": json.dumps(dict(found.about), sort_keys=True),
+    facts = {
+        "rate": found.rate,
+        "labels": list(found.names),
+        "channels": list(found.channels),
+        "about": dict(found.about),
     }
+    metadata = {FORMAT: json.dumps(facts, sort_keys=True)}  # one key: safetensors writes several in any order
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata))
 
@@ -83,17 +83,18 @@ def read_signals(path: Path) -> Signals:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise DataError(f"{path}: no file of signals (its metadata lack format={FORMAT})")
+            if FORMAT not in metadata:
+                raise DataError(f"{path}: no file of signals (its metadata lack {FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(metadata[FORMAT])
         found = Signals(
             waves=tensors.pop("signals"),
             labels=tensors.pop("labels").astype(np.int64),
-            rate=float(metadata["rate"]),
-            names=json.loads(metadata["labels"]),
-            channels=json.loads(metadata["channels"]),
+            rate=float(facts["rate"]),
+            names=facts["labels"],
+            channels=facts["channels"],
             columns=tensors,
-            about=json.loads(metadata.get("about", "{}")),
+            about=facts["about"],
         )
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, DataError):
