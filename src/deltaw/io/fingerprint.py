@@ -204,11 +204,15 @@ def sketch(tensor: Tensor) -> list[float]:
     chunks = max(1, -(-n // CHUNK))
     outer, inner = signs(b"outer", chunks), signs(b"inner", CHUNK)
     sums = torch.zeros(PROJECTIONS, dtype=torch.float64)
+    squares = 0.0
     for first in range(0, chunks, 256):
         part = flat[first * CHUNK : (first + 256) * CHUNK]
-        part = nn.functional.pad(part, (0, -part.numel() % CHUNK)).view(-1, CHUNK)
+        if part.numel() % CHUNK:
+            part = nn.functional.pad(part, (0, -part.numel() % CHUNK))
+        part = part.view(-1, CHUNK)
+        squares += float(torch.linalg.vector_norm(part, dim=1).double().square().sum())
         sums += ((part @ inner).double() * outer[first : first + part.shape[0]]).sum(0)
-    norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+    norm = squares**0.5
     return [norm, *(sums / (norm or 1.0)).tolist()]
 
 
