@@ -128,6 +128,10 @@ class Host(nn.Module):
         """Whether `layer` reads weights of a host inside it without calling that. Default: one of `watches` with a host inside."""
         return isinstance(layer, cls.watches) and any(isinstance(m, Host) for m in layer.modules() if m is not layer)
 
+    def read_inside(self) -> Iterable[Host]:
+        """The changed layers inside whose weights this layer's own code reads, and which then take effect. Default: none."""
+        return ()
+
     def bias_of(self, site: str) -> tuple[str, slice | None] | None:
         """The bias (and which rows of it) that is added to what a weight's site computes, or None. Default: "bias"."""
         return ("bias", None) if site == "weight" and self._parameters.get("bias") is not None else None

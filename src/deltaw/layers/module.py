@@ -13,6 +13,7 @@ A module whose own code reads the weight of a changed layer inside it becomes th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ class ModuleHost(Host):
     @classmethod
     def reads(cls, layer: nn.Module) -> bool:
         return bool(read_hosts(layer))
+
+    def read_inside(self) -> Iterable[Host]:
+        return read_hosts(self).values()
 
     def to_matrix(self, site: str, stored: Tensor) -> Tensor:
         return matrix_form(self, stored)

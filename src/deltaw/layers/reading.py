@@ -28,7 +28,7 @@ FACTS |= {"requires_grad", "is_meta", "is_cuda", "is_floating_point"}
 
 
 class Read(NamedTuple):
-    """`self.<path>.<site>` in a module's code. `values`: more is asked of it than one of the `FACTS`."""
+    """`self.<path>.<site>` in a module's code ("" for `self.<path>` itself). `values`: not only one of the `FACTS` is asked."""
 
     path: tuple[str, ...]
     site: str
@@ -93,22 +93,37 @@ def chains(code: CodeType) -> Iterator[Read]:
         for k in range(1, len(names)):
             fact = asked if k + 1 == len(names) else names[k + 1] in FACTS
             yield Read(tuple(names[:k]), names[k], not fact)
+        if names:
+            yield Read(tuple(names), "", not asked)
 
 
 def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     """Path -> layer inside `module` that is changed (or kept in another form), and that the module's own code reads."""
     kind = module.base_class if isinstance(module, Host) else type(module)
     found: dict[tuple[str, ...], Host] = {}
-    for path, site, values in reads_in(kind):
+    for read in reads_in(kind):
         layer: nn.Module | None = module
-        for name in path:
+        for name in read.path:
             layer = None if layer is None else layer._modules.get(name)
-        if not isinstance(layer, Host) or path[0] in (CHILD, FORMS):
-            continue
-        changed = values and site in layer._parameters and (layer.adapters._modules or layer.adapters.tied)
-        if changed or site in layer.held():
-            found[path] = layer
+        if isinstance(layer, Host) and read.path[0] not in (CHILD, FORMS) and is_read(layer, read):
+            found[read.path] = layer
     return found
+
+
+def is_read(layer: Host, read: Read) -> bool:
+    """Whether `read` takes more from `layer` than a call gives: a weight, or a method that may use one."""
+    if read.site in layer.held():
+        return True
+    if not read.values or not (layer.adapters._modules or layer.adapters.tied):
+        return False
+    method = getattr(layer.base_class, read.site, None) if read.site not in ("", "forward") else None
+    own = isinstance(method, FunctionType) and not hasattr(nn.Module, read.site)
+    return read.site in layer._parameters or own or never_called(layer)
+
+
+def never_called(layer: Host) -> bool:
+    """Whether a module has no forward at all (nn.ParameterDict), so that it can only be read."""
+    return layer.base_class.forward is nn.Module.forward
 
 
 def written_in(twin: nn.Module, layers: dict[tuple[str, ...], Host], dropout: bool) -> nn.Module:

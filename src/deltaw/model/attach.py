@@ -19,7 +19,7 @@ from deltaw.core.host import FORMS, Host
 from deltaw.core.part import parameter_of
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, Site, Variant
-from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
+from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite, TargetError
 from deltaw.model import state, targeting
 from deltaw.model.plan import Planned, fitted, full_host, planned
 from deltaw.model.quantizer_gate import close_gate, open_gate
@@ -58,12 +58,16 @@ def attach(
         NameTaken: the model has an adapter of that name.
         ConfigError: two targets want the same layer, or an option is wrong.
         NonFinite: a targeted weight holds NaN or infinity.
-        ModelError: changes are merged into the weights.
+        ModelError: changes are merged into the weights, or the model is scripted, traced or sharded already.
     If anything is wrong, the model is left as it was.
     """
     root = state.unwrap(model)
     checked_name(root, name)
     state.unmerged(root, "attach")
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "cannot attach inside of torch.inference_mode(): what is made there can never be trained; leave it first"
+        )
     plan = planned(root, pairs(variants, targets), train, exclude, layers)
     place(root, plan, name, freeze=freeze, active=active)
     return model
@@ -72,6 +76,7 @@ def attach(
 def checked_name(model: nn.Module, name: str) -> None:
     """Refuse a name that is taken or that cannot be one, and a model that takes no more adapters."""
     state.unsharded(model, "give the model another adapter")
+    state.ready(model, "give the model an adapter")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(f"name={name!r}: an adapter's name has letters, digits, '_' and '-' only")
     if name in state.names(model):
@@ -182,11 +187,19 @@ def watch(model: nn.Module, roster: Roster) -> None:
         cls = None if isinstance(module, Host) else targeting.reader_of(module)
         if cls is not None:
             cls.of(module, roster)
+    read = {id(inner) for _, host in state.hosts(model) for inner in host.read_inside()}
+    for path, host in state.hosts(model):
+        if host.base_class.forward is nn.Module.forward and host.adapters._modules and id(host) not in read:
+            raise TargetError(
+                f"{path!r} ({host.base_class.__name__}) has no forward and is never called, and no module around it reads it "
+                "as self.<name> in its own forward: a change of its parameters would have no effect; leave it out (exclude=), "
+                "or read it in the forward of the module that holds it"
+            )
 
 
 def check_finite(plan: list[Planned]) -> None:
     """Refuse weights that are NaN or infinite, if they are few enough to be read now."""
-    items = [i for i in plan if i.stored.is_floating_point() and not i.stored.is_meta]
+    items = [i for i in plan if i.stored.is_floating_point() and not i.stored.is_meta and i.stored.dtype.itemsize > 1]
     if sum(i.stored.numel() for i in items) > CHECKED_AT_ONCE:
         return
     for item in items:

@@ -230,11 +230,22 @@ def adapted(
         )
     if not found:
         inner = [p for path in paths for p in known if p.startswith(path + ".") and targeting.host_for(known[p])]
+        if not inner:
+            raise TargetError(
+                f"{targeting.describe(target)} matches {paths[0]!r}, a {kind_of(known[paths[0]])}, which has no parameter that "
+                f"{type(variant).__name__} could adapt, nor has a layer inside it; name other layers"
+            )
         raise TargetError(
             f"{targeting.describe(target)} matches only containers such as {paths[0]!r} "
             f"({type(known[paths[0]]).__name__}); name layers inside, for example {', '.join(map(repr, inner[:3])) or '...'}"
         )
     return found
+
+
+def kind_of(layer: nn.Module) -> str:
+    """A layer's class, with its module where that is not the usual one."""
+    kind = type(layer)
+    return kind.__name__ if kind.__module__.startswith("torch.nn.modules") else f"{kind.__module__}.{kind.__name__}"
 
 
 def parameters_hint(path: str, layer: nn.Module) -> str:
@@ -253,6 +264,7 @@ def layer_planned(
     if why is not None:
         raise TargetError(f"{pattern} matches {path!r} ({type(layer).__name__}): {why}")
     sites = cls.main_sites(layer)
+    check_stored(path, layer, sites, pattern)
     if one and len(sites) != 1:
         raise TargetError(
             f"{pattern}: {path!r} ({type(layer).__name__}) has the weights {', '.join(map(repr, sites))}; "
@@ -268,6 +280,24 @@ def layer_planned(
         if inner is not None and host is not None:
             found += layer_planned(join_key(path, child), inner, host, variant, target, False)
     return found
+
+
+def check_stored(path: str, layer: nn.Module, sites: Sequence[str], pattern: str) -> None:
+    """Refuse a weight that is computed at every call (weight_norm, spectral_norm, any parametrization).
+
+    Raises:
+        TargetError: with the parameters that it is computed from, and how to make it a plain weight.
+    """
+    names = parameter_names(layer)
+    for site in sites:
+        if site not in names:
+            sources = [n for n, _ in layer.named_parameters() if site in n]
+            raise TargetError(
+                f"{pattern} matches {path!r} ({type(layer).__name__}), whose {site!r} is computed from "
+                f"{', '.join(map(repr, sources)) or 'something else'} at every call, as weight_norm and spectral_norm do: "
+                f"make it a plain weight first (torch.nn.utils.parametrize.remove_parametrizations(layer, {site!r}), or "
+                f"torch.nn.utils.remove_weight_norm(layer)), train it in full (train=[{path!r}]), or leave it out (exclude=)"
+            )
 
 
 def check_free(path: str, layer: nn.Module) -> None:

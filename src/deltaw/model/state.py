@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from deltaw.core.host import CHILD, FORMS, Host
 from deltaw.core.roster import Roster
@@ -135,4 +137,22 @@ def unsharded(model: nn.Module, verb: str) -> None:
             raise ModelError(
                 f"cannot {verb}: FSDP has sharded a {type(module).__name__}; attach, load and quantize before sharding, and "
                 "detach in a process that loads the model whole"
+            )
+
+
+def ready(model: nn.Module, verb: str) -> None:
+    """Refuse models whose layers are no Python objects any more (TorchScript), or have no shapes yet (LazyLinear).
+
+    Raises:
+        ModelError: such a module, by its class.
+    """
+    for module in modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            name = getattr(module, "original_name", type(module).__name__)
+            raise ModelError(
+                f"cannot {verb}: its {name} is scripted or traced (TorchScript); do so before torch.jit.script"
+            )
+        if any(is_lazy(p) for p in module._parameters.values()):
+            raise ModelError(
+                f"cannot {verb}: the weights of a {type(module).__name__} have no shape yet; run the model once"
             )

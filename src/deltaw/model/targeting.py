@@ -80,8 +80,10 @@ def matching(model: nn.Module, target: Target, layers: dict[str, nn.Module], lea
         found = [p for p, m in layers.items() if p and p not in left and m is not head and is_linear(m) and host_for(m)]
         found = [p for p in found if not belongs_to_parent(p, layers)]
         if not found:
+            itself = ", and a layer that is the model itself is named by its class (targets=torch.nn.Linear)"
             raise TargetError(
                 f"targets='all-linear': {type(model).__name__} has no linear layer besides its output head"
+                + (itself if host_for(model) else ": name other layers, for example by class (targets=torch.nn.Conv2d)")
             )
         return found
     if isinstance(target, str):
