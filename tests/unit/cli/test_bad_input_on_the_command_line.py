@@ -174,7 +174,7 @@ def test_damaged_adapters(deltaw, kept_run, tiny, tmp_path, what):
     folder = damaged(kept_run, tmp_path, ADAPTERS[what])
     for arguments in (["predict", folder, "a film"], ["merge", folder, "--base", tiny / "model", "--out", "merged"]):
         found = deltaw(*arguments, code=2)
-        assert found.err.startswith("error: "), found.err
+        assert "\nerror: " in "\n" + found.err, found.err
         assert "Traceback" not in found.err
     assert not (tmp_path / "merged").exists()
 
@@ -201,7 +201,7 @@ def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
     assert "no run" in deltaw("predict", "empty", "a film", code=3).err
     assert "no run" in deltaw("resume", "empty", code=3).err
     assert "an input is empty" in deltaw("predict", kept_run, " ", code=3).err
-    assert deltaw("inspect", "empty", code=2).err.startswith("error: ")
+    assert "\nerror: " in "\n" + deltaw("inspect", "empty", code=2).err
 
 
 def test_debug_shows_the_traceback(deltaw):
