@@ -111,7 +111,7 @@ def bursts(tmp_path_factory) -> Path:
     config = transformers.WhisperConfig(
         d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
         decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1, max_target_positions=8, max_source_positions=100,
+        decoder_start_token_id=1, max_target_positions=8, max_source_positions=100, init_std=0.3,
     )  # fmt: skip
     transformers.WhisperModel(config).save_pretrained(folder / "model")
     return folder
