@@ -1,4 +1,4 @@
-"""nn.ConvTranspose1d and 2d: the weight (in, out/groups, *kernel) as the matrix (out, in/groups · kernel).
+"""nn.ConvTranspose1d, 2d and 3d: the weight (in, out/groups, *kernel) as the matrix (out, in/groups · kernel).
 
 ΔW = B A is a transposed convolution by A (stride, output padding and all) and then a 1x1 convolution by B. Under groups
 every group of channels meets the same A, and B's rows stay in their group. PEFT has no such layer.
@@ -126,3 +126,21 @@ class ConvTranspose2dHost(ConvTransposeHost, nn.ConvTranspose2d):
         )
         yield Example("unbatched groups", lambda: nn.ConvTranspose2d(4, 14, 3, groups=2), random(4, 3, 3))
         yield Example("depthwise", lambda: nn.ConvTranspose2d(4, 4, 3, groups=4, stride=2), random(1, 4, 3, 3))
+
+
+@host
+class ConvTranspose3dHost(ConvTransposeHost, nn.ConvTranspose3d):
+    """An adapted nn.ConvTranspose3d."""
+
+    family: ClassVar[str] = "conv_transpose3d"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose3d,)
+    convolution = staticmethod(F.conv_transpose3d)
+    plain = staticmethod(F.conv3d)
+
+    @classmethod
+    def examples(cls) -> Iterable[Example]:
+        yield Example(
+            "kernel (3, 2, 1)",
+            lambda: nn.ConvTranspose3d(4, 14, (3, 2, 1), stride=2, padding=(1, 0, 0), output_padding=1, groups=2),
+            random(2, 4, 2, 3, 2),
+        )

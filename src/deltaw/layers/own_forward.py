@@ -286,7 +286,9 @@ class ChangedConvTransposeHost(ChangedHost, ConvTransposeMatrix):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return any(way_of(layer, plain) is not None for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d))
+        return any(
+            way_of(layer, plain) is not None for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        )
 
 
 # ---- examples
