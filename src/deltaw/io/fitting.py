@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Change, join_key, split_key
 from deltaw.core.base_weights import base_weight
+from deltaw.core.host import CHILD
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io import fingerprint as prints
@@ -205,6 +206,7 @@ def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     config = dict(config)
     saved = config.get("modules_to_save")
     if saved:
+        saved = _outermost(saved, model)
         config["modules_to_save"] = _shortest(saved, paths, dotted=False) or saved
     if config.get("feedforward_modules"):
         return config  # must be among target_modules, and is matched in another way
@@ -218,6 +220,28 @@ def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         short = _shortest(wanted, open_paths, dotted=True)
         config["target_modules"] = short or "|".join(re.escape(p) for p in wanted)
     return config
+
+
+def _outermost(saved: Sequence[str], model: nn.Module) -> list[str]:
+    """`saved`, with a module in the place of its parts where all its parts are saved.
+
+    A task type makes PEFT save `classifier` as a whole, which must not meet `classifier.dense` (RoBERTa's head).
+    """
+    whole: list[str] = []
+    inside = tuple(p + "." for p in saved)
+    for path, module in prints.own_modules(model):
+        if (
+            not path
+            or path.startswith(tuple(w + "." for w in whole))
+            or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        ):
+            continue
+        if path not in saved and not any(p.startswith(path + ".") for p in saved):
+            continue
+        keys = [f"{path}.{key}" for key in module.state_dict() if f".{CHILD}." not in f".{key}"]
+        if path in saved or (keys and all(key.startswith(inside) for key in keys)):
+            whole.append(path)
+    return sorted(whole)
 
 
 def _shortest(wanted: Sequence[str], paths: Sequence[str], dotted: bool) -> list[str] | None:
