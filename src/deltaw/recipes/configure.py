@@ -66,6 +66,8 @@ INNER = {
 }
 """The same, inside sections."""
 
+NAMES = re.compile(r"[A-Za-z_][\w.\-]*(,[A-Za-z_][\w.\-]*)+")
+"""targets=q_proj,v_proj: several plain names in one text (a regex with a comma has other signs as well)."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -117,6 +119,9 @@ def build(given: Mapping[str, Any]) -> RunConfig:
     nested: dict[str, Any] = {}
     _merge(nested, recipe.defaults, recipe.name)
     _merge(nested, given, "the configuration")
+    targets = nested.get("targets")
+    if isinstance(targets, str) and NAMES.fullmatch(targets):
+        nested["targets"] = targets.split(",")
     data = nested.get("data")
     nested["data"] = check(
         DataConfig, {"path": data} if isinstance(data, str) else _mapping("data", data or {}), "data."

@@ -210,3 +210,16 @@ def test_seed_001s_counts_on_whisper_small():
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     assert trained == 1_032_192
     assert round((head + trained) / 1e6, 1) == 3.4
+
+
+def test_projections_are_chosen_as_the_seeds_flags_do(bursts, tmp_path):
+    from deltaw.recipes.configure import load
+
+    options = [f"model={bursts / 'model'}", f"data={bursts / 'data'}", "epochs=1", "lora.rank=2"]
+    config = load("gw", [*options, "targets=q_proj,v_proj"])
+    assert config.targets == ["q_proj", "v_proj"]
+    trained = start(config, tmp_path / "qv", quiet=True)["parameters"]["trainable"]
+    wider = start(load("gw", [*options, "targets=all-linear"]), tmp_path / "all", quiet=True)["parameters"]["trainable"]
+    head = 2 * (2 * 2 * 16) + (64 * 256 + 256) + (256 * 2 + 2)
+    assert trained == head + 2 * 2 * (16 + 16)
+    assert wider == head + 4 * 2 * (16 + 16) + 2 * 2 * (16 + 32)  # the encoder's, not the head's
