@@ -36,4 +36,5 @@ def row_norms(squares: Tensor, product: Tensor, A: Tensor, B: Tensor, scale: flo
 
 def row_norms_reference(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """‖W + scale·BA‖ per row, (..., out), from the dense change."""
-    return torch.linalg.vector_norm(weight + scale * (B @ A), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(weight + scale * (B @ A), dim=-1)
+    return norms

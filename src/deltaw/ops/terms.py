@@ -101,7 +101,7 @@ def pack(terms: Sequence[Term]) -> tuple[Plan, list[Tensor | None]]:
 
 def unpack(plan: Plan, tensors: Sequence[Any]) -> list[Term]:
     """The inverse of `pack`."""
-    return [Term(*tensors[TENSORS * i : TENSORS * (i + 1)], *constants) for i, constants in enumerate(plan)]
+    return [Term._make([*tensors[TENSORS * i : TENSORS * (i + 1)], *constants]) for i, constants in enumerate(plan)]
 
 
 def total_gain(terms: Sequence[Term]) -> Tensor | None:
