@@ -308,6 +308,8 @@ class Host(nn.Module):
         wanted = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
         if not spoken and not feeding:
             return stored
+        if not torch.compiler.is_compiling():
+            self.roster.uncalled.discard(id(self))  # read, which is as good as called
         if len(spoken) == 1 and not feeding and spoken[0].weight == 1.0 and spoken[0].delta.variant.any_shape:
             return spoken[0].delta.new_weight(stored.to(wanted))
         summed = functools.reduce(torch.promote_types, (s.delta.site.dtype for s in (*spoken, *feeding)), stored.dtype)
@@ -389,6 +391,8 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return own(self, *args, **kwargs)
         roster, grad = self.roster, torch.is_grad_enabled()
+        if roster.uncalled:
+            roster.uncalled.discard(id(self))
         if grad and in_backward() and not getattr(roster.local, "again", False):
             speaking = recall(roster)
             if speaking is not None:

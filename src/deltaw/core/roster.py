@@ -37,6 +37,7 @@ class Roster:
     merged: None, or what `unmerge` needs.
     quantized: parameter name -> what `dequantize` needs.
     journals: thread -> who spoke in its calls without a graph (see recall.py). probes: what `rows` found out.
+    uncalled: ids of the hosts that no call has reached since they were adapted, until the model's first call ends.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class Roster:
         self.local = threading.local()
         self.journals: dict[int, tuple[list[int], list[Speaking]]] = {}
         self.probes: dict[Any, Any] = {}
+        self.uncalled: set[int] = set()
 
     def active(self) -> Active:
         """The active adapters of the calling thread; none while changes are merged into the weights."""
@@ -79,10 +81,11 @@ class Roster:
             local.override, local.rows, local.again = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes", "uncalled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.local = threading.local()
         self.journals = {}
         self.probes = {}
+        self.uncalled = set()

@@ -20,7 +20,7 @@ from deltaw.core.part import parameter_of
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta, Dense, Site, Variant
 from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite, TargetError
-from deltaw.model import state, targeting
+from deltaw.model import first_call, state, targeting
 from deltaw.model.plan import Planned, fitted, full_host, planned
 from deltaw.model.quantizer_gate import close_gate, open_gate
 
@@ -156,6 +156,7 @@ def enter(model: nn.Module, roster: Roster, name: str, *, freeze: bool, active: 
     roster.names.append(name)
     open_gate(model)
     watch(model, roster)
+    first_call.watch(model, roster, name)
     if active:
         roster.default = ((name, 1.0),)
     if freeze:
@@ -230,6 +231,7 @@ def forget(model: nn.Module, roster: Roster, name: str) -> None:
             host.release()
     if last:
         close_gate(model)
+        first_call.remove(model, roster)
         roster.merged = None
         for parameter, key in list(base_parameters(model)):
             if roster.frozen.get(key):

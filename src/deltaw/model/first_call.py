@@ -1,0 +1,60 @@
+"""After the first call of a model with a new adapter: was every adapted layer called?
+
+A layer whose weight is fetched in a way that nobody foresaw, or that the forward never reaches, takes no effect, however
+long one trains. So `attach` and `load` leave a hook on the model, which takes itself away in the model's first call and
+warns of the layers that were neither called nor read. A layer that is only used at times (layer dropout, one of several
+heads) may be among them: hence a warning. The hook waits for a call in which the adapter speaks. Compiled calls are not looked into; `check_gradients` sees those too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.core.roster import Roster
+from deltaw.model import state
+
+
+class FirstCall:
+    """A forward hook for one call."""
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
+            return
+        compiled = any(m._compiled_call_impl is not None for m in module.modules())
+        missed = [] if compiled else [(p, h) for p, h in state.hosts(module) if id(h) in self.roster.uncalled]
+        paths = [path for path, host in missed if host.active_sites()]
+        silent = {id(host) for path, host in missed if path not in paths}  # their adapter did not speak in this call
+        self.roster.uncalled = silent
+        if not silent:
+            remove(module, self.roster)
+        if paths:
+            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+            warnings.warn(
+                f"{', '.join(map(repr, paths[:5]))}{more} of {type(module).__name__.removesuffix('Host')} carry a change, but "
+                "were not called in the model's first call: if that is so in every call, the change has no effect. Is the "
+                "layer used at all, or is its weight read by code outside of the modules around it? Leave it out (exclude=), or, "
+                "if it is used only at times, take no notice; dw.check_gradients(model) after a backward tells",
+                stacklevel=2,
+            )
+
+
+def watch(model: nn.Module, roster: Roster, name: str) -> None:
+    """Look at the first call of `model` for the layers that adapter `name` changes."""
+    remove(model, roster)
+    roster.uncalled |= {id(host) for _, host in state.hosts(model) if name in host.adapters}
+    model.register_forward_hook(FirstCall(roster))
+
+
+def remove(model: nn.Module, roster: Roster) -> None:
+    """Take the hooks for `roster` off `model` and all modules inside it."""
+    for module in state.modules(model):
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, FirstCall) and hook.roster is roster:
+                del module._forward_hooks[key]
