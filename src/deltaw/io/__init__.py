@@ -4,7 +4,7 @@ from deltaw.io.admission import admit
 from deltaw.io.convert import convert, read_any
 from deltaw.io.digest import digest
 from deltaw.io.doctor import doctor
-from deltaw.io.extract import extract
+from deltaw.io.extraction import extract
 from deltaw.io.files import read, write
 from deltaw.io.model_files import load, save
 from deltaw.io.notices import AdapterNotice

@@ -19,7 +19,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError
 from deltaw.io import files
 from deltaw.io.admission import admit, check_values, over_any_base
-from deltaw.io.extract import approximate
+from deltaw.io.extraction import approximate
 from deltaw.io.folder import MANIFEST, sync
 from deltaw.io.formats import Hints, format_named, formats, guess
 from deltaw.io.notices import AdapterNotice

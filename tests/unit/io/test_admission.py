@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put
 from torch import Tensor
 
 import deltaw as dw
 from deltaw.errors import AdapterError, BaseMismatch, DeltawError
 from deltaw.io.admission import admit
 from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
+from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put
 
 SEALED = KINDS[:2]
 

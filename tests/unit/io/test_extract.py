@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.io.adapter_folders import net, shaken
 from torch import nn
 
 import deltaw as dw
@@ -19,6 +18,7 @@ from deltaw.io.admission import admit
 from deltaw.io.base_models import open_base
 from deltaw.io.checking import check
 from deltaw.io.inspection import inspect, text
+from tests.unit.io.adapter_folders import net, shaken
 
 
 class Tied(nn.Module):

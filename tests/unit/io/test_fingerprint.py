@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.io.adapter_folders import net, shaken
 from torch import nn
 
 import deltaw as dw
 from deltaw.errors import BaseMismatch, ModelError
 from deltaw.io.fingerprint import compare, distance, fingerprint, sketch
 from deltaw.io.notices import AdapterNotice
+from tests.unit.io.adapter_folders import net, shaken
 
 
 def wide(seed: int = 0) -> nn.Module:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.io.adapter_folders import net, shaken
 
 import deltaw as dw
 from deltaw.errors import AdapterError, NonFinite
 from deltaw.io import folder as folders
 from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS
+from tests.unit.io.adapter_folders import net, shaken
 
 
 def adapter(seed: int) -> dw.Adapter:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.io.adapter_folders import shaken
 from torch import Tensor, nn
 
 import deltaw as dw
@@ -19,6 +18,7 @@ from deltaw.io import digest
 from deltaw.io.convert import convert, read_any
 from deltaw.io.formats import Hints, formats
 from deltaw.io.model_files import stored_shapes
+from tests.unit.io.adapter_folders import shaken
 
 
 class Block(nn.Module):

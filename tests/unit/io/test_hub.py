@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.io.adapter_folders import net, shaken
 
 import deltaw as dw
 from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS
 from deltaw.io.hub import is_id
+from tests.unit.io.adapter_folders import net, shaken
 
 pytest.importorskip("huggingface_hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.unit.io.adapter_folders import parts, put, shaken
 from torch import nn
 
 import deltaw as dw
@@ -18,6 +17,7 @@ from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io import digest
 from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
+from tests.unit.io.adapter_folders import parts, put, shaken
 
 
 class Odd(nn.Module):

@@ -25,7 +25,7 @@ def add(app: typer.Typer) -> None:
     ) -> None:
         """Write the adapter nearest to TUNED minus MODEL, with its error."""
         from deltaw.io.base_models import open_base
-        from deltaw.io.extract import extract as take
+        from deltaw.io.extraction import extract as take
         from deltaw.io.files import write
 
         new, old = open_base(tuned, weights=True), open_base(base, weights=True)
