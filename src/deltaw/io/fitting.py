@@ -28,6 +28,8 @@ TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
 )
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""What PEFT refuses to save as a module."""
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
@@ -193,7 +195,7 @@ def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
         path, site = split_key(key)
         if path in low or site == "bias":
             continue
-        if path not in modules:
+        if path not in modules or isinstance(modules[path], CONTAINERS):
             return False
         if {join_key(path, name) for name, _ in _own_parameters(modules[path])} - copied:
             return False  # PEFT would save the whole module, with the layers inside it
@@ -233,7 +235,7 @@ def _outermost(saved: Sequence[str], model: nn.Module) -> list[str]:
         if (
             not path
             or path.startswith(tuple(w + "." for w in whole))
-            or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            or (isinstance(module, CONTAINERS) and path not in saved)
         ):
             continue
         if path not in saved and not any(p.startswith(path + ".") for p in saved):

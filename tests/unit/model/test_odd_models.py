@@ -44,7 +44,7 @@ def test_a_weight_that_is_computed_is_refused_with_what_it_is_computed_from(how)
     dw.attach(model, dw.LoRA(rank=2), exclude=["layers.1"])
 
 
-def test_a_computed_weight_is_trained_in_full():
+def test_a_computed_weight_is_trained_in_full(tmp_path):
     model = Model(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4))).double()
     base = model(X)
     dw.attach(model, dw.LoRA(rank=2), ["layers.0"], train=["layers.1"])
@@ -55,8 +55,10 @@ def test_a_computed_weight_is_trained_in_full():
     dw.check_gradients(model)
     with dw.merged(model):
         torch.testing.assert_close(model(X), out)
+    dw.save(model, tmp_path / "a")
     dw.detach(model)
     assert torch.equal(model(X), base)
+    assert torch.equal(dw.load(model, tmp_path / "a")(X), out)
 
 
 @pytest.mark.parametrize(
