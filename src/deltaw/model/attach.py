@@ -122,9 +122,18 @@ def place(model: nn.Module, plan: list[Planned], name: str, *, freeze: bool, act
             host.add(name, item.site, delta)
             tie(item, host, name, roster)
         enter(model, roster, name, freeze=freeze, active=active)
+        roster.notes[name] = {"matched": matched(plan)}
     except BaseException:
         forget(model, roster, name)
         raise
+
+
+def matched(plan: list[Planned]) -> dict[str, int]:
+    """How many modules each pattern matched, in the order of the patterns; `summary` tells it."""
+    paths: dict[str, set[str]] = {}
+    for item in plan:
+        paths.setdefault(item.pattern, set()).add(item.path)
+    return {pattern: len(found) for pattern, found in paths.items()}
 
 
 def tie(item: Planned, host: Host, name: str, roster: Roster) -> None:

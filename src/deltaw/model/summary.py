@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Summary:
     """Every change, and totals. Memory in bytes: weights, gradients and Adam's two states of what is trainable.
 
     activation_bytes: what a training forward keeps for its backward; None unless `summary` was given inputs.
+    matched: adapter -> {pattern: number of modules that it matched}, for adapters that were attached here.
     """
 
     rows: tuple[Row, ...]
@@ -61,6 +62,7 @@ class Summary:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int | None = None
+    matched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -71,6 +73,13 @@ class Summary:
     def share(self) -> float:
         """Trainable parameters / all parameters."""
         return self.trainable / max(1, self.total)
+
+    def patterns(self) -> list[str]:
+        """What the patterns of each adapter matched, a line for each adapter."""
+        return [
+            f"{name}: " + ", ".join(f"{p} matched {n} module{'' if n == 1 else 's'}" for p, n in found.items())
+            for name, found in self.matched.items()
+        ]
 
     def __str__(self) -> str:
         head = ("weight", "layer", "shape", "adapter", "variant", "parameters")
@@ -91,6 +100,7 @@ class Summary:
         return "\n".join(
             [
                 *table,
+                *self.patterns(),
                 f"trainable {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})",
                 f"memory: weights {self.weight_bytes / mib:,.1f} MiB, gradients {self.gradient_bytes / mib:,.1f} MiB, "
                 f"Adam {self.optimizer_bytes / mib:,.1f} MiB"
@@ -155,6 +165,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
         gradients,
         ADAM_STATES * gradients,
         None if inputs is None else activation_bytes(model, inputs),
+        {n: notes["matched"] for r in state.rosters(root) for n, notes in r.notes.items() if "matched" in notes},
     )
 
 
