@@ -152,7 +152,7 @@ def ready(model: nn.Module, verb: str) -> None:
             raise ModelError(
                 f"cannot {verb}: its {name} is scripted or traced (TorchScript); do so before torch.jit.script"
             )
-        if any(is_lazy(p) for p in module._parameters.values()):
+        if any(p is not None and is_lazy(p) for p in module._parameters.values()):
             raise ModelError(
                 f"cannot {verb}: the weights of a {type(module).__name__} have no shape yet; run the model once"
             )
