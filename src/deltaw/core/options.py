@@ -14,10 +14,10 @@ def positive_int(name: str, value: Any) -> None:
         raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1, for example {name}=8")
 
 
-def positive(name: str, value: Any) -> None:
-    """Refuse what is not a finite number above 0."""
+def positive(name: str, value: Any, example: float = 16) -> None:
+    """Refuse what is not a finite number above 0. example: one that would do, for the message."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name}={value!r}: must be a finite number above 0, for example {name}=16")
+        raise ConfigError(f"{name}={value!r}: must be a finite number above 0, for example {name}={example}")
 
 
 def probability(name: str, value: Any) -> None:

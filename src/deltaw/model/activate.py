@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
@@ -34,6 +34,8 @@ def chosen_in(rosters: Sequence[Roster], model: nn.Module, names: Choice) -> Act
         return ()
     if isinstance(names, str):
         names = [names]
+    if not isinstance(names, (Mapping, Sequence, Set)):
+        raise ConfigError(f"use({names!r}): give a name, a list of names, {{name: weight}}, or None for the bare base")
     weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     if len(weights) != len(names):
         raise ConfigError(f"use({list(names)!r}): a name comes twice; give it a weight instead, {{name: 2.0}}")

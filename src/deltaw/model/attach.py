@@ -61,6 +61,8 @@ def attach(
         ModelError: changes are merged into the weights, or the model is scripted, traced or sharded already.
     If anything is wrong, the model is left as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"attach takes a torch.nn.Module; found {type(model).__name__}")
     root = state.unwrap(model)
     checked_name(root, name)
     state.unmerged(root, "attach")
@@ -318,6 +320,8 @@ def install(
         NameTaken, ConfigError, ModelError: as `attach`.
     If anything is wrong, the model is left as it was.
     """
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(f"install takes an Adapter, as dw.get and dw.read give it; found {type(adapter).__name__}")
     root = state.unwrap(model)
     checked_name(root, name)
     state.unmerged(root, "load an adapter")

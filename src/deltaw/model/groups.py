@@ -21,7 +21,7 @@ def param_groups(
     Raises:
         ModelError: nothing is trainable.
     """
-    options.positive("lr", lr)
+    options.positive("lr", lr, 2e-4)
     if b_ratio is not None:
         options.positive("b_ratio", b_ratio)
     fast: dict[int, nn.Parameter] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,12 +94,24 @@ def planned(
     """What `attach` will do, one entry per parameter. Raises TargetError or ConfigError; changes nothing."""
     known = targeting.layers_of(model)
     shared = ties.shared(known)
-    left = [p for t in (targeting.as_targets(exclude) if exclude else []) for p in targeting.matching(model, t, known)]
+    try:
+        left = (
+            [p for t in targeting.as_targets(exclude) for p in targeting.matching(model, t, known)] if exclude else []
+        )
+    except TargetError as error:
+        raise TargetError(str(error).replace("targets=", "exclude=", 1)) from None
     plan: Wanted = {}
+    if layers is not None and (isinstance(layers, str) or not all(type(i) is int for i in numbers(layers))):
+        raise TargetError(
+            f"layers={layers!r}: give the indices of blocks, for example layers=[0, 1] or layers=range(6)"
+        )
+    names = [train] if isinstance(train, str) else list(train)
+    if not all(isinstance(name, str) for name in names):
+        raise TargetError(f"train={train!r}: give names of modules, for example train=['classifier']")
 
     trained: list[str] = []
     full = variant_registry["full"]()
-    for name in [train] if isinstance(train, str) else list(train):
+    for name in names:
         for item in trained_in_full(model, name, known, full):
             trained.append(item.path)
             add(plan, item)
@@ -112,6 +124,11 @@ def planned(
         for path, layer, _ in item.tied:
             check_free(path, layer)
     return list(plan.values())
+
+
+def numbers(layers: Any) -> list[Any]:
+    """The indices of blocks that `layers` lists; what is no list counts as one that is wrong."""
+    return list(layers) if isinstance(layers, Iterable) else [None]
 
 
 def add(plan: Wanted, item: Planned) -> None:

@@ -106,7 +106,10 @@ def exact(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> list[str
     """
     found = [p for p in layers if p == name or p.endswith("." + name)]
     if not found:
-        raise TargetError(f"train={name!r} matches no module of {type(model).__name__}; {nearest(name, layers)}")
+        pattern = "" if PLAIN.fullmatch(name) else " (train= takes exact names, no patterns: list them)"
+        raise TargetError(
+            f"train={name!r} matches no module of {type(model).__name__}{pattern}; {nearest(name, layers)}"
+        )
     return found
 
 

@@ -46,7 +46,7 @@ class VeRA(Variant):
         options.positive_int("rank", self.rank)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**62:
             raise ConfigError(f"seed={self.seed!r}: must be a whole number from 0 on, for example seed=0")
-        options.positive("d", self.d)
+        options.positive("d", self.d, 0.1)
         options.probability("dropout", self.dropout)
         options.boolean("bias", self.bias)
 

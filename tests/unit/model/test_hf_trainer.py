@@ -59,3 +59,43 @@ def test_a_quantised_model_without_adapters_is_still_refused(folder, tmp_path):
         transformers.Trainer(
             model=model, args=transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
         )
+
+
+class Parity(torch.utils.data.Dataset):
+    """Six tokens each; the label is whether their sum is odd."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        ids = torch.randint(1, 20, (6,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": int(ids.sum() % 2)}
+
+
+def test_a_run_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path):
+    """Dropout, gradient accumulation, a classifier trained in full; the Trainer's own checkpoints."""
+    ends = []
+    for start in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+        )
+        model = transformers.BertForSequenceClassification(config)
+        dw.attach(model, dw.LoRA(rank=2, dropout=0.1), ["query", "value"], train=["classifier"])
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            seed=1,
+            disable_tqdm=True,
+        )
+        fresh = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        transformers.Trainer(model=model, args=arguments, train_dataset=Parity()).train(resume_from_checkpoint=start)
+        ends.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        assert all(not torch.equal(ends[-1][n], p) for n, p in fresh.items())
+    assert all(torch.equal(p, ends[1][n]) for n, p in ends[0].items())

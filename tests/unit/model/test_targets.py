@@ -101,8 +101,12 @@ def test_the_summary_says_how_many_modules_each_pattern_matched():
     [
         ({"targets": ["q_proj", "k_prj"]}, "targets='k_prj' matches no layer of Model; closest: '(q|v)_proj'"),
         ({"targets": "q_proj", "layers": [7]}, r"none is left after exclude=\(\), layers=\[7\]"),
-        ({"targets": "q_proj", "exclude": "q_projj"}, "'q_projj' matches no layer of Model; closest: 'q_proj'"),
+        ({"targets": "q_proj", "exclude": "q_projj"}, "exclude='q_projj' matches no layer of Model; closest: 'q_proj'"),
         ({"targets": "q_proj", "train": ["proj"]}, "train='proj' matches no module of Model"),
+        ({"targets": "q_proj", "train": ["norm|head"]}, "train= takes exact names, no patterns"),
+        ({"targets": "q_proj", "train": [3]}, r"train=\[3\]: give names of modules"),
+        ({"targets": "q_proj", "layers": 1}, r"layers=1: give the indices of blocks, for example layers=\[0, 1\]"),
+        ({"targets": "q_proj", "layers": "01"}, r"layers='01': give the indices"),
         ({"targets": "blocks"}, "'blocks' matches only containers .*name layers inside, for example 'blocks.0.q_proj'"),
         ({"targets": "norm"}, r"'blocks.0.norm', a LayerNorm, which LoRA cannot adapt.*train=\['blocks.0.norm'\]"),
     ],
