@@ -16,12 +16,12 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --bg:#131417; --card:#1b1d21; --ink:#e9e9e6; --soft:#9b9ea6; --rule:#30333a; --mark:#1d2a38; DARK } }
 * { box-sizing: border-box }
 body { margin:0; background:var(--bg); color:var(--ink); font:15px/1.55 system-ui, sans-serif }
-main { max-width:1120px; margin:0 auto; padding:40px 24px 64px }
+main { max-width:1200px; margin:0 auto; padding:40px 24px 64px }
 h1 { font-size:26px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:16px; margin:36px 0 12px }
 .sub { color:var(--soft); margin:0 0 24px }
 .take { background:var(--mark); border-left:4px solid var(--c0); padding:14px 18px; border-radius:4px; font-size:16px; margin:0 }
 .wide { overflow-x:auto } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
-th,td { padding:8px 10px; text-align:right; border-bottom:1px solid var(--rule); white-space:nowrap }
+th,td { padding:8px 8px; text-align:right; border-bottom:1px solid var(--rule); white-space:nowrap }
 th { color:var(--soft); font-weight:600; font-size:13px } th:first-child,td:first-child { text-align:left }
 tr.taken td { background:var(--mark); font-weight:600 }
 .dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:8px }
