@@ -312,7 +312,7 @@ class Host(nn.Module):
             self.roster.uncalled.discard(id(self))  # read, which is as good as called
         if len(spoken) == 1 and not feeding and spoken[0].weight == 1.0 and spoken[0].delta.variant.any_shape:
             return spoken[0].delta.new_weight(stored.to(wanted))
-        summed = functools.reduce(torch.promote_types, (s.delta.site.dtype for s in (*spoken, *feeding)), stored.dtype)
+        summed = functools.reduce(torch.promote_types, (s.delta.site.dtype for s in (*spoken, *feeding)), wanted)
         wide = stored.to(summed)
         total = wide
         for s in spoken:
