@@ -360,6 +360,12 @@ class Host(nn.Module):
                         found.append(Spoken(delta, weight, self, bias_site + end))
         return found
 
+    def apart(self, site: str) -> Tensor:
+        """Σ weight · ΔW of a site in stored shape, apart from the frozen weight: zero to the bit where nothing changes."""
+        changed = self.changed(site)
+        frozen = self.from_matrix(site, self.frozen(site).dense())
+        return changed - frozen.to(changed.dtype)
+
     def changed_bias(self, bias_site: str = "bias") -> Tensor | None:
         """The bias with all active changes: its own deltas and those that come with the weight's (IA3)."""
         return None if self._parameters.get(bias_site) is None else self.changed(bias_site)

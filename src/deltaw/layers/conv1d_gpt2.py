@@ -64,6 +64,9 @@ class Conv1DHost(OutputHost):
             return super().forward(x)  # type: ignore[no-any-return, misc]
         bias = self.changed("bias")
         terms = self.low_rank()
+        if terms is None and form is not None:
+            y = adapted_linear(x, None, bias, (), training=self.training, frozen=form)
+            return y + x @ self.apart("weight").to(x.dtype)
         if terms is None or not terms:
             flat = torch.addmm(bias, x.view(-1, x.shape[-1]), self.changed("weight"))
             return flat.view(*x.shape[:-1], flat.shape[-1])

@@ -56,9 +56,11 @@ class LinearHost(OutputHost, nn.Linear):
             return adapted_linear(x, weight, self.bias, (), training=self.training, frozen=form)
         bias = self.changed_bias()
         terms = self.low_rank()
-        if terms is None:
+        if terms is None and form is None:
             return nn.functional.linear(x, self.changed("weight"), bias)
-        return adapted_linear(x, weight, bias, terms, training=self.training, frozen=form)
+        y = adapted_linear(x, weight, bias, terms or (), training=self.training, frozen=form)
+        # over a form, the kept weight's own product and ΔW beside it: a fresh change adds exact zeros
+        return y if terms is not None else y + nn.functional.linear(x, self.apart("weight").to(x.dtype))
 
     def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
         segments = []

@@ -126,6 +126,7 @@ class LinearBeneathHost(LinearHost):
 
     family: ClassVar[str] = "linear (beneath own forward)"
     beneath: ClassVar[bool] = True
+    takes_forms: ClassVar[bool] = False  # the forward above may read the weight
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
