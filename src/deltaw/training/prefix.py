@@ -1,114 +1,277 @@
-"""The frozen body, computed once per example: what lies below every trained weight is a constant of the example.
+"""The frozen prefix, computed once per example: what lies below every trained weight is a constant of the example.
 
-Exact up to rounding while the body is deterministic, so it runs in eval mode. Only what the head reads is kept: a
-probe poisons each output with NaN, in turn, and looks whether the model's answer notices.
+Before the first step the model runs once over each split, in index order, and the outputs of the modules that
+`prefix_search` found are written to a file; from then on these modules answer from it and compute nothing. Exact up to
+rounding. Unusual: no model has to say where it can be cut, and of the modules below the cut only those outputs are kept
+that something above still reads; the others return zeros of the right shape, which nobody looks at.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Outputs = dict[str, Tensor]
-ONLY = "output"
-"""Name of the single output of a body that returns a tensor."""
+from deltaw.training.config import RunConfig
+from deltaw.training.loader import ROWS, Epoch, micro_batches
+from deltaw.training.memory import MIB
+from deltaw.training.order import in_order
+from deltaw.training.prefix_file import LARGEST, PrefixFile
+from deltaw.training.task import Task
 
 
-def is_frozen(module: nn.Module) -> bool:
-    """True if nothing in `module` is trained."""
-    return not any(p.requires_grad for p in module.parameters())
+class NotConstant(Exception):
+    """The prefix cannot be recorded; the text says why, as the end of "the frozen prefix is computed in every epoch: "."""
+
+
+class Tree(NamedTuple):
+    """The tensors of a module's output, and how to put others in their places."""
+
+    leaves: list[Tensor]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+
+
+def flat(output: Any) -> Tree | None:
+    """A tensor, or tuples, lists and mappings of tensors and None, taken apart; None for anything else."""
+    if isinstance(output, Tensor):
+        return Tree([output], lambda new: new[0])
+    if output is None:
+        return Tree([], lambda _: None)
+    make: Callable[[Any], Any]
+    if type(output) in (tuple, list):
+        parts, make = [flat(v) for v in output], type(output)
+    elif isinstance(output, dict):
+        parts, make = [flat(v) for v in output.values()], _mapping_of(list(output), type(output))
+    else:
+        return None
+    if any(part is None for part in parts):
+        return None
+    whole = [part for part in parts if part is not None]
+    sizes = [len(part.leaves) for part in whole]
+
+    def rebuild(new: Sequence[Tensor]) -> Any:
+        rest = iter(new)
+        return make([part.rebuild([next(rest) for _ in range(size)]) for part, size in zip(whole, sizes)])
+
+    return Tree([leaf for part in whole for leaf in part.leaves], rebuild)
+
+
+def _mapping_of(keys: Sequence[Any], kind: type[Any]) -> Callable[[Any], Any]:
+    def make(values: Any) -> Any:
+        pairs = dict(zip(keys, values))
+        return pairs if kind is dict else kind(**pairs)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor that a module of the prefix returns.
+
+    fold: entries of the first dimension per example (detectors folded into the batch: 3). shape: of one entry; with
+    `long`, its first size is the example's length. use: "all", "first" (position 0 only), or "none" (nobody reads it).
+    """
+
+    fold: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    long: bool
+    use: str = "all"
+
+    def row_shape(self, length: int) -> tuple[int, ...]:
+        """(fold, *shape) of an example of that length, as it is kept."""
+        if self.use == "first":
+            return (self.fold, 1, *self.shape[1:])
+        return (self.fold, *((length, *self.shape[1:]) if self.long else self.shape))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One module whose outputs are recorded. `rebuild`: its tensors -> what it returns."""
+
+    name: str
+    module: nn.Module
+    leaves: tuple[Leaf, ...]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+
+
+class Row(NamedTuple):
+    """Where the kept outputs of one example lie in the file, and the example's length (0 where there is none)."""
+
+    offset: int
+    length: int
 
 
 class Prefix:
-    """Records the outputs of `body` and plays them back.
+    """Records the outputs of `cuts`, and plays them back. `answer(batch)` runs the whole model on a batch."""
 
-    `answer(batch)` runs the whole model on a batch. The body must return a tensor or a mapping of tensors, batch first.
-    """
+    def __init__(self, cuts: Sequence[Cut], answer: Callable[[Any], Any], file: PrefixFile) -> None:
+        self.cuts, self.answer, self.file = tuple(cuts), answer, file
 
-    def __init__(self, body: nn.Module, answer: Callable[[Any], Tensor]) -> None:
-        self.body = body
-        self.answer = answer
-        self.kind: type[Any] | None = None
-        self.kept: dict[str, str] | None = None  # name -> "all", "first" (position 0 only) or "none"
+    def row_bytes(self, length: int) -> int:
+        """Size of one example of that length in the file."""
+        return sum(
+            torch.Size(leaf.row_shape(length)).numel() * leaf.dtype.itemsize
+            for cut in self.cuts
+            for leaf in cut.leaves
+            if leaf.use != "none"
+        )
 
     @torch.no_grad()
-    def record(self, batch: Any, lengths: Sequence[int] | None) -> list[Outputs]:
-        """One dictionary of kept outputs per example of `batch`."""
-        seen: list[Any] = []
-        handle = self.body.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    def record(self, batch: Any, lengths: Sequence[int] | None) -> list[Row]:
+        """Run the model on a batch and write down the outputs of each example; where each lies.
+
+        Raises:
+            NotConstant: an output has another shape than the probe had.
+        """
+        found: dict[str, list[Tensor]] = {}
+
+        def keep(cut: Cut) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                tree = flat(output)
+                # copied at once: a later module may write into it
+                found[cut.name] = [] if tree is None else [leaf.detach().to("cpu", copy=True) for leaf in tree.leaves]
+
+            return hook
+
+        handles = [cut.module.register_forward_hook(keep(cut)) for cut in self.cuts]
         try:
             self.answer(batch)
         finally:
-            handle.remove()
-        if len(seen) != 1:
-            raise TypeError(f"the body was called {len(seen)} times in one forward pass")
-        outputs = self._named(seen[0])
-        if self.kept is None:
-            self.kept = self._probe(outputs, batch)
-        count = len(next(iter(outputs.values())))
-        rows: list[Outputs] = []
+            for handle in handles:
+                handle.remove()
+        first = self.cuts[0]
+        count = len(found[first.name][0]) // first.leaves[0].fold
+        rows = []
         for i in range(count):
-            row = {}
-            for name, use in self.kept.items():
-                if use == "first":
-                    row[name] = outputs[name][i, :1].clone()
-                elif use == "all":
-                    whole = outputs[name][i]
-                    cut = lengths is not None and whole.ndim >= 2 and whole.shape[0] == max(lengths)
-                    row[name] = (whole[: lengths[i]] if cut and lengths is not None else whole).clone()
-            rows.append(row)
+            length = 0 if lengths is None else int(lengths[i])
+            parts = []
+            for cut in self.cuts:
+                for leaf, tensor in zip(cut.leaves, found[cut.name], strict=True):
+                    if leaf.use != "none":
+                        parts.append(self._row(cut, leaf, tensor, i, count, length))
+            rows.append(Row(self.file.write(parts), length))
         return rows
 
+    def _row(self, cut: Cut, leaf: Leaf, tensor: Tensor, i: int, count: int, length: int) -> Tensor:
+        own = tensor[i * leaf.fold : (i + 1) * leaf.fold]
+        if leaf.use == "first":
+            own = own[:, :1]
+        elif leaf.long:
+            own = own[:, :length]
+        if len(tensor) != count * leaf.fold or tuple(own.shape) != leaf.row_shape(length) or own.dtype != leaf.dtype:
+            raise NotConstant(f"{cut.name} returns {tuple(tensor.shape)}, which differs between batches")
+        return own
+
+    def read(self, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
+        """Module -> its outputs for these examples, shorter ones padded with zeros."""
+        longest = max(row.length for row in rows)
+        found: dict[str, list[Tensor]] = {}
+        parts = [iter(self.file.read(row.offset, self._kept(row.length))) for row in rows]
+        for cut in self.cuts:
+            outputs = []
+            for leaf in cut.leaves:
+                if leaf.use == "none":
+                    shape = leaf.row_shape(longest)
+                    outputs.append(torch.zeros(len(rows) * shape[0], *shape[1:], dtype=leaf.dtype))
+                    continue
+                own = [next(part) for part in parts]
+                if leaf.long and leaf.use == "all":
+                    own = [nn.functional.pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in own]
+                outputs.append(torch.cat(own))
+            found[cut.name] = outputs
+        return found
+
+    def _kept(self, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(leaf.row_shape(length), leaf.dtype) for cut in self.cuts for leaf in cut.leaves if leaf.use != "none"]
+
     @contextmanager
-    def playing(self, rows: Sequence[Outputs]) -> Iterator[None]:
-        """While inside, the body returns the recorded outputs of these examples instead of computing them."""
-        assert self.kept is not None
-        device = next(self.body.parameters()).device
-        outputs: Outputs = {}
-        for name, use in self.kept.items():
-            if use == "none":
-                outputs[name] = torch.empty(len(rows), 0, device=device)
-            else:
-                outputs[name] = nn.utils.rnn.pad_sequence([r[name] for r in rows], batch_first=True).to(device)
-        with self._replaced(outputs):
+    def playing(self, rows: Sequence[Row]) -> Iterator[None]:
+        """While inside, the recorded modules answer for these examples without computing."""
+        with self.replaced(self.read(rows)):
             yield
 
-    def _named(self, output: Any) -> Outputs:
-        if isinstance(output, Tensor):
-            return {ONLY: output}
-        if isinstance(output, dict) and all(isinstance(v, Tensor) for v in output.values()):
-            self.kind = type(output)
-            return dict(output)
-        raise TypeError(f"the body returns {type(output).__name__}, not a tensor or a mapping of tensors")
-
     @contextmanager
-    def _replaced(self, outputs: Outputs) -> Iterator[None]:
-        value = outputs[ONLY] if self.kind is None else self.kind(**outputs)
-        object.__setattr__(self.body, "forward", lambda *_a, **_k: value)
+    def replaced(self, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
+        """While inside, each recorded module returns its `outputs`."""
+        for cut in self.cuts:
+            device = next((p.device for p in cut.module.parameters()), torch.device("cpu"))
+            value = cut.rebuild([t.to(device) for t in outputs[cut.name]])
+            object.__setattr__(cut.module, "forward", lambda *_a, value=value, **_k: value)
         try:
             yield
         finally:
-            object.__delattr__(self.body, "forward")
+            for cut in self.cuts:
+                object.__delattr__(cut.module, "forward")
 
-    def _probe(self, outputs: Outputs, batch: Any) -> dict[str, str]:
-        """Which outputs the head reads, and how far."""
-        found = {}
-        for name, tensor in outputs.items():
-            poisoned = torch.full_like(tensor, float("nan"))
-            if self._finite({**outputs, name: poisoned}, batch):
-                found[name] = "none"
-                continue
-            found[name] = "all"
-            if tensor.ndim >= 3 and tensor.shape[1] > 1:
-                poisoned[:, 0] = tensor[:, 0]
-                if self._finite({**outputs, name: poisoned}, batch):
-                    found[name] = "first"
-        return found
 
-    def _finite(self, outputs: Outputs, batch: Any) -> bool:
-        with self._replaced(outputs):
-            return bool(torch.isfinite(self.answer(batch)).all())
+def frozen_prefix(
+    model: nn.Module,
+    task: Task,
+    config: RunConfig,
+    folder: Path,
+    answer: Callable[[Any], tuple[Tensor, Tensor]],
+    train_mode: Callable[[], object],
+    say: Callable[[str], object],
+) -> tuple[Prefix, dict[str, list[Row]], float] | None:
+    """Find and record the frozen prefix of `model`; None, with the reason said, where there is none.
+
+    answer: batch -> (loss, outputs), the whole model. train_mode: puts the model into the mode that it is trained in.
+    folder: of the run; the file lies there without a name, so that nothing is left however the process ends.
+
+    Returns (prefix, split -> one row per example, seconds that the training split took).
+    """
+    from deltaw.training.prefix_search import search
+
+    if not config.cache_prefix or all(p.requires_grad for p in model.parameters()):
+        return None
+    if task.augments:
+        say("the frozen prefix is computed in every epoch: examples are augmented")
+        return None
+    file = PrefixFile(folder)
+    try:
+        prefix = search(model, task, answer, train_mode, file)
+        found: dict[str, list[Row]] = {}
+        needed = sum(
+            prefix.row_bytes(n) for split, part in task.splits.items() for n in task.widths(split) or [0] * len(part)
+        )
+        file.reserve(needed)
+        model.eval()
+        seconds = 0.0
+        for split in task.splits:
+            started = time.perf_counter()
+            found[split] = _split(prefix, task, config, split)
+            if split == "train":
+                seconds = time.perf_counter() - started
+    except (NotConstant, OSError) as error:
+        file.close()
+        say(f"the frozen prefix is computed in every epoch: {error}")
+        return None
+    count = sum(map(len, found.values()))
+    last = prefix.cuts[-1].name
+    say(
+        f"everything up to {last} is frozen and was computed once for each of {count:,} examples "
+        f"({needed / MIB:,.1f} MiB on disk, at most {LARGEST / MIB:,.0f})"
+    )
+    return prefix, found, seconds
+
+
+def _split(prefix: Prefix, task: Task, config: RunConfig, split: str) -> list[Row]:
+    """One row per example of `split`."""
+    count, widths = len(task.splits[split]), task.widths(split)
+    size = config.eval_batch_size
+    order = in_order(count, size, task.lengths(split) if config.bucket else None)
+    rows: list[Row | None] = [None] * count
+    for indices, micros in zip(order, micro_batches(Epoch(task, split, config.seed, 0), order, size)):
+        for batch, _ in micros:
+            batch.pop(ROWS, None)
+            own = prefix.record(batch, None if widths is None else [widths[i] for i in indices])
+            for index, row in zip(indices, own, strict=True):
+                rows[index] = row
+    return [row for row in rows if row is not None]

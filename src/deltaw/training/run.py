@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,10 +28,8 @@ from deltaw.model.state import rosters
 from deltaw.training import checkpoint, memory
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
-from deltaw.training.loader import ROWS, Epoch, micro_batches
 from deltaw.training.methods import Prepared, check_method, prepare
-from deltaw.training.order import in_order
-from deltaw.training.prefix import Prefix, is_frozen
+from deltaw.training.prefix import frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
 from deltaw.training.signals import Interrupted, Stop
@@ -160,14 +157,24 @@ def _fit(
     stop: Stop,
     checkpoints: Path,
 ) -> tuple[Fit, float]:
-    """The loop, its optimizer, and the recorded frozen body; also the seconds that recording the training examples took."""
+    """The loop, its optimizer, and the recorded frozen prefix; also the seconds that recording the training examples took."""
     body_path = task.prefix(model)
     body = model.get_submodule(body_path) if body_path is not None and prepared.trains else None
-    if body is not None and not is_frozen(body):
+    if body is not None and any(p.requires_grad for p in body.parameters()):
         body = None
+
+    def answer(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with accelerator.autocast():
+            return task.loss(model, to_device(batch, accelerator.device))
+
+    def train_mode() -> None:
+        model.train()
+        if body is not None:
+            body.eval()
+
     recorded = (
-        record_body(model, body, task, config, accelerator.device, progress)
-        if body is not None and config.cache_prefix
+        frozen_prefix(model, task, config, checkpoints.parent, answer, train_mode, progress.say)
+        if prepared.trains
         else None
     )
     if prepared.trains:
@@ -193,46 +200,6 @@ def _fit(
         frozen_body=body,
     )
     return fit, recorded[2] if recorded is not None else 0.0
-
-
-def record_body(
-    model: nn.Module, body: nn.Module, task: Task, config: RunConfig, device: torch.device, progress: Progress
-) -> tuple[Prefix, dict[str, list[Any]], float] | None:
-    """The outputs of the frozen `body` for every example and the seconds that the training ones took, or None (with the reason) where that is not possible."""
-    if task.augments:
-        progress.say("the frozen body is computed in every epoch: examples are augmented")
-        return None
-    model.eval()
-
-    def answer(batch: Any) -> torch.Tensor:
-        return task.loss(model, to_device(batch, device))[1]
-
-    prefix = Prefix(body, answer)
-    found: dict[str, list[Any]] = {}
-    count, seconds = 0, 0.0
-    for split, examples in task.splits.items():
-        started = time.perf_counter()
-        lengths = task.lengths(split)
-        order = in_order(len(examples), config.eval_batch_size, lengths)
-        rows: list[Any] = [None] * len(examples)
-        for indices, micros in zip(
-            order, micro_batches(Epoch(task, split, config.seed, 0), order, config.eval_batch_size)
-        ):
-            for batch, _ in micros:
-                batch.pop(ROWS, None)
-                try:
-                    outputs = prefix.record(batch, None if lengths is None else [lengths[i] for i in indices])
-                except TypeError as error:
-                    progress.say(f"the frozen body is computed in every epoch: {error}")
-                    return None
-                for index, row in zip(indices, outputs):
-                    rows[index] = row
-        found[split] = rows
-        count += len(rows)
-        if split == "train":
-            seconds = time.perf_counter() - started
-    progress.say(f"the frozen body was computed once for each of {count:,} examples")
-    return prefix, found, seconds
 
 
 def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress) -> None:

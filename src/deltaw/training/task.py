@@ -76,6 +76,10 @@ class Task(ABC):
         """The length of every example, where batches should hold similar ones."""
         return None
 
+    def widths(self, split: str) -> Sequence[int] | None:
+        """What each example needs of a batch's second dimension, where that differs."""
+        return self.lengths(split)
+
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Examples -> tensors, batch first."""

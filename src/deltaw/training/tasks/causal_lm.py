@@ -158,7 +158,10 @@ class CausalLM(Task):
     # ---- examples
 
     def lengths(self, split: str) -> Sequence[int] | None:
-        return None if self.packing else [len(row[0].ids) for row in self.splits[split]]
+        return None if self.packing else self.widths(split)
+
+    def widths(self, split: str) -> Sequence[int]:
+        return [sum(len(t.ids) for t in row) for row in self.splits[split]]
 
     def collate(self, examples: Sequence[list[Tokens]]) -> Batch:
         return dict(collate(examples, int(self.tokenizer.pad_token_id)))
