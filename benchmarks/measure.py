@@ -62,15 +62,15 @@ def medians(times: Times) -> dict[str, float]:
     return {name: round(1e3 * statistics.median(values), 3) for name, values in times.items()}
 
 
-def record(claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Print the rows and write them, with versions, machine and seed, to results/<claim>.json."""
+def record(claim: str, rows: list[dict[str, Any]], *, out: Path | None = None, **facts: Any) -> None:
+    """Print the rows and write them, with versions, machine and seed, to results/<claim>.json (or `out`)."""
     for row in rows:
         verdict = "" if "target" not in row else f"  target {row['target']:.2f}  {'ok' if row['met'] else 'MISSED'}"
         spread = f" [{row['quartile_low']:.2f}, {row['quartile_high']:.2f}]" if "quartile_low" in row else ""
         print(f"{claim}  {row['what']:<60s} {row['ratio']:.3f}{spread}{verdict}", flush=True)
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"claim": claim, "rows": rows, **facts, "seed": SEED, "machine": machine()}, indent=1)
-    (RESULTS / f"{claim}.json").write_text(text + "\n")
+    (out or RESULTS / f"{claim}.json").write_text(text + "\n")
 
 
 def row(what: str, figures: Mapping[str, float], target: float | None = None, **more: Any) -> dict[str, Any]:
