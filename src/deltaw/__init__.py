@@ -65,6 +65,8 @@ _WHERE = {
     "spectrum": "deltaw.analysis",
     "similarity": "deltaw.analysis",
     "amplification": "deltaw.analysis",
+    "overlap": "deltaw.analysis",
+    "intruders": "deltaw.analysis",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -84,6 +86,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from deltaw import errors as errors
     from deltaw.analysis import amplification as amplification
+    from deltaw.analysis import intruders as intruders
+    from deltaw.analysis import overlap as overlap
     from deltaw.analysis import similarity as similarity
     from deltaw.analysis import spectrum as spectrum
     from deltaw.compose import combine as combine

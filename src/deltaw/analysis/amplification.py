@@ -12,17 +12,17 @@ random, far below the top, and the factor is large.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from deltaw.analysis.directions import directions
+from deltaw.analysis.by_weight import ByWeight
+from deltaw.analysis.decomposition import Decomposition
+from deltaw.analysis.directions import Directions, directions, without_unchanged
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.core.options import positive_int
-from deltaw.ops.truncated_svd import top_singular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +54,8 @@ class Amplification:
         return math.log(self.along_change / self.along_random) / math.log(self.along_weight / self.along_random)
 
 
-@dataclass(frozen=True)
-class Amplifications(Mapping[str, Amplification]):
-    """Parameter name -> `Amplification`. skipped: parameter name -> why it has none."""
-
-    weights: Mapping[str, Amplification]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Amplification:
-        return self.weights[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+class Amplifications(ByWeight[Amplification]):
+    """Parameter name -> `Amplification`."""
 
     def table(self) -> list[dict[str, Any]]:
         """One row per weight, for tables and JSON."""
@@ -87,14 +74,12 @@ class Amplifications(Mapping[str, Amplification]):
         ]
 
     def __str__(self) -> str:
-        wide = max([len(key) for key in self.weights] + [6])
-        lines = [f"{'weight':{wide}}   r     ‖ΔW‖      ‖W‖   ‖UᵀWV‖ along ΔW       W  random   factor"]
-        for key, a in self.weights.items():
-            lines.append(
-                f"{key:{wide}}  {a.rank:2d}  {a.change:7.3g}  {a.weight:7.3g}  {a.along_change:16.3g}"
-                f"  {a.along_weight:6.3g}  {a.along_random:6.3g}  {a.factor:7.2f}"
-            )
-        return "\n".join([*lines, *(f"left out: {k} ({why})" for k, why in self.skipped.items())])
+        rows = {
+            key: f"{a.rank:2d}  {a.change:7.3g}  {a.weight:7.3g}  {a.along_change:16.3g}"
+            f"  {a.along_weight:6.3g}  {a.along_random:6.3g}  {a.factor:7.2f}"
+            for key, a in self.weights.items()
+        }
+        return self.lines(" r     ‖ΔW‖      ‖W‖   ‖UᵀWV‖ along ΔW       W  random   factor", rows)
 
 
 def amplification(adapter: Adapter, base: Base, *, rank: int | None = None) -> Amplifications:
@@ -109,21 +94,22 @@ def amplification(adapter: Adapter, base: Base, *, rank: int | None = None) -> A
     if rank is not None:
         positive_int("rank", rank)
     found, skipped = directions(adapter, base)
-    weights: dict[str, Amplification] = {}
-    for key, d in found.items():
-        r = d.S.numel() if rank is None else min(rank, d.S.numel())
-        if not r:
-            skipped[key] = "is not changed at all"
-            continue
-        W = d.of.base(base)
-        norm = float(W.norm())
-        top = top_singular(W, r)[1]
-        weights[key] = Amplification(
-            rank=r,
-            change=float(d.S[:r].norm()),
-            weight=norm,
-            along_change=float(torch.linalg.matrix_norm(d.U[:, :r].T @ W @ d.Vh[:r].T)),
-            along_weight=float(top.norm()),
-            along_random=norm * r / math.sqrt(W.shape[0] * W.shape[1]),
-        )
-    return Amplifications(weights, skipped)
+    changed, skipped = without_unchanged(found, skipped)
+    return Amplifications(
+        {key: amplified(d, Decomposition(d.of.base(base)), rank) for key, d in changed.items()}, skipped
+    )
+
+
+def amplified(d: Directions, base: Decomposition, rank: int | None = None) -> Amplification:
+    """One weight's row. `d` has at least one direction."""
+    r = d.S.numel() if rank is None else min(rank, d.S.numel())
+    W = base.W
+    norm = float(W.norm())
+    return Amplification(
+        rank=r,
+        change=float(d.S[:r].norm()),
+        weight=norm,
+        along_change=float(torch.linalg.matrix_norm(d.U[:, :r].T @ W @ d.Vh[:r].T)),
+        along_weight=float(base.top(r)[1].norm()),
+        along_random=norm * r / math.sqrt(W.shape[0] * W.shape[1]),
+    )

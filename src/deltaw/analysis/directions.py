@@ -29,6 +29,11 @@ class Directions(NamedTuple):
     Vh: Tensor
     of: Matter
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.U.shape[0], self.Vh.shape[1]
+
     def side(self, side: str) -> Tensor:
         """Orthonormal columns (d, k): the input directions ("in", right singular) or the output ones ("out", left)."""
         if side not in ("in", "out"):
@@ -54,7 +59,11 @@ class Matter(NamedTuple):
         return weight if self.expert is None else weight[self.expert]
 
 
-def directions(adapter: Adapter, base: Base | None = None) -> tuple[dict[str, Directions], dict[str, str]]:
+Found = tuple[dict[str, Directions], dict[str, str]]
+"""Name -> directions, and name -> why it is left out."""
+
+
+def directions(adapter: Adapter, base: Base | None = None) -> Found:
     """Name -> `Directions` of every changed matrix; and name -> why it is left out.
 
     Left out: vectors (a bias has no directions), and trained copies if no base is given (their ΔW is not known).
@@ -99,6 +108,12 @@ def without_noise(U: Tensor, S: Tensor, Vh: Tensor, of: Matter) -> Directions:
     """The decomposition without what is below `RESOLUTION` of the largest singular value."""
     keep = int((RESOLUTION * S[:1] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
     return Directions(U[:, :keep], S[:keep], Vh[:keep], of)
+
+
+def without_unchanged(found: dict[str, Directions], skipped: dict[str, str]) -> Found:
+    """The matrices that do change, and `skipped` with those that do not."""
+    changed = {name: d for name, d in found.items() if d.S.numel()}
+    return changed, {**skipped, **{name: "is not changed at all" for name in found if name not in changed}}
 
 
 class Place(NamedTuple):

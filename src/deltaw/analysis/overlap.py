@@ -10,20 +10,18 @@ hidden size of a few thousand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from deltaw.analysis.directions import directions, matrices
-from deltaw.analysis.similarity import Similarities, subspace_similarity
+from deltaw.analysis.by_weight import ByWeight
+from deltaw.analysis.decomposition import Decomposition
+from deltaw.analysis.directions import Directions, Found, directions, without_unchanged
+from deltaw.analysis.similarity import Similarities, Similarity, subspace_similarity
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.core.options import one_of, positive_int
 from deltaw.errors import ConfigError
-from deltaw.ops.product import Product
-from deltaw.ops.truncated_svd import EXACT_UP_TO, top_singular
+from deltaw.ops.truncated_svd import top_singular
 
 
 def overlap(adapter: Adapter, base: Base, *, side: str = "in", top: int = 64) -> Similarities:
@@ -34,14 +32,15 @@ def overlap(adapter: Adapter, base: Base, *, side: str = "in", top: int = 64) ->
     one_of("side", side, ("in", "out"))
     positive_int("top", top)
     found, skipped = directions(adapter, base)
-    weights = {}
-    for key, d in found.items():
-        if not d.S.numel():
-            skipped[key] = "is not changed at all"
-            continue
-        U, _, Vh = top_singular(d.of.base(base), top)
-        weights[key] = subspace_similarity(d.side(side), Vh.T if side == "in" else U)
-    return Similarities(weights, side, skipped)
+    changed, skipped = without_unchanged(found, skipped)
+    weights = {key: overlapping(d, Decomposition(d.of.base(base)), side, top) for key, d in changed.items()}
+    return Similarities(weights, skipped, side)
+
+
+def overlapping(d: Directions, base: Decomposition, side: str, top: int) -> Similarity:
+    """One weight's φ(i, j) between ΔW's directions and W's."""
+    U, _, Vh = base.top(top)
+    return subspace_similarity(d.side(side), Vh.T if side == "in" else U)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +56,8 @@ class Intruders:
         return sum(c < self.threshold for c in self.cosines)
 
 
-@dataclass(frozen=True)
-class IntruderTable(Mapping[str, Intruders]):
-    """Parameter name -> `Intruders`. skipped: parameter name -> why it has none."""
-
-    weights: Mapping[str, Intruders]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Intruders:
-        return self.weights[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+class IntruderTable(ByWeight[Intruders]):
+    """Parameter name -> `Intruders`."""
 
     def table(self) -> list[dict[str, Any]]:
         """One row per weight, for tables and JSON."""
@@ -100,21 +86,29 @@ def intruders(
     positive_int("top", top)
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold={threshold!r}: a cosine in (0, 1], for example 0.5")
-    skipped: dict[str, str] = {}
-    weights: dict[str, Intruders] = {}
-    for matter, change in matrices(adapter, base, skipped):
-        if largest is not None and min(change.shape) > largest:
-            skipped[matter.name] = (
-                f"{tuple(change.shape)}: a full SVD of it was not asked for (--intruders asks for it)"
-            )
-            continue
-        dense = change.dense() if isinstance(change, Product) else change
-        W = matter.base(base)
-        if min(W.shape) > EXACT_UP_TO:
-            W, dense = W.float(), dense.float()  # a full SVD: float64 would take minutes
-        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        top_U, _, top_Vh = top_singular(W + dense, top)
-        before, after = (U, top_U) if side == "out" else (Vh.T, top_Vh.T)
-        cosines = (before.T @ after).abs().amax(dim=0).clamp(max=1.0)
-        weights[matter.name] = Intruders(cosines=tuple(cosines.tolist()), threshold=threshold)
+    found, skipped = directions(adapter, base)
+    searched, skipped = without_large(found, skipped, largest)
+    weights = {
+        key: intruding(d, Decomposition(d.of.base(base)), top=top, threshold=threshold, side=side)
+        for key, d in searched.items()
+    }
     return IntruderTable(weights, skipped)
+
+
+def without_large(found: dict[str, Directions], skipped: dict[str, str], largest: int | None) -> Found:
+    """The matrices whose smaller side is at most `largest`, and `skipped` with the others."""
+    large = {name: d.shape for name, d in found.items() if largest is not None and min(d.shape) > largest}
+    why = {
+        name: f"{shape}: a full SVD of it was not asked for (--intruders asks for it)" for name, shape in large.items()
+    }
+    return {name: d for name, d in found.items() if name not in large}, {**skipped, **why}
+
+
+def intruding(d: Directions, base: Decomposition, *, top: int, threshold: float, side: str) -> Intruders:
+    """One weight's intruder dimensions."""
+    U, _, Vh = base.whole()
+    tuned = base.W + d.U * d.S @ d.Vh
+    top_U, _, top_Vh = top_singular(tuned.to(U.dtype), top)
+    before, after = (U, top_U) if side == "out" else (Vh.T, top_Vh.T)
+    cosines = (before.T @ after).abs().amax(dim=0).clamp(max=1.0)
+    return Intruders(cosines=tuple(cosines.tolist()), threshold=threshold)

@@ -6,17 +6,19 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deltaw.analysis import page, plots
-from deltaw.analysis.amplification import Amplifications, amplification
-from deltaw.analysis.overlap import IntruderTable, intruders, overlap
-from deltaw.analysis.similarity import Similarities, similarity
-from deltaw.analysis.spectrum import Spectra, spectrum
+from deltaw.analysis.amplification import Amplifications
+from deltaw.analysis.beside import beside
+from deltaw.analysis.directions import directions
+from deltaw.analysis.overlap import IntruderTable
+from deltaw.analysis.similarity import Similarities, compare
+from deltaw.analysis.spectrum import Spectra, spectra
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.errors import ConfigError
@@ -86,12 +88,13 @@ def analyze(
     """
     if not adapters:
         raise ConfigError("analyze needs at least one adapter")
-    found = {name: spectrum(a, base) for name, a in adapters.items()}
+    found = {name: directions(a, base) for name, a in adapters.items()}
     pairs: dict[tuple[str, str], dict[str, Similarities]] = {}
     apart: dict[tuple[str, str], str] = {}
     for a, b in itertools.combinations(adapters, 2):
         try:
-            sides = {s: similarity(adapters[a], adapters[b], side=s, base=base) for s in ("in", "out")}
+            two = (adapters[a], adapters[b]), (found[a], found[b])
+            sides = {side: compare(*two, side=side) for side in ("in", "out")}
         except ConfigError as error:
             apart[a, b] = str(error)
             continue
@@ -99,23 +102,14 @@ def analyze(
             pairs[a, b] = sides
         else:
             apart[a, b] = "no weight is changed by both"
-    result = Analysis(energy=energy, spectra=found, pairs=pairs, apart=apart)
+    result = Analysis(
+        energy=energy, spectra={name: spectra(*each) for name, each in found.items()}, pairs=pairs, apart=apart
+    )
     if base is None:
         return result
-    return Analysis(
-        energy=energy,
-        spectra=found,
-        pairs=pairs,
-        apart=apart,
-        amplification={name: amplification(a, base) for name, a in adapters.items()},
-        overlap={name: overlap(a, base, top=top) for name, a in adapters.items()},
-        intruders={}
-        if intruders_of == 0
-        else {
-            name: intruders(a, base, top=intruders_of or 10, largest=None if intruders_of else FULL_SVD_UP_TO)
-            for name, a in adapters.items()
-        },
-    )
+    largest = FULL_SVD_UP_TO if intruders_of is None else None
+    measured = beside(found, base, top=top, intruders=10 if intruders_of is None else intruders_of, largest=largest)
+    return replace(result, **measured._asdict())
 
 
 def write(analysis: Analysis, folder: Path, title: str = "What the adapters learned") -> list[Path]:

@@ -11,14 +11,14 @@ The paper takes the directions from the factor A alone, which depends on how tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaw.analysis.directions import Directions, Matter, directions, without_noise
+from deltaw.analysis.by_weight import ByWeight
+from deltaw.analysis.directions import Directions, Found, Matter, directions, without_noise
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.core.options import one_of
@@ -57,21 +57,10 @@ class Similarity:
 
 
 @dataclass(frozen=True)
-class Similarities(Mapping[str, Similarity]):
-    """Parameter name -> `Similarity`. skipped: parameter name -> why it has none."""
+class Similarities(ByWeight[Similarity]):
+    """Parameter name -> `Similarity`. side: which directions, "in" or "out"."""
 
-    weights: Mapping[str, Similarity]
-    side: str
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Similarity:
-        return self.weights[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+    side: str = "in"
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """φ and its random baseline at every (i, j), averaged over the weights that have so many directions."""
@@ -102,14 +91,13 @@ class Similarities(Mapping[str, Similarity]):
         ]
 
     def __str__(self) -> str:
-        wide = max([len(key) for key in self.weights] + [6])
-        lines = [f"{'weight':{wide}}  φ(all)  random  φ(1,1)  random   ({self.side} directions)"]
+        rows = {}
         for key, s in self.weights.items():
             expected = s.baseline
-            lines.append(
-                f"{key:{wide}}  {s.whole:6.3f}  {float(expected[-1, -1]):6.3f}  {s.at(1, 1):6.3f}  {float(expected[0, 0]):6.3f}"
+            rows[key] = (
+                f"{s.whole:6.3f}  {float(expected[-1, -1]):6.3f}  {s.at(1, 1):6.3f}  {float(expected[0, 0]):6.3f}"
             )
-        return "\n".join([*lines, *(f"left out: {k} ({why})" for k, why in self.skipped.items())])
+        return self.lines(f"φ(all)  random  φ(1,1)  random   ({self.side} directions)", rows)
 
 
 def subspace_similarity(first: Tensor, second: Tensor) -> Similarity:
@@ -143,35 +131,47 @@ def similarity(
     """
     one_of("side", side, ("in", "out"))
     one_of("of", of, ("change", "factors"))
+    common = _in_common(a, b)
+    pick = _of_factors if of == "factors" else directions
+    found = [pick(x.replace(changes={k: x.changes[k] for k in common}), base) for x in (a, b)]
+    return compare((a, b), (found[0], found[1]), side=side, top=top)
+
+
+def compare(
+    adapters: tuple[Adapter, Adapter], found: tuple[Found, Found], *, side: str, top: int | None = None
+) -> Similarities:
+    """`similarity` of two adapters whose directions are known already."""
+    common = set(_in_common(*adapters))
+    skipped = dict.fromkeys({k for a in adapters for k in a.changes} - common, "changed by one of the two only")
+    one, other = ({name: d for name, d in known.items() if d.of.key in common} for known, _ in found)
+    for _, left_out in found:
+        skipped.update({key: why for key, why in left_out.items() if key in common})
+    weights = {}
+    for key in one:
+        if key not in other:
+            skipped[key] = "of another form in the other adapter"
+            continue
+        first, second = one[key].side(side)[:, :top], other[key].side(side)[:, :top]
+        if first.shape[0] != second.shape[0]:
+            raise AdapterError(f"{key}: {first.shape[0]} dimensions in one adapter, {second.shape[0]} in the other")
+        if not first.shape[1] or not second.shape[1]:
+            skipped[key] = "one of the two does not change it at all"
+            continue
+        weights[key] = subspace_similarity(first, second)
+    return Similarities(weights, dict(sorted(skipped.items())), side)
+
+
+def _in_common(a: Adapter, b: Adapter) -> list[str]:
     common = [key for key in a.changes if key in b.changes]
     if not common:
         raise ConfigError(
             f"the two adapters change no weight in common ({next(iter(a.changes), 'nothing')}, ... and "
             f"{next(iter(b.changes), 'nothing')}, ...): there is nothing to compare"
         )
-    skipped = dict.fromkeys({*a.changes, *b.changes} - set(common), "changed by one of the two only")
-    pick = _of_factors if of == "factors" else directions
-    found = []
-    for adapter in (a, b):
-        part, left_out = pick(adapter.replace(changes={k: adapter.changes[k] for k in common}), base)
-        skipped.update(left_out)
-        found.append(part)
-    weights = {}
-    for key in found[0]:
-        if key not in found[1]:
-            skipped[key] = "of another form in the other adapter"
-            continue
-        one, other = found[0][key].side(side)[:, :top], found[1][key].side(side)[:, :top]
-        if one.shape[0] != other.shape[0]:
-            raise AdapterError(f"{key}: {one.shape[0]} dimensions in one adapter, {other.shape[0]} in the other")
-        if not one.shape[1] or not other.shape[1]:
-            skipped[key] = "one of the two does not change it at all"
-            continue
-        weights[key] = subspace_similarity(one, other)
-    return Similarities(weights, side, dict(sorted(skipped.items())))
+    return common
 
 
-def _of_factors(adapter: Adapter, base: Base | None) -> tuple[dict[str, Directions], dict[str, str]]:
+def _of_factors(adapter: Adapter, base: Base | None) -> Found:
     """Directions of the factors themselves: U from B's own SVD, Vh from A's own."""
     found: dict[str, Directions] = {}
     skipped: dict[str, str] = {}

@@ -10,11 +10,12 @@ Everything from the factors: an adapter of a model with billions of weights take
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from deltaw.analysis.directions import directions, place
+from deltaw.analysis.by_weight import ByWeight
+from deltaw.analysis.directions import Directions, directions, place
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
 from deltaw.errors import ConfigError
@@ -77,21 +78,8 @@ class Advice:
     text: str
 
 
-@dataclass(frozen=True)
-class Spectra(Mapping[str, Spectrum]):
-    """Parameter name -> `Spectrum`. skipped: parameter name -> why it has none."""
-
-    weights: Mapping[str, Spectrum]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Spectrum:
-        return self.weights[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+class Spectra(ByWeight[Spectrum]):
+    """Parameter name -> `Spectrum`."""
 
     @property
     def norm(self) -> float:
@@ -163,14 +151,12 @@ class Spectra(Mapping[str, Spectrum]):
         ]
 
     def __str__(self) -> str:
-        wide = max([len(key) for key in self.weights] + [6])
-        lines = [f"{'weight':{wide}}  rank  effective  95 % at     ‖ΔW‖   share"]
         shares = self.shares()
-        for key, s in self.weights.items():
-            lines.append(
-                f"{key:{wide}}  {s.rank:4d}  {s.effective_rank:9.2f}  {s.rank_for(0.95):7d}  {s.norm:7.3g}  {shares[key]:6.2%}"
-            )
-        return "\n".join([*lines, self.advice().text, *(f"left out: {k} ({why})" for k, why in self.skipped.items())])
+        rows = {
+            key: f"{s.rank:4d}  {s.effective_rank:9.2f}  {s.rank_for(0.95):7d}  {s.norm:7.3g}  {shares[key]:6.2%}"
+            for key, s in self.weights.items()
+        }
+        return self.lines("rank  effective  95 % at     ‖ΔW‖   share", rows) + "\n" + self.advice().text
 
 
 def spectrum(adapter: Adapter, base: Base | None = None) -> Spectra:
@@ -182,10 +168,14 @@ def spectrum(adapter: Adapter, base: Base | None = None) -> Spectra:
         ConfigError: a DoRA change (or the like), and no base.
         AdapterError: values that are not finite.
     """
-    found, skipped = directions(adapter, base)
-    weights = {}
-    for key, d in found.items():
-        given = getattr(d.of.change.variant, "rank", None)
-        shape = (d.U.shape[0], d.Vh.shape[1])
-        weights[key] = Spectrum(shape=shape, given=given, values=tuple(d.S.tolist()))
-    return Spectra(weights, skipped)
+    return spectra(*directions(adapter, base))
+
+
+def spectra(found: Mapping[str, Directions], skipped: Mapping[str, str]) -> Spectra:
+    """The singular values of directions that are known already."""
+    return Spectra({name: _of(d) for name, d in found.items()}, skipped)
+
+
+def _of(d: Directions) -> Spectrum:
+    given = getattr(d.of.change.variant, "rank", None)
+    return Spectrum(shape=d.shape, given=given, values=tuple(d.S.tolist()))

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from deltaw.analysis import page, plots
-from deltaw.analysis.amplification import Amplifications, amplification
+from deltaw.analysis.amplification import Amplifications
+from deltaw.analysis.beside import beside
+from deltaw.analysis.directions import directions
 from deltaw.analysis.similarity import Similarities, similarity
 from deltaw.analysis.spectrum import spectrum
 from deltaw.core.adapter import Adapter
@@ -139,9 +141,11 @@ def study(
         if twins is None
         else similarity(by[twins[0], twins[1]].adapter, by[twins[0], twins[2]].adapter, of=of, base=base)
     )
-    amplified = (
-        {} if base is None else {r: amplification(by[r, first].adapter, base) for r in ranks if (r, first) in by}
-    )
+    amplified: Mapping[int, Amplifications] = {}
+    if base is not None:
+        found_at = {str(r): directions(by[r, first].adapter, base) for r in ranks if (r, first) in by}
+        measured = beside(found_at, base, intruders=0).amplification
+        amplified = {int(r): rows for r, rows in measured.items()}
     return Study(
         metric=metric,
         higher_is_better=higher_is_better,

@@ -79,6 +79,26 @@ def test_the_report_is_one_page_with_every_picture_in_it(tmp_path):
     )
 
 
+class Counting(dict):
+    reads = 0
+
+    def __getitem__(self, key):
+        self.reads += 1
+        return super().__getitem__(key)
+
+
+def test_every_base_weight_is_read_once_for_all_adapters_and_measures():
+    made = {name: adapter(n) for n, name in enumerate(("one", "two", "three"))}
+    base = Counting(BASE)
+    found = analyze(made, base, top=5)
+    assert base.reads == len(KEYS)
+    for name, a in made.items():
+        assert found.amplification[name] == dw.amplification(a, BASE)
+        assert found.intruders[name] == dw.intruders(a, BASE)
+        for key, expected in dw.overlap(a, BASE, top=5).items():
+            assert torch.equal(found.overlap[name][key].phi, expected.phi)
+
+
 def test_equal_analyses_give_equal_files(tmp_path):
     for name in ("a", "b"):
         write(analyze({"one": adapter(1)}, BASE), tmp_path / name)
