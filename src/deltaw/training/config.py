@@ -84,7 +84,9 @@ class RunConfig(Section):
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: after every epoch")
     keep_checkpoints: int = Field(2, ge=0, description="checkpoints kept; 0: none are written")
     log_every: int = Field(20, gt=0, description="steps between lines of metrics.jsonl")
-    report_to: list[str] = Field(default_factory=list, description="trackers, by the names that transformers uses")
+    report_to: str | list[str] = Field(
+        default_factory=list, description="tensorboard, wandb, mlflow, trackio (one or several), all or none"
+    )
 
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="options of each method, in its own section"

@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from deltaw.errors import ModelError, NonFinite, OutOfMemory
+from deltaw.errors import ConfigError, ModelError, NonFinite, OutOfMemory
+from deltaw.model.gradients import check_gradients
+from deltaw.model.groups import after_step
+from deltaw.model.state import names
 from deltaw.training import checkpoint, trained
 from deltaw.training.config import RunConfig
 from deltaw.training.loader import ROWS, Epoch, micro_batches
@@ -26,9 +30,10 @@ from deltaw.training.order import batches, in_order
 from deltaw.training.prefix import Prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
-from deltaw.training.schedule import factor
+from deltaw.training.schedule import factor, steps
 from deltaw.training.signals import Stop
 from deltaw.training.task import Batch, Task
+from deltaw.variants.adalora import orthogonality_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,9 +94,10 @@ class Fit:
         self.best: dict[str, Tensor] = {}
         world = accelerator.num_processes
         self.batch = config.batch_size * config.accumulate * world  # examples per optimizer step
-        self.steps_per_epoch = math.ceil(len(task.splits["train"]) / self.batch)
-        self.total = self.steps_per_epoch * config.epochs
+        self.steps_per_epoch, self.total = steps(len(task.splits["train"]), self.batch, config.epochs)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.adapters = names(model)
+        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
 
     # ---- resume
 
@@ -100,28 +106,53 @@ class Fit:
         state = dict(found.state)
         plain = state.pop("optimizer")
         state.pop("config")
+        scaler, processes = state.pop("scaler", None), state.pop("processes", 1)
+        if processes != self.accelerator.num_processes:
+            raise ConfigError(
+                f"the checkpoint was written by {processes} processes, now there are {self.accelerator.num_processes}: "
+                "batch_size counts per process, so the batches would be others; resume with as many as before"
+            )
         self.state = State(**state)
         trained.restore(self.bare, found.tensors["trained"])
         trained.unpack_optimizer(self.optimizer, found.tensors["optimizer"], plain)
-        trained.set_random_state(found.tensors["random"])
+        if scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        trained.set_random_state(found.tensors[self._random_name()])
         self.best = found.tensors["best"]
         self.record.cut(self.state.recorded_bytes)
 
+    def _random_name(self, rank: int | None = None) -> str:
+        """The group of a checkpoint that holds a process's generators: dropout differs between processes."""
+        rank = self.accelerator.process_index if rank is None else rank
+        return "random" if rank == 0 else f"random-{rank}"
+
     def save(self) -> None:
-        """Write a checkpoint of this very moment (the main process does)."""
+        """Write a checkpoint of this very moment (the main process does, with what all of them hold)."""
         if self.checkpoints is None or self.config.keep_checkpoints == 0:
             return
-        self.accelerator.wait_for_everyone()
+        world = self.accelerator.num_processes
+        now = {name: trained.whole(t) for name, t in trained.trained_tensors(self.bare).items()}
+        tensors, plain = trained.pack_optimizer(self.optimizer)
+        generators = [trained.random_state()]
+        if world > 1:
+            generators = [{} for _ in range(world)]
+            torch.distributed.all_gather_object(generators, trained.random_state())
         if self.accelerator.is_main_process:
-            tensors, plain = trained.pack_optimizer(self.optimizer)
             self.state.recorded_bytes = self.record.flush()
             groups = {
-                "trained": trained.trained_tensors(self.bare),
+                "trained": now,
                 "best": self.best,
                 "optimizer": tensors,
-                "random": trained.random_state(),
+                **{self._random_name(rank): found for rank, found in enumerate(generators)},
             }
-            state = {**asdict(self.state), "optimizer": plain, "config": self.config.nested()}
+            scaler = self.accelerator.scaler
+            state = {
+                **asdict(self.state),
+                "optimizer": plain,
+                "config": self.config.nested(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "processes": world,
+            }
             checkpoint.write(
                 self.checkpoints, self.state.step, groups, state, self.config.digest(), self.config.keep_checkpoints
             )
@@ -194,7 +225,7 @@ class Fit:
                 self._after_step(len(order))
         state.epoch += 1
         state.batch = 0
-        if config.checkpoint_every == 0 or state.epoch == config.epochs:
+        if config.checkpoint_every == 0 or state.epoch == config.epochs or self._told_to_stop():
             self.save()
         self.stop.check()
 
@@ -207,9 +238,16 @@ class Fit:
             self._judge()
         if state.batch == steps:
             return  # the end of an epoch is `_epoch`'s
-        if (config.checkpoint_every and state.step % config.checkpoint_every == 0) or self.stop.asked():
+        if self._told_to_stop() or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
             self.save()
         self.stop.check()
+
+    def _told_to_stop(self) -> bool:
+        """Whether a signal has come, to any of the processes: then all of them save and stop together."""
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([self.stop.number or 0], device=self.accelerator.device)
+            self.stop.number = int(self.accelerator.gather(own).max()) or None
+        return self.stop.asked()
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -228,15 +266,21 @@ class Fit:
             total = self._everywhere(sum(self.task.weight(batch) for batch, counts in micros if counts))
             loss_sum = torch.zeros((), device=self.accelerator.device)
             for i, (batch, counts) in enumerate(micros):
-                with self._synced(last=i == len(micros) - 1):
+                last = i == len(micros) - 1
+                with self._synced(last=last):
                     loss, _ = self._loss(batch)
                     loss = loss if counts else loss * 0.0
                     # DDP averages over processes; the sum over all examples divided by their number is wanted
-                    self.accelerator.backward(loss * (self.accelerator.num_processes / total))
+                    objective = loss * (self.accelerator.num_processes / total)
+                    self.accelerator.backward(objective + orthogonality_loss(self.bare) if last else objective)
                 loss_sum += loss.detach()
             norm = self._clip()
             self._refuse_non_finite(loss_sum, norm)
+            if state.step == 0 and self.adapters:
+                check_gradients(self.bare, self.adapters)
             self.optimizer.step()
+            if not self.accelerator.optimizer_step_was_skipped:
+                after_step(self.bare, state.step + 1)
             self.optimizer.zero_grad(set_to_none=True)
         except BaseException:
             self.optimizer.zero_grad(set_to_none=True)
@@ -287,7 +331,7 @@ class Fit:
     def _clip(self) -> float:
         limit = math.inf if self.config.clip is None else self.config.clip
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        return float(norm) if norm is not None else 0.0
+        return float(trained.whole(norm)) if norm is not None else 0.0
 
     def _refuse_non_finite(self, loss: Tensor, norm: float) -> None:
         if not math.isfinite(loss.item()):
@@ -300,6 +344,12 @@ class Fit:
             )
 
     def _smaller_micro_batch(self, error: BaseException) -> None:
+        if self.accelerator.num_processes > 1:  # the others are waiting for this one's gradients of this micro-batch
+            raise OutOfMemory(
+                f"process {self.accelerator.process_index} ran out of memory ({error}); with several processes the "
+                f"micro-batch is not changed on the way: set batch_size={max(1, self.config.batch_size // 2)} "
+                f"accumulate={self.config.accumulate * 2}, the same batch per step"
+            ) from error
         if self.state.micro == 1:
             raise OutOfMemory(
                 f"a forward and backward pass of one example does not fit into memory ({error}): shorten max_length or take a smaller model"

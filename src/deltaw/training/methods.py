@@ -5,14 +5,17 @@ Returns the tools to keep the result: adapters are kept as adapters, a fully tra
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import nn
 
 from deltaw.core.registry import variants
+from deltaw.core.variant import Variant
 from deltaw.errors import ConfigError, UnknownName, did_you_mean
 from deltaw.model.attach import attach
 from deltaw.training.config import RunConfig, method_variant
+from deltaw.training.schedule import steps
 from deltaw.training.task import Task
 
 WHOLE = {
@@ -58,8 +61,8 @@ def check_method(config: RunConfig) -> None:
     method_variant(config)
 
 
-def prepare(model: nn.Module, task: Task, config: RunConfig) -> Prepared:
-    """Attach or unfreeze what the method trains; everything else is frozen."""
+def prepare(model: nn.Module, task: Task, config: RunConfig, world: int = 1) -> Prepared:
+    """Attach or unfreeze what the method trains; everything else is frozen. world: number of processes."""
     name = config.method.partition(":")[0]
     new = config.train if config.train is not None else task.new_modules(model)
     if name == "full":
@@ -76,5 +79,15 @@ def prepare(model: nn.Module, task: Task, config: RunConfig) -> Prepared:
         attach(model, {target: variants["full"]() for target in new})
         return Prepared("default", True)
     targets = task.targets() if config.targets == "all-linear" and task.targets() is not None else config.targets
-    attach(model, method_variant(config), targets, train=new)
+    batch = config.batch_size * config.accumulate * world
+    _, total = steps(len(task.splits["train"]), batch, config.epochs)
+    attach(model, planned(method_variant(config), total), targets, train=new)
     return Prepared("default", True)
+
+
+def planned(variant: Variant, total: int) -> Variant:
+    """`variant` with the number of the run's optimizer steps, if it has an option `total` that was left open."""
+    options = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
+    if "total" in options and options["total"] is None:
+        return dataclasses.replace(variant, total=total)  # type: ignore[call-arg]
+    return variant

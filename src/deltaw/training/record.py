@@ -1,24 +1,55 @@
-"""metrics.jsonl: one JSON object per line, always written. A resumed run cuts off what the lost steps had written."""
+"""metrics.jsonl: one JSON object per line, always written. A resumed run cuts off what the lost steps had written.
+
+The open file is also the run's lock: two processes never train in one folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deltaw.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no record locks; there a run is not guarded
+    fcntl = None  # type: ignore[assignment]
+
 
 class Record:
-    """Appends to `path`; with None it keeps nothing (processes other than the main one)."""
+    """Appends to `path`; with None it keeps nothing (processes other than the main one).
+
+    follow: called with every row that is written.
+
+    Raises:
+        ConfigError: another process has the file open, so it is training in this very folder.
+    """
 
     def __init__(self, path: Path | None) -> None:
+        self.follow: Callable[[dict[str, Any]], None] = lambda row: None
         self.file = None if path is None else path.open("ab")
+        if self.file is not None and fcntl is not None:
+            try:
+                # a record lock: it goes with its process, and forked workers that outlive a kill do not hold it
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                self.file.close()
+                raise ConfigError(
+                    f"{path.parent if path else ''}: another process is training in this folder; wait for it, or stop it first"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a line."""
         if self.file is not None:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
+            self.follow(row)
 
     def flush(self) -> int:
         """Make all lines durable; returns the file's size in bytes."""
@@ -37,7 +68,8 @@ class Record:
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk: what could not be written was said before
+                self.file.close()
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:

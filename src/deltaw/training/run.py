@@ -25,7 +25,7 @@ from deltaw.io.folder import CONFIG as CONFIG_FILE
 from deltaw.io.folder import WEIGHTS
 from deltaw.model.groups import param_groups
 from deltaw.model.state import rosters
-from deltaw.training import checkpoint, memory
+from deltaw.training import checkpoint, memory, trained
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
 from deltaw.training.methods import Prepared, check_method, prepare
@@ -34,6 +34,7 @@ from deltaw.training.progress import Progress
 from deltaw.training.record import Record
 from deltaw.training.signals import Interrupted, Stop
 from deltaw.training.task import Task
+from deltaw.training.trackers import Trackers, chosen
 
 CONFIG = "config.resolved.yaml"
 STATUS = "run.json"
@@ -57,6 +58,7 @@ def train(
     from accelerate import Accelerator
 
     check_method(config)
+    trackers = chosen(config.report_to)
     progress = Progress(config.method, quiet=quiet or int(os.environ.get("RANK", "0")) > 0)
     stop = Stop()
     with ExitStack() as stack:
@@ -67,9 +69,9 @@ def train(
         for note in task.notes:
             progress.say(note)
         model = task.build()
-        prepared = prepare(model, task, config)
+        prepared = prepare(model, task, config, accelerator.num_processes)
         model.to(accelerator.device)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + accelerator.process_index)  # dropout differs between processes
         earlier, loaded = memory.peak_bytes(), memory.resident_bytes()
         memory.reset_peak()
         size = counts(model)
@@ -77,18 +79,24 @@ def train(
             f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})"
         )
         stop.check()
+        main = accelerator.is_main_process
         fresh = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
         checkpoints = folder / "checkpoints"
+        record = Record(folder / "metrics.jsonl" if main else None)
+        stack.callback(record.close)
         try:
-            if accelerator.is_main_process and not resume:
+            if main and not resume:
                 write_config(folder, config)
-            record = Record(folder / "metrics.jsonl" if accelerator.is_main_process else None)
-            stack.callback(record.close)
+            reports = Trackers(trackers if main else (), folder, config.recipe, config.nested(), progress.complain)
+            record.follow = reports.report
+            stack.callback(reports.finish)
             fit, spent_before = _fit(model, task, config, accelerator, prepared, record, progress, stop, checkpoints)
             if resume and prepared.trains:
-                _continue(fit, checkpoints, config, progress)
-                if accelerator.is_main_process:
+                _continue(fit, checkpoints, config, progress, accelerator)
+                if main:
                     write_config(folder, config)
             elif not resume:
                 record.cut(0)
@@ -98,8 +106,13 @@ def train(
             test = fit.evaluate("test") if "test" in task.splits else None
             validation = None if prepared.trains else fit.evaluate("validation")
             peak = _peak(accelerator.device)
-            bare = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
-            if accelerator.is_main_process:
+            chosen_weights = trained.snapshot(fit.bare) if fit.sharded else {}
+            if main:
+                bare = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
+                if fit.sharded:  # the shards of the trained tensors, gathered, in a model that is whole
+                    bare = task.build()
+                    prepare(bare, task, config, accelerator.num_processes)
+                    trained.restore(bare, chosen_weights)
                 kept = keep_result(bare, task, config, prepared, folder, test)
                 results = {
                     "recipe": config.recipe,
@@ -122,7 +135,7 @@ def train(
                     "versions": versions(),
                     "machine": machine(),
                 }
-                record.write({"event": "end", "test": test, "seconds": results["seconds"]})
+                record.write({"event": "end", "step": state.step, "test": test, "seconds": results["seconds"]})
                 checkpoint.write_atomic(folder / RESULTS, json.dumps(results, indent=2) + "\n")
                 set_status(folder, "finished")
                 if config.keep_checkpoints:
@@ -130,14 +143,16 @@ def train(
                 return results
             return {}
         except Interrupted:
-            if checkpoints.is_dir() or not fresh:
+            if not main:
+                pass
+            elif checkpoints.is_dir() or not fresh:
                 set_status(folder, "interrupted")
                 progress.complain(f"saved; go on with: deltaw resume {folder}")
             else:
                 shutil.rmtree(folder)
             raise
         except BaseException as error:
-            if fresh and not checkpoints.is_dir():
+            if main and fresh and not checkpoints.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemory(
@@ -202,9 +217,11 @@ def _fit(
     return fit, recorded[2] if recorded is not None else 0.0
 
 
-def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress) -> None:
-    checkpoint.remove_leftovers(checkpoints)
-    checkpoint.remove_leftovers(checkpoints.parent)
+def _continue(fit: Fit, checkpoints: Path, config: RunConfig, progress: Progress, accelerator: Any) -> None:
+    if accelerator.is_main_process:
+        checkpoint.remove_leftovers(checkpoints)
+        checkpoint.remove_leftovers(checkpoints.parent)
+    accelerator.wait_for_everyone()
     found, manifest, skipped = checkpoint.newest(checkpoints)
     for reason in skipped:
         progress.say(f"skipped {reason}")
@@ -245,7 +262,9 @@ def keep_result(
     facts = {**task.facts(), "recipe": config.recipe, "test": test}
     if prepared.adapter is not None:
         for roster in rosters(model):
-            roster.notes[prepared.adapter] = {"base": {"name": task.model_name}, "extra": facts}
+            notes = roster.notes.setdefault(prepared.adapter, {})
+            notes |= {"base": {**notes.get("base", {}), "name": task.model_name}}
+            notes |= {"extra": {**notes.get("extra", {}), **facts}}
         return keep_adapter(model, prepared.adapter, folder)
     if not prepared.trains:
         return 0

@@ -1,8 +1,14 @@
-"""The learning rate as a pure function of the step: there is no scheduler state to lose."""
+"""How many steps there are, and the learning rate as a pure function of the step: no scheduler state to lose."""
 
 from __future__ import annotations
 
 import math
+
+
+def steps(examples: int, batch: int, epochs: int) -> tuple[int, int]:
+    """(optimizer steps per epoch, in all epochs), for `batch` examples per step over all processes."""
+    per_epoch = math.ceil(examples / batch)
+    return per_epoch, per_epoch * epochs
 
 
 def factor(step: int, total: int, warmup: float, shape: str) -> float:

@@ -37,9 +37,9 @@ class Stop:
         """Catch SIGINT and SIGTERM while inside (main thread only; elsewhere nothing is caught)."""
 
         def note(number: int, _frame: FrameType | None) -> None:
-            if self.number is not None:
+            if self.number is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
                 os._exit(128 + number)  # files are written aside and renamed, so nothing is left half-done
-            self.number = number
+            self.number = number  # torchrun passes on what a terminal has sent already, and kills after its own grace
 
         try:
             before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}

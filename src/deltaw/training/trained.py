@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deltaw.core.host import CHILD
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> the very tensors (not copies) that training may change.
+    """Name -> the very tensors (not copies, and sharded where FSDP has sharded them) that training may change.
 
     Parameters that require a gradient, the persistent buffers of adapters, and all persistent buffers if the base
     itself is trained (running statistics).
@@ -24,8 +25,21 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained tensors, on the CPU."""
-    return {name: t.detach().to("cpu", copy=True) for name, t in trained_tensors(model).items()}
+    """Copies of the trained tensors, whole and on the CPU. Under FSDP every process must call it."""
+    return {name: whole(t).to("cpu", copy=True) for name, t in trained_tensors(model).items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, of one that FSDP has sharded, all of it gathered (every process must call it)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_as(full: Tensor, live: Tensor) -> Tensor:
+    """`full` in the form of `live`: as it is, or this process's shard of it."""
+    if not isinstance(live, DTensor):
+        return full
+    return distribute_tensor(full.to(live.device), live.device_mesh, live.placements, src_data_rank=None)
 
 
 def restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
@@ -38,17 +52,17 @@ def restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
         )
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(kept[name])
+            tensor.copy_(sharded_as(kept[name], tensor))
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and JSON."""
+    """An optimizer's state as named tensors and JSON. Under FSDP every process must call it."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for index, entry in optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
+                tensors[f"{index}.{name}"] = whole(value)
             else:
                 plain[f"{index}.{name}"] = value
     return tensors, plain
@@ -56,9 +70,13 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """The inverse of `pack_optimizer`; options of the groups stay as they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain}.items():
         index, _, name = key.partition(".")
+        live = parameters[int(index)]
+        if isinstance(value, Tensor) and value.shape == live.shape:
+            value = sharded_as(value, live)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
