@@ -36,6 +36,7 @@ from deltaw.training.pictures import Pictures
 from deltaw.training.run import status, train
 from deltaw.training.task import Task
 from deltaw.training.tasks.image_classification import ImageClassification
+from tests.tiny_chat import make_chat_model, make_talks
 from tests.tiny_text import make_data, make_model
 
 
@@ -51,6 +52,36 @@ class Shifted(ImageClassification):
         return np.roll(image, random.integers(-1, 2), axis=1) + random.normal(0, 0.1, image.shape).astype(
             np.float32
         ), label
+
+
+def make_tones(folder: Path) -> None:
+    """Low and high tones in noise under folder/tones, and a tiny Whisper in folder/listener."""
+    import soundfile
+    from transformers import WhisperConfig, WhisperModel
+
+    chance = np.random.default_rng(0)
+    for name, pitch in (("low", 300), ("high", 1500)):
+        (folder / "tones" / name).mkdir(parents=True)
+        for i in range(24):
+            moment = np.arange(1600 + 80 * i) / 16_000
+            wave = 0.3 * np.sin(2 * np.pi * pitch * moment + i) + 0.05 * chance.standard_normal(len(moment))
+            soundfile.write(folder / "tones" / name / f"{i}.wav", wave, 16_000)
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, max_target_positions=8, max_source_positions=50,
+    )  # fmt: skip
+    WhisperModel(config).save_pretrained(folder / "listener")
+
+
+def make_everything(folder: Path) -> None:
+    """The data and models of all scenarios."""
+    make_model(folder / "model")
+    make_data(folder / "data.csv", 80)
+    make_chat_model(folder / "chat")
+    make_talks(folder / "talks.jsonl", 40)
+    make_tones(folder)
 
 
 def scenarios(folder: Path) -> dict[str, tuple[RunConfig, Callable[[RunConfig], Task]]]:
@@ -81,7 +112,23 @@ def scenarios(folder: Path) -> dict[str, tuple[RunConfig, Callable[[RunConfig], 
         "checkpoint_every": 5,
         "lora": {"dropout": 0.2},
     }
+    talks = {
+        "recipe": "sft", "model": str(folder / "chat"), "max_length": 96, "epochs": 3, "batch_size": 2, "lr": 1e-2,
+        "data": {"path": str(folder / "talks.jsonl"), "validation": 0.2, "test": 0.1}, "checkpoint_every": 3,
+        "lora": {"rank": 4, "dropout": 0.1},
+    }  # fmt: skip
+    tones = {
+        "recipe": "audio-classification", "model": str(folder / "listener"), "epochs": 3, "batch_size": 4, "lr": 3e-3,
+        "data": {"path": str(folder / "tones"), "validation": 0.2, "test": 0.2}, "checkpoint_every": 3,
+        "lora": {"rank": 4, "dropout": 0.1},
+    }  # fmt: skip
     return {
+        "language, lora, dropout, packed": (build(talks), recipes["sft"].task),
+        "sound, lora, dropout": (build(tones), recipes["audio-classification"].task),
+        "text, adalora": (
+            build({**text, "method": "adalora", "adalora": {"rank": 4, "target": 2, "every": 2}}),
+            of_text,
+        ),
         "text, lora, dropout, accumulation": (
             build({**text, "accumulate": 2, "batch_size": 4, "lora": {"dropout": 0.1, "rank": 4}}),
             of_text,
@@ -183,8 +230,7 @@ def main() -> int:
     counts = {"trials": 0, "kills": 0, "kills at a disk call": 0, "resumes": 0, "identical": 0}
     differences: list[str] = []
     try:
-        make_model(root / "model")
-        make_data(root / "data.csv", 80)
+        make_everything(root)
         known = scenarios(root)
         reference, seconds = {}, {}
         for number, (name, (config, task)) in enumerate(known.items()):
