@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from deltaw.ops.matmul import by_onednn, linear
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import use_merged
 from deltaw.ops.terms import (
@@ -160,7 +161,7 @@ class AdaptedLinear(torch.autograd.Function):
             assert frozen is not None
             result = frozen.matmul(x)
         else:
-            result = F.linear(x, merged_weight(weight, terms) if merge else weight, bias)
+            result = first_product(x, merged_weight(weight, terms) if merge else weight, bias, terms)
         y = flat(result)
         if weight is None:
             scale_and_shift_(y, gain, bias)
@@ -204,7 +205,7 @@ class AdaptedLinear(torch.autograd.Function):
             if weight is None:
                 dx = ctx.frozen.matmul_grad(scaled)
             else:
-                dx = g @ merged_weight(weight, terms) if ctx.merge else scaled @ weight
+                dx = linear(g, merged_weight(weight, terms).t()) if ctx.merge else linear(scaled, weight.t())
         dfactors: list[Tensor | None] = []
         shares: list[Tensor] = []  # Σ_r B ⊙ ∂B of each term, (out,)
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
@@ -220,13 +221,13 @@ class AdaptedLinear(torch.autograd.Function):
             if kept is not None and gain is not None and ctx.witness():
                 dgain = gain_from_output(g, flat(kept), bias, sums, shares, gain, rows, weight, ctx.frozen)
             else:
-                dgain = column_dots(g, rows @ weight.t() if weight is not None else ctx.frozen.matmul(rows))
+                dgain = column_dots(g, linear(rows, weight) if weight is not None else ctx.frozen.matmul(rows))
         dterms: list[Tensor | None] = []
         for i, t in enumerate(terms):
             wanted = needs[TENSORS * i + 2]
             dterms += dfactors[2 * i : 2 * i + 2]
             dterms += [dgain.to(t.gain.dtype) if wanted and dgain is not None and t.gain is not None else None, None]
-        dweight = scaled.t() @ rows if needs_weight else None
+        dweight = linear(scaled.t(), rows.t()) if needs_weight else None
         dinput = None if dx is None else dx.view(x.shape)
         return None, None, None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
 
@@ -244,14 +245,14 @@ def backward_factors(
     dA = dB = None
     if needs_B:
         h = project(t, x) if h is None else h
-        dB = (h @ g).t().to(t.B.dtype).contiguous().mul_(t.scale)
+        dB = linear(h, g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
     if not needs_A and dx is None:
         return dA, dB
     A = t.A.to(x.dtype)
-    u = (t.B.to(x.dtype).t() * t.scale) @ g.t()  # (r, T)
+    u = linear(t.B.to(x.dtype).t() * t.scale, g)  # (r, T)
     mask = t.input_mask(x)
     if mask is None:
-        dA = u @ x if needs_A else None
+        dA = linear(u, x.t()) if needs_A else None
         if dx is not None:
             dx.addmm_(u.t(), A)
     else:
@@ -270,9 +271,18 @@ def project(t: Term, x: Tensor) -> Tensor:
     A = t.A.to(x.dtype)
     mask = t.input_mask(x)
     if mask is None:
-        return A @ x.t()
-    parts = [A @ mask.rows(part).mul_(x[part]).t() for part in blocks(x)]
+        return linear(A, x)
+    parts = [linear(A, mask.rows(part).mul_(x[part])) for part in blocks(x)]
     return torch.cat(parts, dim=1) if parts else x.new_empty(A.shape[0], 0)
+
+
+def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    """x Wᵀ + b, (..., in) -> (..., out). While all terms are zero it is `F.linear`'s to the bit: a fresh adapter changes
+    nothing, whichever library is the faster one (matmul.py)."""
+    rows = flat(x)
+    if by_onednn(rows, weight) and any(bool(z.any()) for t in terms for z in (t.B, t.gain) if z is not None):
+        return linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
 
 
 def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from deltaw.errors import ConfigError
 from deltaw.ops.int8 import int8_available, int8_matmul, int8_matmul_grad, quantize_int8
+from deltaw.ops.matmul import linear
 
 WIDE = (torch.float32, torch.float64)
 
@@ -120,8 +121,8 @@ def time_int8(rows_out: int, columns_in: int, tokens: int, repeats: int = 5) -> 
     x, g = (torch.randn(tokens, side, generator=noise) for side in (columns_in, rows_out))
     packed = quantize_int8(weight)
     pairs: list[tuple[Callable[[], object], Callable[[], object]]] = [
-        (lambda: int8_matmul(x, packed), lambda: torch.nn.functional.linear(x, weight)),
-        (lambda: int8_matmul_grad(g, packed), lambda: g @ weight),
+        (lambda: int8_matmul(x, packed), lambda: linear(x, weight)),
+        (lambda: int8_matmul_grad(g, packed), lambda: linear(g, weight.t())),
     ]
     faster = []
     with torch.no_grad():

@@ -1,0 +1,73 @@
+"""Products of 32-bit matrices on a CPU, by the faster of torch's two libraries.
+
+`x @ Wᵀ` goes to MKL in torch, and MKL takes its fast kernels on Intel's processors only: on others with AVX-512 it runs
+at less than half of what oneDNN, which torch carries as well, does with the same numbers in the same precision. So
+there, products that are large enough to pay for oneDNN's longer call go to oneDNN.
+
+Both round every product and every sum to 32 bit; they sum in different orders, so their results differ by roundings.
+The choice depends on the processor, the precision and the shape alone, never on a measurement: a run that is resumed on
+the same machine takes the same kernels. `torch.backends.mkldnn.flags(enabled=False)` forbids it. Under a compiler, on
+tensor subclasses and in every other precision it is `F.linear`, the plain twin.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WORTH = 1 << 21
+"""Multiplications below which oneDNN's longer call costs more than its kernel gains."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x (T, in), W (out, in) in any memory order, b (out,): a fresh (T, out). Not differentiable.
+
+    The other products are the same one: a b = linear(a, bᵀ), aᵀ b = linear(aᵀ, bᵀ).
+    """
+    if not by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes oneDNN for this product: it can, and on this machine it is the faster one."""
+    return (
+        x.shape[0] * weight.numel() >= WORTH
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and not torch.compiler.is_compiling()
+        and mkl_is_slow()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies by MKL on a processor with AVX-512 that is not Intel's, and oneDNN is there instead."""
+    return (
+        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "intel" not in processor().lower()
+    )
+
+
+def processor() -> str:
+    """Who made the processor, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("vendor_id")), "")
