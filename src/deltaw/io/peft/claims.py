@@ -65,6 +65,11 @@ class Claims:
             targets, exclude, save or (), tuple(layers) if layers else None, patterns, (*(save or ()), *heads)
         )
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether its targets are names, meant in every block."""
+        return isinstance(self.target_modules, tuple) and self.layers is None and self.exclude_modules is None
+
     def saves(self, path: str) -> bool:
         """Whether a module on the way to `path` is saved in full (as PEFT: any whose path ends with the name)."""
         parts = path.split(".")

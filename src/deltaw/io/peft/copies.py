@@ -21,8 +21,33 @@ from deltaw.errors import AdapterError
 from deltaw.io.peft.claims import Claims
 
 BASE = ".base_layer"
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings")
-"""Modules whose full weight PEFT saves unasked, after a vocabulary was resized."""
+EMBEDDINGS = frozenset(
+    [
+        "embed_tokens",
+        "lm_head",
+        "wte",
+        "word_embeddings",
+        "shared",
+        "embed_in",
+        "embed_out",
+        "tok_embeddings",
+        "word_embedding",
+        "embeddings",
+        "embedding",
+        "embed",
+        "token_embedding",
+        "decoder",
+        "vocab_projector",
+        "generator_lm_head",
+        "lm_loss",
+        "proj",
+        "proj_out",
+        "output_projection",
+        "head",
+    ]
+)
+"""Input embeddings and output heads of transformers' models: PEFT saves them in full, unasked, after a vocabulary was
+resized or where one of them is targeted (a head with its bias)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,7 @@ class Copies:
             if path != plain:
                 if plain not in adapted:
                     raise AdapterError(f"{key!r} belongs to no adapted layer of the file")
-                if site.endswith("bias") and biases:
+                if site.endswith("bias") and (biases or is_embedding(plain, site, f"{path}.weight", rest)):
                     found.changes[f"{plain}.{site}"] = Change(full, {"value": tensor}, None, tuple(tensor.shape))
                     continue
                 if site == "weight" and path.endswith(BASE):
@@ -58,7 +83,7 @@ class Copies:
                     continue
                 raise AdapterError(f"{key!r} is not accounted for: the config says bias={config.get('bias')!r}")
             known = claims.saves(path) or (site.endswith("bias") and config.get("bias") == "all")
-            if not known and not (site == "weight" and path.rpartition(".")[2] in EMBEDDINGS):
+            if not known and not is_embedding(path, site, f"{path}.weight", rest):
                 raise AdapterError(
                     f"the file holds the tensor {key!r}, which nothing in its config accounts for "
                     f"(modules_to_save is {list(claims.modules_to_save) or None}): it would be ignored silently"
@@ -110,6 +135,14 @@ class Copies:
         if saved:
             config["modules_to_save"] = saved
         return found
+
+
+def is_embedding(path: str, site: str, weight: str, rest: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT saves this parameter unasked: the matrix of an embedding or head, or the bias beside it in the file."""
+    matrix = rest.get(weight)
+    return (
+        path.rpartition(".")[2] in EMBEDDINGS and site in ("weight", "bias") and matrix is not None and matrix.ndim == 2
+    )
 
 
 def doubled(key: str, rest: Mapping[str, Tensor], claims: Claims) -> bool:
