@@ -160,20 +160,20 @@ def score(model: Reader, task: Task, rows: Sequence[Row]) -> dict[str, float]:
     return {"loss": float(sum(p[0] for p in parts)) / len(rows), "accuracy": sum(p[1] for p in parts) / len(rows)}
 
 
-def train(model: Reader, task: Task, rows: Sequence[Row], name: str, epochs: int, seed: int) -> None:
-    """LoRA of rank 8 on queries and values, AdamW 5e-4, linear decay after a tenth of warm-up."""
+def train(model: Reader, task: Task, rows: Sequence[Row], name: str, *, epochs: int, size: int, seed: int) -> None:
+    """LoRA of rank 8 on queries and values, AdamW 5e-4, batches of `size`, linear decay after a tenth of warm-up."""
     torch.manual_seed(seed)
     dw.attach(model, dw.LoRA(rank=8, alpha=16), targets=["query", "value"], name=name)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps = epochs * -(-len(rows) // 32)
+    steps = epochs * -(-len(rows) // size)
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (0.1 * steps), (steps - n) / steps))
     order = random.Random(seed)
     with dw.use(model, name):
         for _ in range(epochs):
             shuffled = order.sample(list(rows), len(rows))
-            for at in range(0, len(rows), 32):
-                batch = shuffled[at : at + 32]
+            for at in range(0, len(rows), size):
+                batch = shuffled[at : at + size]
                 (model.loss(task.prompts, batch)[0] / len(batch)).backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
@@ -221,7 +221,7 @@ class Lab:
         for way, weights in ways.items():
             with dw.use(model, {n: w for n, w in weights.items() if w}):
                 result["test"][way] = score(model, task, task.test)
-        train(model, task, few, "few", epochs=20, seed=seed)
+        train(model, task, few, "few", epochs=10, size=16, seed=seed)
         with dw.use(model, "few"):
             result["test"]["trained"] = score(model, task, task.test)
         dw.delete(model, "few")
@@ -240,23 +240,32 @@ def main(downloads: Path, out: Path) -> None:
         model.learn(task.prompts)
     for name, task in known.items():
         if not (out / "adapters" / name).exists():
-            train(model, task, task.train, name, epochs=2, seed=0)
+            train(model, task, task.train, name, epochs=2, size=32, seed=0)
             dw.save(model, out / "adapters" / name, name=name)
             dw.detach(model)
             print(f"adapter {name}: trained on {len(task.train)} examples", flush=True)
     for name in known:
         dw.load(model, out / "adapters" / name, name=name, active=False)
     lab = Lab(model, known, out)
-    facts = {
-        new: {
-            "train": len(task.train),
-            "test": len(task.test),
-            "singles": lab.kept(f"singles-{new}", lambda new=new: lab.singles(new)),
-            "seeds": [lab.kept(f"{new}-{s}", lambda new=new, s=s: lab.searched(new, s)) for s in SEEDS],
+    first, *others = known
+    for new, seed in [(first, s) for s in SEEDS] + [(o, s) for s in SEEDS for o in others]:
+        lab.kept(f"singles-{new}", lambda new=new: lab.singles(new))
+        lab.kept(f"{new}-{seed}", lambda new=new, seed=seed: lab.searched(new, seed))
+        facts = {
+            name: {
+                "train": len(task.train),
+                "test": len(task.test),
+                "singles": json.loads((out / f"singles-{name}.json").read_text()),
+                "seeds": {
+                    s: json.loads((out / f"{name}-{s}.json").read_text())
+                    for s in SEEDS
+                    if (out / f"{name}-{s}.json").exists()
+                },
+            }
+            for name, task in known.items()
+            if (out / f"singles-{name}.json").exists()
         }
-        for new, task in known.items()
-    }
-    RESULTS.joinpath("lorahub.json").write_text(json.dumps(facts, indent=1) + "\n")
+        RESULTS.joinpath("lorahub.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ STYLE = """
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 1080px; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
 p { margin: .5rem 0; } .soft { color: var(--soft); font-size: .9rem; }
+figure { margin: 1.1rem 0 1.6rem; } figcaption { margin-bottom: .4rem; } figcaption span { color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; background: white; border-radius: 6px; padding: 6px; box-sizing: border-box; border: 1px solid var(--line); }
-div.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+@media (max-width: 700px) { body { margin: 1.2rem auto; padding: 0 .8rem; } img { max-width: 200vw; } }
+div.wide { overflow-x: auto; } td.text, th.text { text-align: left; white-space: normal; min-width: 14rem; } ul { padding-left: 1.2rem; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { text-align: right; padding: .18rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 details > summary { cursor: pointer; color: var(--soft); }
@@ -29,9 +31,18 @@ def png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
-def image(data: bytes, caption: str) -> str:
-    """A picture in the page, with what it shows as its text."""
-    return f'<p><img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
+def image(data: bytes, title: str, text: str) -> str:
+    """A picture under its title and a sentence on how to read it. On a phone it is scrolled, not shrunk to nothing."""
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return (
+        f"<figure><figcaption><strong>{escape(title)}</strong> <span>{escape(text)}</span></figcaption>"
+        f'<div class="wide"><img alt="{escape(f"{title} {text}", quote=True)}" src="{source}"></div></figure>'
+    )
+
+
+def sentences(said: Sequence[str]) -> str:
+    """A list of sentences."""
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in said)}</ul>"
 
 
 def paragraph(text: str, soft: bool = False) -> str:
@@ -44,16 +55,20 @@ def heading(text: str) -> str:
     return f"<h2>{escape(text)}</h2>"
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], open_up_to: int = 12) -> str:
-    """A table of `columns` (key -> heading); long ones are folded away."""
+def table(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], name: str = "table", open_up_to: int = 12
+) -> str:
+    """A table of `columns` (key -> heading); long ones are folded away under their `name`."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns.values())
-    body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows)
+    head = "".join(
+        f"<th{' class=text' if _is_text(rows[0].get(key)) else ''}>{escape(name)}</th>" for key, name in columns.items()
+    )
+    body = "".join("<tr>" + "".join(_cell(row.get(key)) for key in columns) + "</tr>" for row in rows)
     made = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     if len(rows) <= open_up_to:
         return made
-    return f"<details><summary>table of {len(rows)} rows</summary>{made}</details>"
+    return f"<details><summary>{escape(name)}: {len(rows)} rows</summary>{made}</details>"
 
 
 def document(title: str, subtitle: str, parts: Sequence[str]) -> str:
@@ -66,8 +81,14 @@ def document(title: str, subtitle: str, parts: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, float):
-        return escape(str(value))
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if _is_text(value):
+        return f'<td class="text">{escape(value)}</td>'
+    if isinstance(value, float):
+        return f"<td>{value:.3g}</td>" if abs(value) < 1000 else f"<td>{value:,.0f}</td>"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"<td>{value:,}</td>"
+    return f"<td>{'–' if value is None else escape(str(value))}</td>"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and " " in value

@@ -29,6 +29,10 @@ from deltaw.core.true_change import any_shape
 SHARED = 0.5
 """φ(1, 1) above which two top directions are called shared: the paper reads "> 0.5" off its figure 3."""
 
+AS_A_PICTURE = (
+    "Left what was found, middle what random directions would give, right the difference; means over the weights."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -162,7 +166,7 @@ def study(
 def write(found: Study, folder: Path, title: str, subtitle: str) -> None:
     """Write `study.json`, `study.md`, the PNGs and `report.html` into `folder`."""
     (folder / "study.json").write_text(json.dumps(found.facts(), indent=1) + "\n", encoding="utf-8")
-    parts = [page.paragraph(said) for said in found.findings()]
+    parts = [page.sentences(found.findings())]
     columns = {
         "rank": "rank",
         "parameters": "parameters",
@@ -173,30 +177,36 @@ def write(found: Study, folder: Path, title: str, subtitle: str) -> None:
         "seconds": "seconds",
     }
 
-    def show(name: str, figure: Any, caption: str) -> None:
+    def show(name: str, figure: Any, title: str, text: str) -> None:
         data = page.png(figure)
         (folder / f"{name}.png").write_bytes(data)
-        parts.extend([page.image(data, caption), page.paragraph(caption, soft=True)])
+        parts.append(page.image(data, title, text))
 
     parts.append(page.heading(f"{found.metric} over the rank (the paper's table 6)"))
     parts.append(page.table(found.rows, columns))
-    show("metric-over-rank", _over_rank(found), f"{found.metric} on held-out data, one point per seed.")
+    show(
+        "metric-over-rank",
+        _over_rank(found),
+        f"{found.metric} on held-out data.",
+        "A point per seed, a dash at the mean.",
+    )
     if found.across_ranks and found.ranks:
         parts.append(page.heading(f"Ranks {found.ranks[0]} and {found.ranks[1]}: the same directions? (figure 3)"))
         names = (f"rank {found.ranks[0]}", f"rank {found.ranks[1]}")
-        show(
-            "similarity-ranks", plots.similarity(found.across_ranks, names), "Input directions; mean over all weights."
-        )
+        show("similarity-ranks", plots.similarity(found.across_ranks, names), "Input directions.", AS_A_PICTURE)
     if found.across_seeds and found.seeds:
         parts.append(page.heading(f"Two seeds of rank {found.seeds_rank}: the same directions? (figure 4)"))
         names = (f"seed {found.seeds[0]}", f"seed {found.seeds[1]}")
-        show(
-            "similarity-seeds", plots.similarity(found.across_seeds, names), "Input directions; mean over all weights."
-        )
+        show("similarity-seeds", plots.similarity(found.across_seeds, names), "Input directions.", AS_A_PICTURE)
     drawn = {f"rank {r}": a for r, a in found.amplified.items() if a}
     if drawn:
         parts.append(page.heading("What the change amplifies (table 7)"))
-        show("amplification", plots.amplification(drawn), "Sizes along directions: what ΔW adds, and what W has there.")
+        show(
+            "amplification",
+            plots.amplification(drawn),
+            "Sizes along directions.",
+            "What ΔW adds, and what W has there.",
+        )
     (folder / "report.html").write_text(page.document(title, subtitle, parts), encoding="utf-8")
     (folder / "study.md").write_text(markdown(found, title, subtitle), encoding="utf-8")
 
@@ -213,6 +223,11 @@ def markdown(found: Study, title: str, subtitle: str) -> str:
             f"| {row['rank']} | {row['parameters']:,} | {row['mean']:.4f} | {row['spread']:.4f} | "
             f"{row['effective_rank']:.1f} | {row['norm']:.2f} | {row['seconds']:.0f} |"
         )
+    lines += ["", f"![{found.metric} over the rank](metric-over-rank.png)"]
+    if found.across_ranks and found.ranks:
+        lines += ["", f"![directions of ranks {found.ranks[0]} and {found.ranks[1]}](similarity-ranks.png)"]
+    if found.across_seeds:
+        lines += ["", f"![directions of two seeds of rank {found.seeds_rank}](similarity-seeds.png)"]
     if found.amplified:
         lines += [
             "",

@@ -12,7 +12,8 @@ from typing import Any
 
 from deltaw.core.adapter import Adapter
 from deltaw.errors import BaseMismatch
-from deltaw.io.fingerprint import TOLERANCE, distance
+from deltaw.io.fingerprint import TOLERANCE
+from deltaw.io.sketch import distance
 
 
 def agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

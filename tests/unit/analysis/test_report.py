@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import deltaw as dw
 from deltaw import errors
+from deltaw.analysis.findings import analyze
 from deltaw.analysis.outputs import difference, total_variation
-from deltaw.analysis.report import analyze, write
+from deltaw.analysis.report import write
 from deltaw.analysis.study import Run, study
 from deltaw.analysis.study import write as write_study
 from deltaw.cli.app import app

@@ -29,7 +29,7 @@ def add(app: typer.Typer) -> None:
         as_json: bool = typer.Option(False, "--json", help="Print all numbers as JSON."),
     ) -> None:
         """Spectra, shares, similarity of every pair, and with --base how the changes lie to the weights."""
-        from deltaw.analysis.report import analyze as look
+        from deltaw.analysis.findings import analyze as look
         from deltaw.analysis.report import write
         from deltaw.cli.commands.combine import base_weights, read
         from deltaw.cli.outputs import new_folder
@@ -42,19 +42,8 @@ def add(app: typer.Typer) -> None:
         if as_json:
             typer.echo(json.dumps(findings.facts(), indent=1))
             return
-        for name, spectra in findings.spectra.items():
-            typer.echo(f"{name}: {len(spectra)} weights, ‖ΔW‖ {spectra.norm:.3g}; {spectra.advice(energy).text}")
-        for (a, b), sides in findings.pairs.items():
-            means = {side: sum(s.above_random for s in found.values()) / len(found) for side, found in sides.items()}
-            typer.echo(
-                f"{a} and {b}: directions agree {means['in']:.2f} in, {means['out']:.2f} out (0 random, 1 nested)"
-            )
-        for (a, b), why in findings.apart.items():
-            typer.echo(f"{a} and {b}: {why}")
-        for name, found in findings.amplification.items():
-            factors = sorted(x.factor for x in found.values())
-            if factors:
-                typer.echo(f"{name}: amplification {factors[len(factors) // 2]:.2f} (median)")
+        for said in findings.sentences():
+            typer.echo(said)
         typer.echo(f"report: {folder / 'report.html'}")
 
 
