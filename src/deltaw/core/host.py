@@ -106,7 +106,9 @@ class Host(nn.Module):
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
         """Whether this host computes exactly what `layer` does. Default: `layer`'s class is in `adapts` or inherits its forward."""
-        return any(isinstance(layer, a) and type(layer).forward is a.forward for a in cls.adapts)
+        return isinstance(layer, cls.adapts) and any(
+            isinstance(layer, a) and type(layer).forward is a.forward for a in cls.adapts
+        )
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -165,7 +167,7 @@ class Host(nn.Module):
         """Turn `layer` into a host, in place. It computes exactly what it did until a delta is added."""
         base = type(layer)
         object.__setattr__(layer, "roster", roster)
-        layer.add_module(CHILD, Adapters())
+        layer._modules[CHILD] = Adapters()
         layer.__class__ = host_class(cls, base)
         return layer  # type: ignore[return-value]
 

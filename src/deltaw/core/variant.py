@@ -141,6 +141,28 @@ class Delta(nn.Module, ABC):
             raise AdapterError(f"{variant} with {theirs} does not fit into the place of {self.variant} with {mine}")
         return dict(tensors)
 
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take exactly these tensors, themselves and not copies, as the delta's own (`state_dict`'s names).
+
+        Raises:
+            AdapterError: a tensor is missing, unknown, or of another shape.
+        """
+        mine = self.state_dict(keep_vars=True)
+        if mine.keys() != tensors.keys():
+            raise AdapterError(f"{self.variant} has the tensors {sorted(mine)}, the adapter holds {sorted(tensors)}")
+        for key, tensor in tensors.items():
+            old = mine[key]
+            if old.shape != tensor.shape:
+                raise AdapterError(
+                    f"{self.variant}: {key!r} must be {tuple(old.shape)}, the adapter holds {tuple(tensor.shape)}"
+                )
+            path, _, name = key.rpartition(".")
+            owner = self.get_submodule(path)
+            if isinstance(old, nn.Parameter):
+                owner._parameters[name] = nn.Parameter(tensor, old.requires_grad)
+            else:
+                owner._buffers[name] = tensor
+
     changes_bias: ClassVar[bool] = False
     """True if `delta_bias` is defined."""
     fast: ClassVar[tuple[str, ...]] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltaw.core.registry import init
 
@@ -13,9 +13,9 @@ from deltaw.core.registry import init
 @init("kaiming")
 def kaiming(A: Tensor, B: Tensor) -> None:
     """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), what loralib and PEFT use)."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(A.shape[-1]))  # rounded as nn.init.kaiming_uniform_ does
     with torch.no_grad():
-        for one in A.view(-1, *A.shape[-2:]):
-            nn.init.kaiming_uniform_(one, a=math.sqrt(5))
+        A.uniform_(-bound, bound)
         B.zero_()
 
 

@@ -101,9 +101,10 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     """Path -> layer inside `module` that is changed (or kept in another form), and that the module's own code reads."""
     kind = module.base_class if isinstance(module, Host) else type(module)
     found: dict[tuple[str, ...], Host] = {}
-    for read in reads_in(kind):
-        layer: nn.Module | None = module
-        for name in read.path:
+    inside = module._modules
+    for read in reads_in(kind) if inside else ():
+        layer = inside.get(read.path[0])
+        for name in read.path[1:]:
             layer = None if layer is None else layer._modules.get(name)
         if isinstance(layer, Host) and read.path[0] not in (CHILD, FORMS) and is_read(layer, read):
             found[read.path] = layer

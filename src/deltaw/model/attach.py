@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltaw.core.adapter import Adapter, Change, join_key
-from deltaw.core.host import FORMS, Host
+from deltaw.core.host import Host
 from deltaw.core.part import parameter_of
-from deltaw.core.roster import Roster
-from deltaw.core.variant import Delta, Dense, Site, Variant
-from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite, TargetError
-from deltaw.model import first_call, state, targeting
-from deltaw.model.plan import Planned, fitted, full_host, planned
-from deltaw.model.quantizer_gate import close_gate, open_gate
+from deltaw.core.variant import Delta, Dense, Variant
+from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
+from deltaw.model import state, targeting
+from deltaw.model.fit import fitted
+from deltaw.model.placing import forget, place
+from deltaw.model.plan import planned
+from deltaw.model.planned import Planned
 
 NAME = re.compile(r"[A-Za-z0-9_\-]+")
 CHECKED_AT_ONCE = 2**24
@@ -63,25 +65,28 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"attach takes a torch.nn.Module; found {type(model).__name__}")
-    root = state.unwrap(model)
-    checked_name(root, name)
-    state.unmerged(root, "attach")
+    layout = state.Layout(model)
+    checked_name(layout, name)
+    state.unmerged_in(layout.rosters(), "attach")
     if torch.is_inference_mode_enabled():
         raise ModelError(
             "cannot attach inside of torch.inference_mode(): what is made there can never be trained; leave it first"
         )
-    plan = planned(root, pairs(variants, targets), train, exclude, layers)
-    place(root, plan, name, freeze=freeze, active=active)
+    plan = planned(layout, pairs(variants, targets), train, exclude, layers)
+    check_finite(plan)
+    shared: dict[str, Any] = {}
+    deltas = [(item, item.variant.create(item.site_seen(), shared)) for item in plan]
+    place(layout, deltas, name, {"matched": matched(plan)}, started, freeze=freeze, active=active)
     return model
 
 
-def checked_name(model: nn.Module, name: str) -> None:
+def checked_name(layout: state.Layout, name: str) -> None:
     """Refuse a name that is taken or that cannot be one, and a model that takes no more adapters."""
-    state.unsharded(model, "give the model another adapter")
-    state.ready(model, "give the model an adapter")
+    layout.unsharded("give the model another adapter")
+    layout.ready("give the model an adapter")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(f"name={name!r}: an adapter's name has letters, digits, '_' and '-' only")
-    if name in state.names(model):
+    if any(name in roster.names for roster in layout.rosters()):
         raise NameTaken(
             f"the model has an adapter {name!r} already: choose another name=, or dw.detach(model, {name!r}) first"
         )
@@ -107,29 +112,6 @@ def pairs(
     return [(targeting.as_targets(t)[0], v) for t, v in variants.items()]
 
 
-# ---- from a plan to a changed model
-
-
-def place(model: nn.Module, plan: list[Planned], name: str, *, freeze: bool, active: bool) -> None:
-    """Carry out a plan with freshly started deltas."""
-    check_finite(plan)
-    shared: dict[str, Any] = {}
-    deltas = [(item, item.variant.create(item.site_seen(), shared)) for item in plan]
-    roster = one_roster(model)
-    try:
-        for item, delta in deltas:
-            host = item.layer if isinstance(item.layer, Host) else item.host.of(item.layer, roster)
-            if not item.stored.is_meta:
-                delta.start(host.frozen(item.site) if not item.variant.any_shape else Dense(host.parameter(item.site)))
-            host.add(name, item.site, delta)
-            tie(item, host, name, roster)
-        enter(model, roster, name, freeze=freeze, active=active)
-        roster.notes[name] = {"matched": matched(plan)}
-    except BaseException:
-        forget(model, roster, name)
-        raise
-
-
 def matched(plan: list[Planned]) -> dict[str, int]:
     """How many modules each pattern matched, in the order of the patterns; `summary` tells it."""
     paths: dict[str, set[str]] = {}
@@ -138,75 +120,10 @@ def matched(plan: list[Planned]) -> dict[str, int]:
     return {pattern: len(found) for pattern, found in paths.items()}
 
 
-def tie(item: Planned, host: Host, name: str, roster: Roster) -> None:
-    """Let the other layers that have the same parameter follow its change."""
-    site = parameter_of(item.site)
-    for _, layer, other in item.tied:
-        follower = layer if isinstance(layer, Host) else full_host(layer).of(layer, roster)
-        follower.adapters.tied.setdefault(name, {})[other] = (host, site)
-
-
-def one_roster(model: nn.Module) -> Roster:
-    """The roster of this model; parts that were adapted on their own come under one."""
-    found = state.rosters(model)
-    if not found:
-        return Roster()
-    first, *others = found
-    for other in others:
-        first.names += [n for n in other.names if n not in first.names]
-        first.frozen = {**other.frozen, **first.frozen}
-        first.notes = {**other.notes, **first.notes}
-    if others:
-        for _, host in state.hosts(model):
-            object.__setattr__(host, "roster", first)
-    return first
-
-
-def enter(model: nn.Module, roster: Roster, name: str, *, freeze: bool, active: bool) -> None:
-    """Make `name` known, let parents that read changed weights know of it, and freeze the base."""
-    roster.names.append(name)
-    open_gate(model)
-    watch(model, roster)
-    first_call.watch(model, roster, name)
-    if active:
-        roster.default = ((name, 1.0),)
-    if freeze:
-        keep_still(model, roster)
-        for parameter, owner in base_parameters(model):
-            if parameter.requires_grad:
-                roster.frozen.setdefault(owner, True)
-                parameter.requires_grad_(False)
-
-
-def base_parameters(model: nn.Module) -> Iterable[tuple[nn.Parameter, str]]:
-    """(parameter, name) of the base model, without those of adapters."""
-    for path, module in targeting.layers_of(model).items():
-        for site, parameter in module._parameters.items():
-            if parameter is not None:
-                yield parameter, join_key(path, site)
-
-
-def keep_still(model: nn.Module, roster: Roster) -> None:
-    """Host every module with running statistics, so that they do not move under a frozen base."""
-    for module in state.modules(model):
-        if not isinstance(module, Host) and isinstance(module._buffers.get("running_mean"), Tensor):
-            targeting.host_of_any(module).of(module, roster)
-
-
-def watch(model: nn.Module, roster: Roster) -> None:
-    """Host every module that reads weights of layers inside it (fast paths, own code), where one of those changes."""
-    for module in state.modules(model):
-        cls = None if isinstance(module, Host) else targeting.reader_of(module)
-        if cls is not None:
-            cls.of(module, roster)
-    read = {id(inner) for _, host in state.hosts(model) for inner in host.read_inside()}
-    for path, host in state.hosts(model):
-        if host.base_class.forward is nn.Module.forward and host.adapters._modules and id(host) not in read:
-            raise TargetError(
-                f"{path!r} ({host.base_class.__name__}) has no forward and is never called, and no module around it reads it "
-                "as self.<name> in its own forward: a change of its parameters would have no effect; leave it out (exclude=), "
-                "or read it in the forward of the module that holds it"
-            )
+def started(item: Planned, delta: Delta, host: Host) -> None:
+    """Set a fresh delta's tensors that depend on the weight."""
+    if not item.stored.is_meta:
+        delta.start(host.frozen(item.site) if not item.variant.any_shape else Dense(host.parameter(item.site)))
 
 
 def check_finite(plan: list[Planned]) -> None:
@@ -223,33 +140,6 @@ def check_finite(plan: list[Planned]) -> None:
             )
 
 
-def forget(model: nn.Module, roster: Roster, name: str) -> None:
-    """Take adapter `name` out of every layer; a layer without adapters becomes what it was."""
-    if name in roster.names:
-        roster.names.remove(name)
-    roster.notes.pop(name, None)
-    roster.default = tuple((n, w) for n, w in roster.default if n != name)
-    last = not roster.names
-    mine = [host for _, host in state.hosts(model) if host.roster is roster]
-    for host in mine:
-        host.remove(name)
-    quantised = any(FORMS in host._modules for host in mine)
-    for host in mine:
-        changes = host.adapters._modules or host.adapters.tied or FORMS in host._modules
-        watches = isinstance(host, host.watches) or host.host.reads(host)
-        stays = watches or isinstance(host._buffers.get("running_mean"), Tensor)
-        if not changes and ((last and not (watches and quantised)) or not stays):
-            host.release()
-    if last:
-        close_gate(model)
-        first_call.remove(model, roster)
-        roster.merged = None
-        for parameter, key in list(base_parameters(model)):
-            if roster.frozen.get(key):
-                parameter.requires_grad_(True)
-        roster.frozen.clear()
-
-
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take adapter `name`, or all of them, out of `model`: classes, module tree and `requires_grad` become what they were.
 
@@ -257,18 +147,19 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         UnknownName: there is no such adapter.
         ModelError: changes are merged into the weights (unmerge first; after `merge(keep=None)` it is allowed).
     """
-    root = state.unwrap(model)
-    state.unsharded(root, "detach")
-    for roster in state.rosters(root):
+    layout = state.Layout(model)
+    layout.unsharded("detach")
+    rosters = layout.rosters()
+    for roster in rosters:
         if roster.merged is not None and not roster.merged.final:
             raise ModelError(
                 "cannot detach while changes are merged: dw.unmerge(model) first, or merge with keep=None to keep them for good"
             )
     if name is not None:
-        state.known(root, name)
-    for roster in state.rosters(root):
+        state.known_in(rosters, layout.root, name)
+    for roster in rosters:
         for each in list(roster.names) if name is None else [name] if name in roster.names else []:
-            forget(root, roster, each)
+            forget(layout, roster, each)
     return model
 
 
@@ -281,15 +172,16 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
     Raises:
         UnknownName: there is no such adapter.
     """
-    root = state.unwrap(model)
-    state.known(root, name)
+    layout = state.Layout(model)
+    state.known_in(layout.rosters(), layout.root, name)
+    hosts = layout.hosts()
     changes = {}
     followers: dict[tuple[int, str], tuple[str, ...]] = {}
-    for path, host in state.hosts(root):
+    for path, host in hosts:
         for site, (owner, theirs) in host.adapters.tied.get(name, {}).items():
             followers[id(owner), theirs] = (*followers.get((id(owner), theirs), ()), join_key(path, site))
     notes: dict[str, Any] = {}
-    for path, host in state.hosts(root):
+    for path, host in hosts:
         notes = host.roster.notes.get(name, notes)
         for site, delta in host.deltas(name).items():
             variant, tensors = delta.kept()
@@ -322,44 +214,40 @@ def install(
     """
     if not isinstance(adapter, Adapter):
         raise ConfigError(f"install takes an Adapter, as dw.get and dw.read give it; found {type(adapter).__name__}")
-    root = state.unwrap(model)
-    checked_name(root, name)
-    state.unmerged(root, "load an adapter")
-    plan = fitted(root, adapter)
-    roster = one_roster(root)
-    shared: dict[str, Any] = {}
-    deltas = [(item, loaded(item, adapter, shared, trainable)) for item in plan]
-    try:
-        for item, delta in deltas:
-            host = item.layer if isinstance(item.layer, Host) else item.host.of(item.layer, roster)
-            if not item.stored.is_meta and not item.variant.any_shape:
-                delta.prepare(host.frozen(item.site))
-            host.add(name, item.site, delta)
-            tie(item, host, name, roster)
-        enter(root, roster, name, freeze=freeze, active=active)
-        roster.notes[name] = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
-    except BaseException:
-        forget(root, roster, name)
-        raise
+    layout = state.Layout(model)
+    checked_name(layout, name)
+    state.unmerged_in(layout.rosters(), "load an adapter")
+    deltas = loaded(fitted(layout, adapter), adapter, trainable)
+    notes = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
+    place(layout, deltas, name, notes, prepared, freeze=freeze, active=active)
     return model
 
 
-def loaded(item: Planned, adapter: Adapter, shared: dict[str, Any], trainable: bool) -> Delta:
-    """A delta that holds the adapter's tensors (copies, in the site's dtype and on its device)."""
-    change = adapter.changes[item.key]
-    site = item.site_seen()
-    with torch.device("meta"):
-        delta = item.variant.create(Site(site.shape, site.dtype, torch.device("meta"), site.buffer), shared)
-    expected = set(delta.state_dict())
-    if set(change.tensors) != expected:
-        raise AdapterError(
-            f"{item.key!r}: {item.variant} has the tensors {sorted(expected)}, the adapter holds {sorted(change.tensors)}"
-        )
-    tensors = {
-        k: t.detach().to(site.device, site.dtype if t.is_floating_point() else t.dtype, copy=True)
-        for k, t in change.tensors.items()
-    }
-    delta.load_state_dict(tensors, strict=True, assign=True)
-    delta.site = site
-    delta.requires_grad_(trainable)
-    return delta
+def prepared(item: Planned, delta: Delta, host: Host) -> None:
+    """Let a loaded delta cache what its forward needs of the weight."""
+    if not item.stored.is_meta and not item.variant.any_shape:
+        delta.prepare(host.frozen(item.site))
+
+
+def loaded(plan: Sequence[Planned], adapter: Adapter, trainable: bool) -> list[tuple[Planned, Delta]]:
+    """The deltas that hold the adapter's tensors (copies, in the site's dtype and on its device).
+
+    Nothing is initialised only to be written over: the deltas are made without memory, and take the copies.
+    """
+    shared: dict[str, Any] = {}
+    meta = torch.device("meta")
+    sites = [item.site_seen() for item in plan]
+    with meta:
+        deltas = [item.variant.create(replace(site, device=meta), shared) for item, site in zip(plan, sites)]
+    for item, site, delta in zip(plan, sites, deltas):
+        tensors = {
+            k: t.detach().to(site.device, site.dtype if t.is_floating_point() else t.dtype, copy=True)
+            for k, t in adapter.changes[item.key].tensors.items()
+        }
+        try:
+            delta.hold(tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{item.key!r}: {error}") from None
+        delta.site = site
+        delta.requires_grad_(trainable)
+    return list(zip(plan, deltas))

@@ -40,7 +40,7 @@ def copy(model: nn.Module, source: str, name: str) -> nn.Module:
     """
     root = state.unwrap(model)
     roster = _roster(root, source, "copy an adapter")
-    checked_name(root, name)
+    checked_name(state.Layout(root), name)
     memo: dict[int, Any] = {}  # one for all layers: tensors that they share stay shared
     copies = []
     for _, host in state.hosts(root):
@@ -68,7 +68,7 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     """
     root = state.unwrap(model)
     roster = _roster(root, old, "rename an adapter")
-    checked_name(root, new)
+    checked_name(state.Layout(root), new)
     if getattr(roster.local, "override", None) is not None or getattr(roster.local, "rows", None) is not None:
         raise ModelError(f"cannot rename {old!r} inside of dw.use, dw.disabled or dw.rows: leave the context first")
     for _, host in state.hosts(root):

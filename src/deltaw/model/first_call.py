@@ -9,13 +9,14 @@ heads) may be among them: hence a warning. The hook waits for a call in which th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from deltaw.core.roster import Roster
-from deltaw.model import state
+from deltaw.model.state import Layout
 
 
 class FirstCall:
@@ -28,12 +29,13 @@ class FirstCall:
         if torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
             return
         compiled = any(m._compiled_call_impl is not None for m in module.modules())
-        missed = [] if compiled else [(p, h) for p, h in state.hosts(module) if id(h) in self.roster.uncalled]
+        layout = Layout(module)
+        missed = [] if compiled else [(p, h) for p, h in layout.hosts() if id(h) in self.roster.uncalled]
         paths = [path for path, host in missed if host.active_sites()]
         silent = {id(host) for path, host in missed if path not in paths}  # their adapter did not speak in this call
         self.roster.uncalled = silent
         if not silent:
-            remove(module, self.roster)
+            remove(layout, self.roster)
         if paths:
             more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
             warnings.warn(
@@ -45,16 +47,17 @@ class FirstCall:
             )
 
 
-def watch(model: nn.Module, roster: Roster, name: str) -> None:
-    """Look at the first call of `model` for the layers that adapter `name` changes."""
-    remove(model, roster)
-    roster.uncalled |= {id(host) for _, host in state.hosts(model) if name in host.adapters}
-    model.register_forward_hook(FirstCall(roster))
+def watch(layout: Layout, roster: Roster, changed: Iterable[nn.Module]) -> None:
+    """Look at the first call of the model for the layers `changed`."""
+    remove(layout, roster)
+    roster.uncalled |= {id(layer) for layer in changed}
+    layout.root.register_forward_hook(FirstCall(roster))
 
 
-def remove(model: nn.Module, roster: Roster) -> None:
-    """Take the hooks for `roster` off `model` and all modules inside it."""
-    for module in state.modules(model):
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, FirstCall) and hook.roster is roster:
-                del module._forward_hooks[key]
+def remove(layout: Layout, roster: Roster) -> None:
+    """Take the hooks for `roster` off the model and all modules inside it."""
+    for module in layout.modules:
+        if module._forward_hooks:
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, FirstCall) and hook.roster is roster:
+                    del module._forward_hooks[key]

@@ -1,99 +1,35 @@
-"""The plan of an attach or a load: which parameter of which layer gets which variant. Nothing changes while it is made."""
+"""The plan of an attach: which parameter of which layer gets which variant. Nothing changes while it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltaw.core.adapter import Adapter, join_key, split_key
-from deltaw.core.host import CHILD, FORMS, Host, parameter_names
-from deltaw.core.part import parameter_of, rows_of
+from deltaw.core.adapter import join_key
+from deltaw.core.host import Host, parameter_names
+from deltaw.core.part import parameter_of
 from deltaw.core.registry import variants as variant_registry
-from deltaw.core.variant import Site, Variant, fits
-from deltaw.errors import AdapterError, ConfigError, TargetError, did_you_mean
+from deltaw.core.variant import Variant
+from deltaw.errors import ConfigError, TargetError
 from deltaw.model import targeting, ties
-
-
-@dataclass
-class Planned:
-    """One parameter (or part of one) to be changed: where, by what, and the host class that its layer will have.
-
-    tied: the other places of the same parameter, which follow this change.
-    """
-
-    path: str
-    layer: nn.Module
-    site: str
-    variant: Variant
-    host: type[Host]
-    pattern: str = ""
-    tied: Sequence[ties.Place] = ()
-
-    @property
-    def key(self) -> str:
-        """The parameter's name in the base."""
-        return join_key(self.path, self.site)
-
-    @property
-    def stored(self) -> Tensor:
-        """The frozen parameter or buffer, whole; for one that is kept in another form a stand-in without memory."""
-        name = parameter_of(self.site)
-        form = self.layer.form(name) if isinstance(self.layer, Host) else None
-        if form is not None:
-            assert isinstance(self.layer, Host)
-            empty = torch.zeros((), dtype=form.dtype, device=form.codes.device)
-            return self.layer.from_matrix(name, empty.expand(form.shape))
-        if self.host.foreign and name in self.host.sites(self.layer):
-            empty = torch.zeros((), device=self.layer._parameters[name].device)  # type: ignore[union-attr]
-            return empty.expand(self.host.sites(self.layer)[name])
-        found = self.layer._parameters.get(name)
-        return found if found is not None else self.layer._buffers[name]  # type: ignore[return-value]
-
-    @property
-    def identity(self) -> Hashable:
-        """Equal for the same parameter, however many layers hold it."""
-        name = parameter_of(self.site)
-        form = self.layer.form(name) if isinstance(self.layer, Host) else None
-        kept = self.layer._parameters.get(name) if form is None else form.codes
-        return ties.identity(self.stored if kept is None else kept)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of what changes: (out, in) of the matrix or of its part; as stored for variants of any shape."""
-        if self.variant.any_shape:
-            return tuple(self.stored.shape)
-        *front, out, columns = self.host.sites(self.layer)[parameter_of(self.site)]
-        rows = rows_of(self.site)
-        return (*front, out if rows is None else rows.stop - rows.start, columns)
-
-    def site_seen(self) -> Site:
-        """The site as the variant sees it: shape, dtype and device of the adapter's tensors."""
-        stored = self.stored
-        buffer = self.site in self.layer._buffers
-        dtype = stored.dtype
-        if not buffer and (dtype.itemsize <= 2 or not dtype.is_floating_point):
-            dtype = torch.float32
-        return Site(self.shape, dtype, stored.device, buffer and self.variant.any_shape, self.host.lookup)
-
+from deltaw.model.planned import Planned, check_free, full_host
+from deltaw.model.state import Layout
 
 Wanted = dict[tuple[Hashable, str], Planned]
 """The plan while it grows: (identity of the parameter, the part of it) -> what happens to it."""
 
 
 def planned(
-    model: nn.Module,
+    layout: Layout,
     wanted: list[tuple[targeting.Target, Variant]],
     train: str | Sequence[str],
     exclude: Any,
     layers: Sequence[int] | range | None,
 ) -> list[Planned]:
     """What `attach` will do, one entry per parameter. Raises TargetError or ConfigError; changes nothing."""
-    known = targeting.layers_of(model)
-    shared = ties.shared(known)
+    model, known = layout.root, layout.layers
     try:
         left = (
             [p for t in targeting.as_targets(exclude) for p in targeting.matching(model, t, known)] if exclude else []
@@ -119,6 +55,7 @@ def planned(
         leave = [*left, *trained] if target == targeting.ALL_LINEAR else left
         for item in meant(model, target, variant, known, leave, layers, exclude):
             add(plan, item)
+    shared = ties.shared(known)
     for item in plan.values():
         item.tied = ties.others(shared, item.layer, parameter_of(item.site))
         for path, layer, _ in item.tied:
@@ -317,17 +254,6 @@ def check_stored(path: str, layer: nn.Module, sites: Sequence[str], pattern: str
             )
 
 
-def check_free(path: str, layer: nn.Module) -> None:
-    """Refuse a layer that has something of its own called `adapters` or `roster`."""
-    if isinstance(layer, Host):
-        return
-    for attribute in (CHILD, FORMS, "roster"):
-        if hasattr(layer, attribute):
-            raise TargetError(
-                f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs"
-            )
-
-
 def trained_in_full(model: nn.Module, name: str, known: dict[str, nn.Module], full: Variant) -> list[Planned]:
     """The parameters that `train=name` means: those of the modules it names, or one parameter.
 
@@ -367,78 +293,3 @@ def subtree(path: str, known: dict[str, nn.Module], full: Variant) -> list[Plann
             check_free(inner, layer)
             found += [Planned(inner, layer, s, full, full_host(layer)) for s in (*own, *kept)]
     return found
-
-
-def full_host(layer: nn.Module) -> type[Host]:
-    """The host under which a layer's parameters are trained in full: its family's own, or the host of last resort."""
-    return targeting.host_for(layer) or targeting.host_of_any(layer)
-
-
-# ---- the plan of a load
-
-
-def fitted(model: nn.Module, adapter: Adapter) -> list[Planned]:
-    """The plan that puts every change of `adapter` on its parameter.
-
-    Raises:
-        AdapterError: changes that do not fit, all of them listed.
-    """
-    if not adapter.changes:
-        raise AdapterError("the adapter is empty: it changes no weight")
-    known = targeting.layers_of(model)
-    shared = ties.shared(known)
-    wrong: list[str] = []
-    plan: list[Planned] = []
-    for key in adapter.changes:
-        item = fitted_one(model, known, shared, adapter, key)
-        if isinstance(item, Planned):
-            plan.append(item)
-        else:
-            wrong.append(item)
-    if wrong:
-        more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise AdapterError(
-            f"the adapter does not fit {type(model).__name__} ({len(wrong)} of {len(adapter.changes)} changes):\n  "
-            + "\n  ".join(wrong[:8])
-            + more
-        )
-    return plan
-
-
-def fitted_one(
-    model: nn.Module,
-    known: dict[str, nn.Module],
-    shared: Mapping[Hashable, list[ties.Place]],
-    adapter: Adapter,
-    key: str,
-) -> Planned | str:
-    """The plan for one change, or what is wrong with it."""
-    change = adapter.changes[key]
-    path, site = split_key(key)
-    name = parameter_of(site)
-    layer = known.get(path)
-    there = layer is not None and (name in parameter_names(layer) or layer._buffers.get(name) is not None)
-    if layer is None or not there:
-        every = [join_key(p, s) for p, m in known.items() for s in parameter_names(m)]
-        return f"{key!r} is no parameter of {type(model).__name__}{did_you_mean(key, every, 1)}"
-    cls = full_host(layer) if change.variant.any_shape else targeting.host_for_parameter(layer, name)
-    why = None if cls is None or isinstance(layer, Host) or change.variant.any_shape else cls.refusal(layer)
-    if cls is None or why is not None:
-        kind, method = type(layer).__name__, type(change.variant).__name__
-        return f"{key!r} belongs to a {kind}, which {method} cannot adapt" + (f": {why}" if why else "")
-    rows = rows_of(site)
-    if rows is not None and (change.variant.any_shape or rows.stop > cls.sites(layer)[name][-2]):
-        return f"{key!r}: {name!r} of the model has no such part"
-    item = Planned(path, layer, site, change.variant, cls)
-    try:
-        found = change.matrix_shape
-    except KeyError as missing:
-        return f"{key!r}: tensor {missing} of {change.variant} is missing"
-    if not fits(found, item.shape):
-        return f"{key!r} changes a {tuple(found)} weight, the model's is {item.shape}"
-    places = ties.others(shared, layer, name)
-    absent = set(change.tied) - {join_key(p, s) for p, _, s in places}
-    if absent:
-        return f"{key!r} was one parameter with {', '.join(map(repr, sorted(absent)))}, which this model does not tie to it"
-    item.tied = [p for p in places if join_key(p[0], p[2]) in change.tied]
-    return item

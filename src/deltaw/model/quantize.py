@@ -22,8 +22,9 @@ from deltaw.core.host import Host
 from deltaw.core.roster import Roster
 from deltaw.errors import ConfigError, ModelError, NonFinite, TargetError
 from deltaw.model import state, targeting, ties
-from deltaw.model.attach import one_roster, watch
 from deltaw.model.gradients import listed
+from deltaw.model.placing import one_roster, watch
+from deltaw.ops.choices import Choices
 
 Keep = Literal["memory", "file"] | None
 
@@ -81,13 +82,15 @@ def quantize(
     targets: Any = targeting.ALL_LINEAR,
     exclude: Any = (),
     keep: Keep = None,
+    choices: Choices | None = None,
 ) -> QuantizeReport:
     """Keep the frozen weights of the layers that `targets` names in `form`, before or after adapters are attached.
 
     targets, exclude: as for `attach`; default: every linear layer but the output head.
     keep: the originals, for `dequantize`: "memory", "file" (a temporary safetensors file), or None.
+    choices: the record of the kernels that the products run on; left out, a new one, which times nothing.
 
-    A weight that is trained (it requires a gradient in a model with adapters, or an adapter trains a copy of it) or that
+    A weight whose outliers the form cannot hold, that is trained (it requires a gradient in a model with adapters, or an adapter trains a copy of it) or that
     several layers share is left as it is; the report says which. In a model without adapters what is quantised counts as frozen.
 
     Raises:
@@ -117,6 +120,10 @@ def quantize(
         cls = layer.host if isinstance(layer, Host) else targeting.host_for(layer)
         assert cls is not None
         kept = in_form(form, key, layer, cls)
+        why = form.objection(cls.to_matrix(layer, "weight", weight_of(layer).detach()), kept)  # type: ignore[arg-type]
+        if why is not None:
+            skipped[key] = why
+            continue
         ready.append((path, layer, cls, kept))
         lines.append(line(key, layer, cls, kept))
     if not ready:
@@ -127,13 +134,27 @@ def quantize(
         with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
             file = Path(handle.name)
         save_file({join_key(p, "weight"): weight_of(layer).data.contiguous() for p, layer, _, _ in ready}, file)
-    roster = one_roster(root)
+    layout = state.Layout(root)
+    roster = one_roster(layout)
+    choices = Choices() if choices is None else choices
     for path, layer, cls, kept in ready:
+        kept.name = join_key(path, "weight")
+        if kept.choices is not None:
+            kept.choices = choices
         host = layer if isinstance(layer, Host) else cls.of(layer, roster)
         swap_in(host, path, kept, keep, file)
-    watch(root, roster)
+    watch(layout, roster)
     cost = sum(w.before for w in lines) if keep == "memory" else 0
     return QuantizeReport(tuple(lines), skipped, cost)
+
+
+def kernel_choices(model: nn.Module) -> Choices | None:
+    """The record of the kernels that the model's quantised weights run on, or None if there is nothing to choose."""
+    for _, host in state.hosts(state.unwrap(model)):
+        form = host.form("weight")
+        if form is not None and form.choices is not None:
+            return form.choices
+    return None
 
 
 def wanted(root: nn.Module, targets: Any, exclude: Any) -> dict[str, nn.Module]:

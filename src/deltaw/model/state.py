@@ -1,8 +1,11 @@
-"""Finding one's way in a model: the module behind wrappers, its hosts, its roster."""
+"""Finding one's way in a model: the module behind wrappers, its layers by path, its hosts, its roster.
+
+A verb that asks several questions walks the model once, into a `Layout`, and asks that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,6 +17,8 @@ from deltaw.errors import ModelError, UnknownName, did_you_mean
 
 WRAPPED_AS = ("_orig_mod", "module")
 """Attributes under which `torch.compile`, DDP and Accelerate keep the model that they wrap."""
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -26,56 +31,98 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wraps(model: nn.Module, attribute: str) -> bool:
-    known = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-    return type(model).__name__ in known and attribute in model._modules
+    return type(model).__name__ in WRAPPERS and attribute in model._modules
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of `model` by path (all paths of a shared one), adapters and forms left out."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(path: str, module: nn.Module) -> None:
+        found[path] = module
+        if module._modules:
+            skip = (CHILD, FORMS) if isinstance(module, Host) else ()
+            for name, child in module._modules.items():
+                if child is not None and name not in skip:
+                    walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return found
+
+
+class Layout:
+    """A model as one walk found it. Attaching changes classes, not this tree, so it holds while a verb is at work.
+
+    root: the model behind its wrappers. layers: every module by path, all paths of a shared one.
+    modules: each module once, in the order of `root.modules()`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root = unwrap(model)
+        self.layers = layers_of(self.root)
+        self.modules = list({id(m): m for m in self.layers.values()}.values())
+
+    def hosts(self) -> list[tuple[str, Host]]:
+        """(path, host) of every host; a layer reached by two paths comes once."""
+        found: dict[int, tuple[str, Host]] = {}
+        for path, module in self.layers.items():
+            if isinstance(module, Host):
+                found.setdefault(id(module), (path, module))
+        return list(found.values())
+
+    def rosters(self) -> list[Roster]:
+        """The rosters that the hosts follow: one, unless parts were adapted on their own."""
+        return list({id(m.roster): m.roster for m in self.modules if isinstance(m, Host)}.values())
+
+    def unsharded(self, verb: str) -> None:
+        """Refuse what would change the classes or parameters of a model that FSDP has sharded.
+
+        Raises:
+            ModelError: some module is sharded.
+        """
+        for kind in dict.fromkeys(map(type, self.modules)):
+            if any(c.__name__ in SHARDED for c in kind.__mro__):
+                raise ModelError(
+                    f"cannot {verb}: FSDP has sharded a {kind.__name__}; attach, load and quantize before sharding, and "
+                    "detach in a process that loads the model whole"
+                )
+
+    def ready(self, verb: str) -> None:
+        """Refuse models whose layers are no Python objects any more (TorchScript), or have no shapes yet (LazyLinear).
+
+        Raises:
+            ModelError: such a module, by its class.
+        """
+        for module in self.modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                name = getattr(module, "original_name", type(module).__name__)
+                raise ModelError(
+                    f"cannot {verb}: its {name} is scripted or traced (TorchScript); do so before torch.jit.script"
+                )
+            if module._parameters and any(p is not None and is_lazy(p) for p in module._parameters.values()):
+                raise ModelError(
+                    f"cannot {verb}: the weights of a {type(module).__name__} have no shape yet; run the model once"
+                )
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
     """Every module of `model` once, in the order of `model.modules()`, adapters and forms left out."""
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-    waiting = [unwrap(model)]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.append(module)
-        children: dict[str, nn.Module | None] = module._modules
-        if children:
-            if isinstance(module, Host):
-                children = {name: child for name, child in children.items() if name not in (CHILD, FORMS)}
-            waiting.extend(child for child in reversed(children.values()) if child is not None)
-    return found
+    return Layout(model).modules
 
 
-def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
+def hosts(model: nn.Module) -> list[tuple[str, Host]]:
     """(path, host) of every host of `model`; a layer reached by two paths comes once."""
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, Host]]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        skip: tuple[str, ...] = ()
-        if isinstance(module, Host):
-            skip = (CHILD, FORMS)
-            yield path, module
-        for name, child in module._modules.items():
-            if child is not None and name not in skip:
-                yield from walk(f"{path}.{name}" if path else name, child)
-
-    yield from list(walk("", unwrap(model)))
+    return Layout(model).hosts()
 
 
 def rosters(model: nn.Module) -> list[Roster]:
     """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own."""
-    found: dict[int, Roster] = {}
-    for module in modules(model):
-        roster = module.__dict__.get("roster")
-        if isinstance(roster, Roster):
-            found[id(roster)] = roster
-    return list(found.values())
+    return Layout(model).rosters()
+
+
+def unsharded(model: nn.Module, verb: str) -> None:
+    """`Layout.unsharded` of a model."""
+    Layout(model).unsharded(verb)
 
 
 def names(model: nn.Module) -> list[str]:
@@ -124,35 +171,3 @@ def unmerged_in(rosters: Sequence[Roster], verb: str) -> None:
         raise ModelError(
             f"cannot {verb}: {', '.join(map(repr, merged))} merged into the weights; call dw.unmerge(model) first"
         )
-
-
-def unsharded(model: nn.Module, verb: str) -> None:
-    """Refuse what would change the classes or parameters of a model that FSDP has sharded.
-
-    Raises:
-        ModelError: some module is sharded.
-    """
-    for module in modules(model):
-        if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__):
-            raise ModelError(
-                f"cannot {verb}: FSDP has sharded a {type(module).__name__}; attach, load and quantize before sharding, and "
-                "detach in a process that loads the model whole"
-            )
-
-
-def ready(model: nn.Module, verb: str) -> None:
-    """Refuse models whose layers are no Python objects any more (TorchScript), or have no shapes yet (LazyLinear).
-
-    Raises:
-        ModelError: such a module, by its class.
-    """
-    for module in modules(model):
-        if isinstance(module, torch.jit.ScriptModule):
-            name = getattr(module, "original_name", type(module).__name__)
-            raise ModelError(
-                f"cannot {verb}: its {name} is scripted or traced (TorchScript); do so before torch.jit.script"
-            )
-        if any(p is not None and is_lazy(p) for p in module._parameters.values()):
-            raise ModelError(
-                f"cannot {verb}: the weights of a {type(module).__name__} have no shape yet; run the model once"
-            )

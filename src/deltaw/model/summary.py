@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from deltaw.core.adapter import join_key
 from deltaw.model import state
+from deltaw.model.peak import LIBRARIES, Peak, measured
 
 ADAM_STATES = 2
 """Tensors that Adam keeps per parameter, in the parameter's dtype."""
@@ -51,7 +53,8 @@ class Status:
 class Summary:
     """Every change, and totals. Memory in bytes: weights, gradients and Adam's two states of what is trainable.
 
-    activation_bytes: what a training forward keeps for its backward; None unless `summary` was given inputs.
+    activation_bytes: what a training forward holds for its backward, and its output; peak_bytes: what training on such
+    inputs takes above the loaded model at its peak (within 15 %); both None unless `summary` was given inputs.
     matched: adapter -> {pattern: number of modules that it matched}, for adapters that were attached here.
     """
 
@@ -62,12 +65,14 @@ class Summary:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int | None = None
+    peak_bytes: int | None = None
     matched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
-        """Weights + gradients + optimizer + activations, as far as known: what a training step holds at its peak."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + (self.activation_bytes or 0)
+        """What training holds, as far as known: weights and peak, or weights, gradients and the optimizer's state."""
+        above = self.gradient_bytes + self.optimizer_bytes if self.peak_bytes is None else self.peak_bytes
+        return self.weight_bytes + above
 
     @property
     def share(self) -> float:
@@ -104,7 +109,10 @@ class Summary:
                 f"trainable {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})",
                 f"memory: weights {self.weight_bytes / mib:,.1f} MiB, gradients {self.gradient_bytes / mib:,.1f} MiB, "
                 f"Adam {self.optimizer_bytes / mib:,.1f} MiB"
-                + ("" if self.activation_bytes is None else f", activations {self.activation_bytes / mib:,.1f} MiB"),
+                + ("" if self.activation_bytes is None else f", activations {self.activation_bytes / mib:,.1f} MiB")
+                + (
+                    "" if self.peak_bytes is None else f"; at its peak {self.peak_bytes / mib:,.0f} MiB above the model"
+                ),
             ]
         )
 
@@ -114,35 +122,40 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def activation_bytes(model: nn.Module, inputs: Any) -> int:
-    """Bytes that one training forward of `model` on `inputs` keeps for its backward, each storage counted once.
+def step_peak(model: nn.Module, inputs: Any) -> Peak:
+    """Memory of one forward and backward pass of `model` on `inputs`, in the model's mode.
 
-    inputs: a tensor, a tuple of positional or a mapping of keyword arguments. The forward is run, in the model's mode;
-    its randomness is given back to the generator.
+    inputs: a tensor, a tuple of positional or a mapping of keyword arguments. What is differentiated is the model's own
+    `.loss`, if it returns one, else the sum of all that it returns.
     """
-    mine = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
 
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in mine:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.random.fork_rng(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    def loss() -> Tensor:
         if isinstance(inputs, Mapping):
             output = model(**inputs)
         else:
             output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-        total = sum(kept.values())
-        del output
-    return total
+        own = getattr(output, "loss", None)
+        if isinstance(own, Tensor):
+            return own
+        floats = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        return torch.stack([t.float().sum() for t in floats]).sum()
+
+    return measured(model, loss)
+
+
+def training_peak(model: nn.Module, peak: Peak) -> int:
+    """What training takes above the loaded model: a step's peak, Adam's state, and on a CPU the libraries' own."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = ADAM_STATES * sum(nbytes(p) for p in trained)
+    on_cpu = all(p.device.type == "cpu" for p in trained)
+    return peak.step + adam + (LIBRARIES if on_cpu else 0)
 
 
 def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """What every adapter changes, how much of the model is trained, and what that costs in memory (`print` it).
 
-    inputs: an example batch (tensor, tuple or mapping); with it, one forward measures the activations too.
+    inputs: an example batch (tensor, tuple or mapping); with it, one forward and backward pass, in the model's mode,
+        measures activations and peak too. Gradients, buffers and the random generator stay as they were.
     """
     root = state.unwrap(model)
     rows = []
@@ -157,6 +170,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(nbytes(t) for t in (*parameters, *root.buffers()))
     gradients = sum(nbytes(p) for p in trained)
+    peak = None if inputs is None else step_peak(model, inputs)
     return Summary(
         tuple(rows),
         sum(p.numel() for p in parameters),
@@ -164,7 +178,8 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
         weights,
         gradients,
         ADAM_STATES * gradients,
-        None if inputs is None else activation_bytes(model, inputs),
+        None if peak is None else peak.forward,
+        None if peak is None else training_peak(model, peak),
         {n: notes["matched"] for r in state.rosters(root) for n, notes in r.notes.items() if "matched" in notes},
     )
 

@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from deltaw.core.adapter import join_key
-from deltaw.core.host import CHILD, FORMS, Host
+from deltaw.core.host import Host
 from deltaw.core.registry import hosts as host_registry
 from deltaw.errors import TargetError
+from deltaw.model.state import layers_of as layers_of
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 ALL_LINEAR = "all-linear"
@@ -44,26 +45,16 @@ def as_targets(targets: Any) -> list[Target]:
     return found
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of `model` by path (all paths of a shared one), adapters left out."""
-    found: dict[str, nn.Module] = {}
+def named(text: str) -> Callable[[str], object]:
+    """What a textual target stands for: a test that a dotted end of a path, or all of it, passes.
 
-    def walk(path: str, module: nn.Module) -> None:
-        found[path] = module
-        skip = (CHILD, FORMS) if isinstance(module, Host) else ()
-        for name, child in module._modules.items():
-            if child is not None and name not in skip:
-                walk(f"{path}.{name}" if path else name, child)
-
-    walk("", model)
-    return found
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    """The regular expression that a textual target stands for: it must match a dotted end of a path, or all of it."""
-    body = re.escape(text) if PLAIN.fullmatch(text) else text
+    Raises:
+        TargetError: it is no valid regular expression.
+    """
+    if PLAIN.fullmatch(text):
+        return lambda path: path == text or path.endswith("." + text)
     try:
-        return re.compile(rf"(?:.*\.)?(?:{body})")
+        return re.compile(rf"(?:.*\.)?(?:{text})").fullmatch
     except re.error as error:
         raise TargetError(f"target {text!r} is no valid regular expression: {error}") from error
 
@@ -87,8 +78,8 @@ def matching(model: nn.Module, target: Target, layers: dict[str, nn.Module], lea
             )
         return found
     if isinstance(target, str):
-        regex = pattern(target)
-        found = [p for p in layers if regex.fullmatch(p)]
+        meant = named(target)
+        found = [p for p in layers if meant(p)]
     elif isinstance(target, type):
         found = [p for p, m in layers.items() if isinstance(m, target)]
     else:
@@ -137,12 +128,12 @@ def parameters(target: Target, layers: dict[str, nn.Module]) -> list[tuple[str, 
     """(path, name) of the parameters that a text names as it would name a layer."""
     if not isinstance(target, str):
         return []
-    regex = pattern(target)
+    meant = named(target)
     return [
         (path, site)
         for path, layer in layers.items()
         for site, parameter in layer._parameters.items()
-        if parameter is not None and regex.fullmatch(join_key(path, site))
+        if parameter is not None and meant(join_key(path, site))
     ]
 
 
@@ -162,9 +153,10 @@ def watcher_of(layer: nn.Module) -> type[Host] | None:
     )
 
 
-def reader_of(layer: nn.Module) -> type[Host] | None:
-    """The host for a module that reads weights of hosts inside it as the model is now, or None."""
-    return next((cls for _, cls in reversed(host_registry.items()) if cls.reads(layer)), None)
+def readers() -> list[type[Host]]:
+    """The hosts for modules that read weights of hosts inside them (`Host.reads`), later registrations first."""
+    known: list[type[Host]] = [cls for _, cls in reversed(host_registry.items())]
+    return [cls for cls in known if cls.watches or cls.reads.__func__ is not Host.reads.__func__]  # type: ignore[attr-defined]
 
 
 def host_of_any(layer: nn.Module) -> type[Host]:

@@ -32,14 +32,28 @@ def identity(tensor: Tensor) -> Hashable:
 
 def shared(layers: Mapping[str, nn.Module]) -> dict[Hashable, list[Place]]:
     """The parameters that more than one layer holds, by `identity`. A layer reached by two paths counts once."""
-    found: dict[Hashable, list[Place]] = {}
-    seen: set[tuple[int, str]] = set()
+    at_one_address: dict[int, list[tuple[Tensor, Place]]] = {}
+    seen: set[int] = set()
     for path, layer in layers.items():
-        for site, parameter in layer._parameters.items():
-            if parameter is not None and (id(layer), site) not in seen:
-                seen.add((id(layer), site))
-                found.setdefault(identity(parameter), []).append((path, layer, site))
+        if layer._parameters and id(layer) not in seen:
+            seen.add(id(layer))
+            for site, parameter in layer._parameters.items():
+                if parameter is not None:
+                    at_one_address.setdefault(address(parameter), []).append((parameter, (path, layer, site)))
+    found: dict[Hashable, list[Place]] = {}
+    for together in at_one_address.values():
+        if len(together) > 1:
+            for tensor, place in together:
+                found.setdefault(identity(tensor), []).append(place)
     return {key: places for key, places in found.items() if len(places) > 1}
+
+
+def address(tensor: Tensor) -> int:
+    """Equal for tensors of one `identity`, and quick to tell."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a tensor subclass without memory of its own
+        return id(tensor)
 
 
 def others(ties: Mapping[Hashable, list[Place]], layer: nn.Module, site: str) -> list[Place]:
