@@ -4,7 +4,8 @@
 
 Every trial forks a fresh process from this one, which has only imported things, so a trial costs seconds. A kill comes
 either after a random time, or at a random call of write, fsync, rename or replace, which is inside a save.
-Prints one JSON object: trials, kills, how many runs ended bit-identical, and every difference found.
+Prints one JSON object: trials, kills, how many runs ended bit-identical, and every difference found; on stderr, how far
+it has come.
 """
 
 from __future__ import annotations
@@ -275,6 +276,7 @@ def main() -> int:
                 else:
                     counts["identical"] += 1
             shutil.rmtree(folder, ignore_errors=True)
+            print(json.dumps(counts), file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(
