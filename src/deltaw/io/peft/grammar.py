@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,10 @@ from deltaw.errors import AdapterError, did_you_mean
 from deltaw.io.peft.claims import Claims
 
 PREFIX = "base_model.model."
+NAMED = re.compile(
+    r"(\.lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)([^.]+)(?=\.weight$|\.bias$|$)"
+)
+"""An adapter's name in a tensor's, as in the state dict of a PeftModel; `save_pretrained` takes it out."""
 Shapes = Mapping[str, tuple[int, ...]] | None
 """Stored shapes of the base's parameters by name, in the order in which the model registers them; None if not known."""
 
@@ -60,7 +66,8 @@ class Grammar(ABC):
         """(config, tensors) that say `adapter`; only for adapters that it can say. `shapes` as for `read`."""
 
 
-def grammars() -> list[Grammar]:
+@functools.cache
+def grammars() -> tuple[Grammar, ...]:
     """All of them, the native one last."""
     package = importlib.import_module("deltaw.io.peft")
     found = []
@@ -68,7 +75,7 @@ def grammars() -> list[Grammar]:
         grammar = getattr(importlib.import_module(f"deltaw.io.peft.{module}"), "GRAMMAR", None)
         if grammar is not None:
             found.append(grammar)
-    return sorted(found, key=lambda g: g.peft_type == "DELTAW")
+    return tuple(sorted(found, key=lambda g: g.peft_type == "DELTAW"))
 
 
 def grammar_for(config: Mapping[str, Any]) -> Grammar:
@@ -118,15 +125,23 @@ def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors under their plain names.
 
     Raises:
-        AdapterError: only some have PEFT's prefix, or two become one.
+        AdapterError: only some have PEFT's prefix, two become one, or they are of several adapters.
     """
     with_prefix = [PREFIX in k for k in tensors]
     if any(with_prefix) and not all(with_prefix):
         odd = [k for k in tensors if PREFIX not in k]
         raise AdapterError(f"only some of the tensors start with {PREFIX!r}; for example {odd[0]!r} does not")
+    names = {n.group(2) for n in map(NAMED.search, tensors) if n}
+    if len(names) > 1:
+        raise AdapterError(
+            f"the file holds the tensors of several adapters ({', '.join(sorted(names)[:4])}): it is a model's state_dict. "
+            f"Save one of them with save_pretrained(..., selected_adapters=[...])"
+        )
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         plain = plain_key(key)
+        for name in names:
+            plain = NAMED.sub(r"\1", plain).replace(f".modules_to_save.{name}.", ".")
         if plain in found:
             raise AdapterError(f"two tensors of the file mean {plain!r}")
         found[plain] = tensor

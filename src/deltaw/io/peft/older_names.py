@@ -191,7 +191,7 @@ def incomplete(adapter: Adapter, have: Mapping[str, Tensor]) -> str | None:
     """A parameter that an adapter of listed targets should change too, as it changes its like in another block; or None."""
 
     def like(name: str) -> str:
-        return re.sub(r"\d+", "#", name)
+        return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)  # the numbers of blocks; `fc1` is a name
 
     changed = {key for key, c in adapter.changes.items() if not c.variant.any_shape}
     kinds = {like(key) for key in changed}
