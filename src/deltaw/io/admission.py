@@ -9,9 +9,11 @@ every target filled, is it the right base) is `fits`.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,17 +34,30 @@ MAX_RANK = 1 << 16
 class Admitted:
     """An adapter that passed every check that needs no model.
 
-    sealed: its bytes were checked against a checksum that deltaw wrote; manifested: it has deltaw's manifest. notes: what should be said about it.
+    sealed: its bytes were checked against a checksum that deltaw wrote; manifested: it has deltaw's manifest. notes: what
+    should be said about it. claimed: the digest that the manifest gives, if files and manifest were compared.
     """
 
     adapter: Adapter
-    digest: str
     parsed: Parsed
     config: Mapping[str, Any]
     sealed: bool
     manifested: bool
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
+    claimed: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """The adapter's identity, computed from what was read at the first use.
+
+        Raises:
+            AdapterError: the manifest, which describes these very files, claims another.
+        """
+        found = digest(self.adapter)
+        if self.claimed not in (None, found):
+            raise AdapterError(f"the manifest claims the digest {self.claimed}, the adapter has {found}: it was forged")
+        return found
 
 
 def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True, shapes: Shapes = None) -> Admitted:
@@ -80,8 +95,8 @@ def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
         raise AdapterError(f"{WEIGHTS} holds no tensor")
     tensors = tensor_file.read_tensors(memoryview(raw_weights), header)
     size = len(raw_weights)
-    del raw_weights
-    sealed = verify and tensor_file.check_seal(raw_config, tensors, header)
+    # the manifest's checksums are over the very bytes of both files; without it, the weights carry one over both
+    sealed = verify and (body is not None or tensor_file.check_seal(raw_config, tensors, header))
     check_values(tensors)
     if shapes is None and body is not None:
         shapes = manifest.shapes(body)
@@ -91,20 +106,15 @@ def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
         raise AdapterError("the adapter changes nothing")
     if body is not None:
         adapter = manifest.refine(adapter, body)
-    identity = digest(adapter)
-    if body is not None and verify and identity != body["digest"]:
-        raise AdapterError(
-            "the digest is not the one in the manifest: the folder was put together from several adapters"
-        )
     return Admitted(
         adapter,
-        identity,
         parsed,
         config,
         sealed,
         body is not None,
         parsed.notes,
         {CONFIG: len(raw_config), WEIGHTS: size},
+        body["digest"] if body is not None and verify else None,
     )
 
 
@@ -146,11 +156,17 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
             )
         if ".lora_" in name and tensor.ndim and min(tensor.shape) > MAX_RANK:
             raise AdapterError(f"{name!r} of shape {tuple(tensor.shape)}: a rank above {MAX_RANK:,} is no adapter's")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFinite(
                 f"{name!r} holds {bad} values that are NaN or infinite: the training diverged, or it is damaged"
             )
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: a finite sum proves it, and only where that fails is every value looked at."""
+    total = tensor.detach().sum(dtype=torch.float64)
+    return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
 
 
 def sha256(data: bytes | bytearray) -> str:

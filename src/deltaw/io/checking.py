@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from deltaw.core.adapter import split_key
 from deltaw.errors import AdapterError, DeltawError, did_you_mean
 from deltaw.io.admission import Admitted
 from deltaw.io.base_models import Base
+from deltaw.io.base_walk import inventory
 from deltaw.io.fitting import check_dtypes, check_fit
 from deltaw.io.readers import READERS, verdict
-from deltaw.model.plan import fitted
+from deltaw.model.fit import fitted
+from deltaw.model.state import Layout
 
 
 def check(admitted: Admitted, base: Base | None = None, readers: tuple[str, ...] = READERS) -> dict[str, Any]:
@@ -47,12 +47,12 @@ def fit_problems(admitted: Admitted, base: Base) -> list[str]:
     adapter = admitted.adapter
     if base.model is None:
         return plain_problems(admitted, base)
-    model: nn.Module = base.model
+    have = inventory(base.model)
     try:
         if admitted.parsed.claims is not None:
-            check_fit(model, adapter, admitted.parsed.claims)
-        check_dtypes(model, adapter)
-        fitted(model, adapter)
+            check_fit(have, adapter, admitted.parsed.claims)
+        check_dtypes(have, adapter)
+        fitted(Layout(have.model), adapter)
     except DeltawError as error:
         return str(error).splitlines()
     return []

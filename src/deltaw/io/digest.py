@@ -24,8 +24,12 @@ TRAINING_NOTES = frozenset(
 def digest(adapter: Adapter) -> str:
     """`"sha256:<64 hex digits>"` of the adapter's changes."""
     state = hashlib.sha256()
+    said: dict[int, dict[str, Any]] = {}  # many changes share one variant
     for key, change in sorted(adapter.changes.items()):
-        state.update(strict_json.canonical([key, effect(change.variant)]))
+        effective = said.get(id(change.variant))
+        if effective is None:
+            effective = said[id(change.variant)] = effect(change.variant)
+        state.update(strict_json.canonical([key, effective]))
         for name, tensor in sorted(change.tensors.items()):
             state.update(strict_json.canonical([name, tensor_file.NAMES[tensor.dtype], list(tensor.shape)]))
             for piece in tensor_file.content(tensor):

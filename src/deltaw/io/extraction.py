@@ -18,6 +18,7 @@ from deltaw.core.registry import hosts, variants
 from deltaw.core.true_change import true_change
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.io import fingerprint as prints
+from deltaw.io.base_walk import own_modules
 from deltaw.ops.product import Product
 from deltaw.ops.truncated_svd import rank_for_energy, top_singular
 
@@ -143,13 +144,13 @@ def check_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
 
 def places(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module of the base."""
-    return dict(prints.own_modules(model))
+    return dict(own_modules(model))
 
 
 def same_storage(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The name of a tied parameter -> its other names."""
     names: dict[int, list[str]] = {}
-    for path, module in prints.own_modules(model):
+    for path, module in own_modules(model):
         for site, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(join_key(path, site))

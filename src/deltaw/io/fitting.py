@@ -19,6 +19,7 @@ from deltaw.core.host import CHILD
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io import fingerprint as prints
+from deltaw.io.base_walk import Inventory, own_modules
 from deltaw.io.peft.claims import HEADS, Claims
 
 TASKS = (
@@ -33,15 +34,15 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
+def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
     """Refuse a file whose config targets modules of this model for which it has no tensors.
 
     Raises:
         AdapterError: naming them.
     """
-    check_names(model, adapter)
+    check_names(base, adapter)
     have = {split_key(key)[0] for key in adapter.changes}
-    modules = dict(prints.own_modules(model))
+    modules = base.modules
     empty = [
         path
         for path, module in modules.items()
@@ -49,7 +50,7 @@ def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
     ]
     if empty:
         raise AdapterError(
-            f"the config targets {len(empty)} modules of {type(model).__name__} for which the file has no tensors "
+            f"the config targets {len(empty)} modules of {type(base.model).__name__} for which the file has no tensors "
             f"({', '.join(empty[:4])}{' ...' if len(empty) > 4 else ''}): the file is incomplete, or for another model"
         )
     for name in claims.expected:
@@ -64,21 +65,20 @@ def check_fit(model: nn.Module, adapter: Adapter, claims: Claims) -> None:
                 )
 
 
-def check_names(model: nn.Module, adapter: Adapter) -> None:
+def check_names(base: Inventory, adapter: Adapter) -> None:
     """Refuse an adapter whose parameters are all there under another beginning, and say which.
 
     Raises:
         AdapterError: with the `rename` that would help. Single names that are missing are left to `install`.
     """
     wanted = [key.partition("[")[0] for key in adapter.changes]
-    modules = list(prints.own_modules(model))
-    have = {join_key(path, site) for path, m in modules for site in (*m._parameters, *m._buffers)}
+    have = base.stored
     if not wanted or any(key in have for key in wanted):
         return
-    beginnings = [path for path, _ in modules if path]
+    beginnings = [path for path in base.modules if path]
     for new in beginnings:
         if all(f"{new}.{key}" in have for key in wanted):
-            raise AdapterError(_called_otherwise(model, wanted[0], {"": new}))
+            raise AdapterError(_called_otherwise(base.model, wanted[0], {"": new}))
     first = wanted[0].split(".")
     for n in range(1, len(first)):
         old = ".".join(first[:n])
@@ -87,7 +87,7 @@ def check_names(model: nn.Module, adapter: Adapter) -> None:
             break
         for new in ("", *beginnings):
             if all(join_key(new, r) in have for r in rest):
-                raise AdapterError(_called_otherwise(model, wanted[0], {old: new}))
+                raise AdapterError(_called_otherwise(base.model, wanted[0], {old: new}))
 
 
 def _called_otherwise(model: nn.Module, key: str, rename: dict[str, str]) -> str:
@@ -97,13 +97,13 @@ def _called_otherwise(model: nn.Module, key: str, rename: dict[str, str]) -> str
     )
 
 
-def check_dtypes(model: nn.Module, adapter: Adapter) -> None:
+def check_dtypes(base: Inventory, adapter: Adapter) -> None:
     """Refuse whole numbers where the model has real ones, and the other way round.
 
     Raises:
         AdapterError: naming the tensor.
     """
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = base.stored
     for key, change in adapter.changes.items():
         real = not change.variant.any_shape or key not in own or own[key].is_floating_point()
         for name, tensor in change.tensors.items():
@@ -129,7 +129,7 @@ def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> 
             own = model.get_submodule(path).get_parameter(site)
         except AttributeError:
             continue  # install names it
-        if prints.judge(prints.entry_of(copy), prints.entry_of(own), own, "dense")[:1] != "!":
+        if prints.judge(prints.entry_of(copy), prints.entry_of(own))[:1] != "!":
             continue
         change = changes.get(key)
         if change is None:
@@ -144,13 +144,15 @@ def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> 
     return (adapter.replace(changes=changes) if notes else adapter), notes
 
 
-def tie_rows(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Trainable tokens of a tied embedding reach the head too, in PEFT as here."""
+def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
+    """Trainable tokens of a tied embedding reach the head too, in PEFT as here (where the model says what it ties)."""
+    config = getattr(base.model, "config", None)
+    ties = getattr(config, "tie_word_embeddings", False) and getattr(base.model, "_tied_weights_keys", None)
+    if not ties or not any(change.variant.kind == "rows" for change in adapter.changes.values()):
+        return adapter
     names: dict[int, list[str]] = {}
-    for path, module in prints.own_modules(model):
-        for site, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), []).append(join_key(path, site))
+    for name, tensor in base.stored.items():
+        names.setdefault(id(tensor), []).append(name)
     changes = dict(adapter.changes)
     for same in names.values():
         for key in same:
@@ -166,12 +168,10 @@ def task_of(model: nn.Module, adapter: Adapter) -> str | None:
         if not type(model).__name__.removesuffix("Host").endswith(ending):
             continue
         heads = [
-            path
-            for path, _ in prints.own_modules(model)
-            if path and any(path.endswith(name) for name in HEADS.get(task, ()))
+            path for path, _ in own_modules(model) if path and any(path.endswith(name) for name in HEADS.get(task, ()))
         ]
         needed = {join_key(p, n) for p in heads for n, _ in _own_parameters(model.get_submodule(p))}
-        if needed - set(adapter.changes):
+        if needed - {key for key, change in adapter.changes.items() if change.variant.kind == "full"}:
             return None
         return task if task != "CAUSAL_LM" or hasattr(model, "prepare_inputs_for_generation") else None
     return None
@@ -180,7 +180,7 @@ def task_of(model: nn.Module, adapter: Adapter) -> str | None:
 def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (join_key(path, site), p)
-        for path, m in prints.own_modules(module)
+        for path, m in own_modules(module)
         for site, p in m._parameters.items()
         if p is not None
     ]
@@ -188,7 +188,7 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
     """Whether PEFT takes the adapter's full copies: it saves modules as a whole, or single biases."""
-    modules = dict(prints.own_modules(model))
+    modules = dict(own_modules(model))
     copied = {key for key, change in adapter.changes.items() if change.variant.kind == "full"}
     low = {split_key(key)[0] for key in adapter.changes if key not in copied}
     for key in copied:
@@ -204,7 +204,7 @@ def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
 
 def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """`config` with the shortest names that mean exactly its modules in `model`; a regular expression if no list does."""
-    paths = [path for path, _ in prints.own_modules(model) if path]
+    paths = [path for path, _ in own_modules(model) if path]
     config = dict(config)
     saved = config.get("modules_to_save")
     if saved:
@@ -231,7 +231,7 @@ def _outermost(saved: Sequence[str], model: nn.Module) -> list[str]:
     """
     whole: list[str] = []
     inside = tuple(p + "." for p in saved)
-    for path, module in prints.own_modules(model):
+    for path, module in own_modules(model):
         if (
             not path
             or path.startswith(tuple(w + "." for w in whole))

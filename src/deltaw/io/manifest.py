@@ -114,6 +114,7 @@ def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
         differ = sorted(set(body["changes"]) ^ set(adapter.changes))
         raise AdapterError(f"the manifest and the weights name different parameters, for example {differ[0]!r}")
     known = [build_variant(v) for v in body["variants"]]
+    agreed: tuple[Variant, Variant] | None = None  # neighbours mostly share one pair
     changes = {}
     for key, change in adapter.changes.items():
         try:
@@ -125,8 +126,10 @@ def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
             raise AdapterError(f"the manifest's entry of {key!r} is not readable") from error
         if layer is not None and not isinstance(layer, str):
             raise AdapterError(f"the manifest's entry of {key!r} is not readable")
-        if effect(exact) != effect(change.variant):
-            raise AdapterError(f"{key}: the manifest says {exact}, the config says {change.variant}")
+        if (exact, change.variant) != agreed:
+            if effect(exact) != effect(change.variant):
+                raise AdapterError(f"{key}: the manifest says {exact}, the config says {change.variant}")
+            agreed = exact, change.variant
         changes[key] = Change(exact, change.tensors, layer, shape, tied)
     return adapter.replace(
         changes=changes,

@@ -11,17 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.core.adapter import Adapter, join_key, split_key
+from deltaw.core.adapter import Adapter, split_key
 from deltaw.errors import AdapterError, BaseMismatch
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
 from deltaw.io.admission import Admitted, admit, check_values
+from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
 from deltaw.io.fitting import check_dtypes, check_fit, check_names, folded, peft_can_place, task_of, tie_rows, tighten
 from deltaw.io.folder import Folder
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
+from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_todays_names
 from deltaw.io.starts import without_start
 from deltaw.model import state
 from deltaw.model.attach import get, install
@@ -52,7 +54,7 @@ def save(
     root = state.unwrap(model)
     adapter = in_order(described(root, get(root, name)), stored_shapes(root))
     check_values(adapter.tensors())
-    if grammar is None and not peft_can_place(root, adapter):
+    if grammar is None and (not peft_can_place(root, adapter) or peft_means_experts(root, adapter)):
         grammar = "DELTAW"
     chosen = grammar_of(adapter, grammar)
     config, tensors = chosen.write(adapter, stored_shapes(root))
@@ -126,16 +128,17 @@ def load(
     If anything is wrong, the model is left as it was.
     """
     root = state.unwrap(model)
+    base = inventory(root)
     if isinstance(source, Adapter):
         adapter = source if rename is None else moved(source, rename)
-        notes: list[str] = []
         check_values(adapter.tensors())
+        adapter, _, notes = under_todays_names(root, adapter, base.stored)
     else:
-        admitted = admit(found(source, revision, token), verify=verify, shapes=None if rename else stored_shapes(root))
-        adapter, notes = fitted(root, renamed(admitted, rename) if rename else admitted)
-    check_names(root, adapter)
-    check_dtypes(root, adapter)
-    notes += check_base(root, adapter, allow_base_mismatch)
+        admitted = admit(found(source, revision, token), verify=verify, shapes=None if rename else base.shapes)
+        adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
+    check_names(base, adapter)
+    check_dtypes(base, adapter)
+    notes += check_base(base, adapter, allow_base_mismatch)
     install(root, adapter, name, active=active, trainable=trainable)
     for note in notes:
         warnings.warn(note, AdapterNotice, stacklevel=2)
@@ -187,39 +190,52 @@ def renamed(admitted: Admitted, rename: Mapping[str, str]) -> Admitted:
     names = dict(zip(admitted.adapter.changes, copies))
     of_base = {names.get(k, k): t for k, t in admitted.parsed.base_copies.items()}
     parsed = replace(admitted.parsed, claims=None, base_copies=of_base)
-    return replace(admitted, adapter=moved(admitted.adapter, rename), parsed=parsed)
+    return replace(admitted, adapter=moved(admitted.adapter, rename), parsed=parsed, claimed=None)
+
+
+def of_today(base: Inventory, admitted: Admitted) -> Admitted:
+    """The same for a base whose modules have been renamed by the library that defines it since the adapter was made.
+
+    Raises:
+        AdapterError: the file changes only some of the layers that its config lists.
+    """
+    adapter, names, notes = under_todays_names(base.model, admitted.adapter, base.stored)
+    if not notes:
+        return admitted
+    claims = admitted.parsed.claims
+    gap = incomplete(adapter, base.stored) if claims is not None and claims.everywhere else None
+    if gap is not None:
+        raise AdapterError(f"the file has no tensors for {gap!r}, though it has for its like: it is incomplete")
+    of_base = {names.get(k, k): t for k, t in admitted.parsed.base_copies.items()}
+    parsed = replace(admitted.parsed, claims=None, base_copies=of_base)
+    return replace(admitted, adapter=adapter, parsed=parsed, claimed=None, notes=(*admitted.notes, *notes))
 
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> stored shape of every base parameter and buffer, under all names of a shared one."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path, module in prints.own_modules(model):
-        for site, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                found[join_key(path, site)] = tuple(tensor.shape)
-    return found
+    return inventory(model).shapes
 
 
-def fitted(model: nn.Module, admitted: Admitted) -> tuple[Adapter, list[str]]:
-    """The adapter as `model` can take it: every target of the file filled, base weights that it carries the model's own.
+def fitted(base: Inventory, admitted: Admitted) -> tuple[Adapter, list[str]]:
+    """The adapter as the model of `base` can take it: every target of the file filled, base weights that it carries the model's own.
 
     Raises:
         AdapterError: a module that the config targets has no tensors, or the other way round.
     """
     adapter, notes = admitted.adapter, list(admitted.notes)
     if admitted.parsed.claims is not None:
-        check_fit(model, adapter, admitted.parsed.claims)
+        check_fit(base, adapter, admitted.parsed.claims)
     if not admitted.manifested:
-        adapter = tie_rows(model, adapter)
+        adapter = tie_rows(base, adapter)
     if admitted.parsed.start is not None:
-        adapter = without_start(model, adapter, admitted.parsed.start)
+        adapter = without_start(base.model, adapter, admitted.parsed.start)
         notes.append(f"the adapter was started by {admitted.parsed.start!r}: its start was computed from this base")
-    adapter, more = folded(model, adapter, admitted.parsed.base_copies)
+    adapter, more = folded(base.model, adapter, admitted.parsed.base_copies)
     return adapter, notes + more
 
 
-def check_base(model: nn.Module, adapter: Adapter, allow: bool) -> list[str]:
-    """Compare the base of `model` with the one that the adapter records. Returns what should be said.
+def check_base(base: Inventory, adapter: Adapter, allow: bool) -> list[str]:
+    """Compare the base with the one that the adapter records. Returns what should be said.
 
     Raises:
         BaseMismatch: other weights, and not `allow`.
@@ -229,9 +245,9 @@ def check_base(model: nn.Module, adapter: Adapter, allow: bool) -> list[str]:
         return [
             "the adapter does not record its base's fingerprint: it could not be verified that this is the base it was trained on"
         ]
-    if any(p.is_meta for p in model.parameters()):
+    if any(tensor.is_meta for tensor in base.stored.values()):
         return ["the model is on the meta device: its base could not be verified"]
-    result = prints.compare(model, recorded, prints.replaced(adapter))
+    result = prints.compare(base.model, recorded, prints.replaced(adapter))
     if not result.verified:
         return [
             "the adapter's fingerprint is of a kind that this version does not know: its base could not be verified"

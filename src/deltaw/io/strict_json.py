@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Any, NoReturn
 
 from deltaw.errors import AdapterError
 
 MAX_DEPTH = 32
 """Nesting beyond this is no adapter's business, and would only exhaust the parser's stack."""
+
+TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+"""A JSON text, or one that never ends (so that no position is tried twice)."""
+NO_BRACKETS = bytes(c for c in range(256) if c not in b"[]{}")
 
 
 def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
@@ -23,7 +29,7 @@ def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise AdapterError(f"{what} is not UTF-8 text: {error}") from error
-    if _depth(text) > MAX_DEPTH:
+    if _depth(data) > MAX_DEPTH:
         raise AdapterError(f"{what} is nested deeper than {MAX_DEPTH} levels")
 
     def no_constant(word: str) -> NoReturn:
@@ -36,11 +42,11 @@ def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
         return value
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise AdapterError(f"{what} has the key {key!r} twice")
-            found[key] = value
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = counts.most_common(1)[0][0]
+            raise AdapterError(f"{what} has the key {twice!r} twice")
         return found
 
     try:
@@ -64,22 +70,10 @@ def pretty(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _depth(text: str) -> int:
+def _depth(data: bytes) -> int:
     deepest = depth = 0
-    inside = escaped = False
-    for c in text:
-        if inside:
-            if escaped:
-                escaped = False
-            elif c == "\\":
-                escaped = True
-            elif c == '"':
-                inside = False
-        elif c == '"':
-            inside = True
-        elif c in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif c in "]}":
-            depth -= 1
+    outside = TEXTS.sub(b"", data) if b"\\" in data else b"".join(data.split(b'"')[::2])
+    for c in outside.translate(None, NO_BRACKETS):
+        depth += 1 if c in b"[{" else -1
+        deepest = max(deepest, depth)
     return deepest

@@ -116,14 +116,19 @@ def _naturals(value: Any) -> bool:
 
 
 def read_tensors(buffer: memoryview, header: Header) -> dict[str, Tensor]:
-    """The tensors, each with storage of its own, in the header's order of names."""
+    """The tensors, in the header's order of names. They lie in `buffer` side by side: nothing is copied.
+
+    A tensor whose bytes are not aligned for its dtype (other tools write such files) gets memory of its own.
+    """
     found = {}
     for name, e in header.entries.items():
         if e.start == e.end:
             found[name] = torch.empty(e.shape, dtype=e.dtype)
             continue
-        raw = torch.frombuffer(bytearray(buffer[header.data + e.start : header.data + e.end]), dtype=torch.uint8)
-        found[name] = raw.view(e.dtype).reshape(e.shape)
+        count, at, held = (e.end - e.start) // e.dtype.itemsize, header.data + e.start, buffer
+        if at % e.dtype.itemsize:
+            at, held = 0, memoryview(bytearray(buffer[at : header.data + e.end]))
+        found[name] = torch.frombuffer(held, dtype=e.dtype, count=count, offset=at).reshape(e.shape)
     return found
 
 

@@ -141,7 +141,7 @@ def mutate(config: dict[str, Any], tensors: dict[str, Tensor], rng: random.Rando
             tensors[name] = tensors[name].reshape(-1)
         case 6:
             tensors[name] = torch.cat([tensors[name], tensors[name]])
-        case 7:
+        case 7 if tensors[name].numel() and tensors[name].is_floating_point():
             tensors[name].view(-1)[0] = rng.choice([float("nan"), float("inf"), float("-inf")])
         case 8:
             tensors[name] = tensors[name][..., :0]

@@ -11,8 +11,9 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.errors import BaseMismatch, ModelError
-from deltaw.io.fingerprint import compare, distance, fingerprint, sketch
+from deltaw.io.fingerprint import compare, fingerprint
 from deltaw.io.notices import AdapterNotice
+from deltaw.io.sketch import distance, sketch
 from tests.unit.io.adapter_folders import net, shaken
 
 

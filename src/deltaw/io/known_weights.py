@@ -1,0 +1,257 @@
+"""What is known of a model's weights: every weight is hashed once, and again only when it may have changed.
+
+In memory, per model: the entry of a weight counts as long as the weight is the same tensor object, at the same address, of
+the same version (PyTorch counts every write), shape and dtype, and 16 of its values, read at every look, are the same bits.
+So a write through `.data`, which PyTorch does not count, is found if it touches one of those (an optimizer's or a copy's
+does); single values written in this way are not.
+
+On disk (`cache_folder`), for large models: what follows from the weights but costs more than their sha256 (the hashes of
+the 16-bit roundings, the sketch), under the sha256 of everything. The weights themselves are always hashed, so what a file
+or a name says is never trusted; a damaged or foreign cache file counts as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import AdapterError, ModelError
+from deltaw.io import strict_json
+from deltaw.io.base_walk import PLAIN, Kept, kept_weights
+from deltaw.io.sketch import sketch
+from deltaw.io.tensor_file import NAMES, content
+
+SAMPLES = 16
+LARGE = 64 << 20
+"""Bytes of weights from which on the cache on disk is used, and hashing is spread over threads."""
+MAX_CACHED = 64 << 20
+CACHED_FILES = 64
+
+
+@dataclass
+class Known:
+    """One weight. brief: {"dtype", "shape", "form"?, "sha256"}; None if it holds no real numbers. full: the whole entry, once asked for.
+
+    original: the full entry from before the weight was quantised, if it was known then.
+    """
+
+    refs: tuple[weakref.ref[Tensor], ...]
+    state: tuple[Any, ...]
+    sample: bytes
+    brief: dict[str, Any] | None = None
+    full: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
+
+
+_seen: weakref.WeakKeyDictionary[nn.Module, dict[str, Known]] = weakref.WeakKeyDictionary()
+
+
+def looked_at(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Kept, Known]]:
+    """Name -> (weight, what is known of it) for every base weight of real numbers, hashed where it is new.
+
+    Raises:
+        ModelError: a weight is on the meta device, or adapters were merged for good.
+    """
+    cache = _seen.setdefault(model, {})
+    weights = [w for w in kept_weights(model) if w.name not in without]
+    found: dict[str, tuple[Kept, Known]] = {}
+    new: list[tuple[Kept, Known]] = []
+    for weight, sample in zip(weights, samples([t for w in weights for t in w.tensors[:1]])):
+        if weight.tensors[0].is_meta:
+            raise ModelError(f"{weight.name!r} is on the meta device: a fingerprint needs the weights")
+        known, state = cache.get(weight.name), state_of(weight)
+        if known is None or known.state != state or known.sample != sample or not same_objects(known, weight):
+            was = None if known is None else known.full if known.original is None else known.original
+            refs = tuple(weakref.ref(t) for t in weight.tensors)
+            known = Known(refs, state, sample, original=was if weight.form != "dense" else None)
+            new.append((weight, known))
+        found[weight.name] = weight, known
+    for (weight, known), brief in zip(new, spread(brief_of, [w for w, _ in new])):
+        known.brief = brief
+        if state_of(weight) == known.state and not any(t.is_inference() for t in weight.tensors):
+            cache[weight.name] = known
+    return {name: pair for name, pair in found.items() if pair[1].brief is not None}
+
+
+def state_of(weight: Kept) -> tuple[Any, ...]:
+    """What changes when a weight is written to, moved or replaced."""
+    tensors = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.dtype) for t in weight.tensors]
+    return weight.form, weight.dtype, tensors
+
+
+def same_objects(known: Known, weight: Kept) -> bool:
+    """Whether the tensors are the very ones that were hashed: an address may be used again."""
+    return len(known.refs) == len(weight.tensors) and all(r() is t for r, t in zip(known.refs, weight.tensors))
+
+
+@torch.no_grad()
+def samples(tensors: Sequence[Tensor]) -> list[bytes]:
+    """The bytes of up to 16 evenly spaced values of each tensor, read together per device and dtype."""
+    found = [b""] * len(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() and not tensor.is_meta:
+            groups.setdefault((tensor.device, tensor.dtype), []).append((i, spaced(tensor)))
+    for group in groups.values():
+        raw = torch.cat([view for _, view in group]).cpu().view(torch.uint8).numpy().tobytes()
+        at = 0
+        for i, view in group:
+            size = view.numel() * view.element_size()
+            found[i] = raw[at : at + size]
+            at += size
+    return found
+
+
+def spaced(tensor: Tensor) -> Tensor:
+    """Up to 16 evenly spaced values of a tensor: a view of it, if it lies in memory as one piece."""
+    tensor = tensor if type(tensor) in PLAIN else tensor.data
+    count = tensor.numel()
+    number, step = (count, 1) if count < SAMPLES else (SAMPLES, count // SAMPLES)
+    if tensor.is_contiguous():
+        return tensor.as_strided((number,), (step,), tensor.storage_offset())
+    return tensor.reshape(-1)[::step][:number]
+
+
+def spread(work: Any, weights: Sequence[Kept]) -> Iterable[Any]:
+    """`work(weight)` for each, on several threads if they are large (hashing runs outside of Python's lock)."""
+    size = sum(t.numel() * t.element_size() for w in weights for t in w.tensors)
+    threads = min(4, os.cpu_count() or 1)
+    if size < LARGE or threads == 1:
+        return [work(w) for w in weights]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, weights))
+
+
+def brief_of(weight: Kept) -> dict[str, Any] | None:
+    """{"dtype", "shape", "form"?, "sha256"} of the weight that is stood for; None for whole numbers."""
+    tensor = weight.dense()
+    if tensor is None or not tensor.is_floating_point():
+        return None
+    found: dict[str, Any] = {"dtype": NAMES.get(tensor.dtype, str(tensor.dtype)), "shape": list(tensor.shape)}
+    if weight.form != "dense":
+        found["form"] = weight.form
+    found["sha256"] = sha(tensor)
+    return found
+
+
+def completed(weight: Kept, known: Known) -> dict[str, Any]:
+    """The full entry of a weight, made at the first call: its `brief` and what follows from the values."""
+    if known.full is None:
+        tensor = weight.dense()
+        assert tensor is not None
+        assert known.brief is not None
+        known.full = {**known.brief, **derived(tensor, weight.form)}
+    return known.full
+
+
+def derived(tensor: Tensor, form: str = "dense") -> dict[str, Any]:
+    """The hashes of an fp32 weight's 16-bit roundings, and the sketch."""
+    found: dict[str, Any] = {}
+    if tensor.dtype == torch.float32 and form == "dense":
+        found["sha256_F16"] = sha(tensor.half())
+        found["sha256_BF16"] = sha(tensor.bfloat16())
+    found["sketch"] = [f"{v:.5e}" for v in sketch(tensor)]
+    return found
+
+
+def sha(tensor: Tensor) -> str:
+    """sha256 of the tensor's bytes; for dtypes that files do not know, of its fp32 values."""
+    tensor = tensor if tensor.dtype in NAMES else tensor.float()
+    digest = hashlib.sha256()
+    for piece in content(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+# ---- on disk
+
+
+def complete_all(found: Mapping[str, tuple[Kept, Known]]) -> dict[str, dict[str, Any]]:
+    """The full entries of all weights; those of a large model are taken from the cache on disk, or kept there."""
+    missing = {name: pair for name, pair in found.items() if pair[1].full is None}
+    size = sum(t.numel() * t.element_size() for weight, _ in missing.values() for t in weight.tensors)
+    key = ""
+    if size >= LARGE:
+        key = key_of([known.brief for _, known in missing.values()])
+        stored = from_disk(key)
+        for _, known in missing.values():
+            assert known.brief is not None
+            more = stored.get(name_of(known.brief))
+            if more is not None:
+                known.full = {**known.brief, **more}
+    left = [pair for pair in missing.values() if pair[1].full is None]
+    if left:
+        by_weight = {id(weight): known for weight, known in left}
+        for _ in spread(lambda w: completed(w, by_weight[id(w)]), [weight for weight, _ in left]):
+            pass
+        if key:
+            to_disk(key, [known for _, known in missing.values()])
+    return {name: completed(*pair) for name, pair in found.items()}
+
+
+def cache_folder() -> Path:
+    """`$DELTAW_CACHE`, else `deltaw` in `$XDG_CACHE_HOME`, else `~/.cache/deltaw`."""
+    own = os.environ.get("DELTAW_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaw"
+
+
+def name_of(brief: Mapping[str, Any]) -> str:
+    """One text for what decides the derived values: form, dtype, shape, content."""
+    shape = "x".join(map(str, brief["shape"]))
+    return f"{brief.get('form', 'dense')} {brief['dtype']} {shape} {brief['sha256']}"
+
+
+def key_of(briefs: Iterable[Mapping[str, Any] | None]) -> str:
+    """The name of the cache file for these weights."""
+    return hashlib.sha256("\n".join(sorted(name_of(b) for b in briefs if b)).encode()).hexdigest()
+
+
+def from_disk(key: str) -> dict[str, dict[str, Any]]:
+    """name_of(weight) -> derived values, as kept; empty if there is no sound file of that key."""
+    try:
+        path = cache_folder() / "fingerprints" / f"{key}.json"
+        if path.stat().st_size > MAX_CACHED:
+            return {}
+        body = strict_json.parse(path.read_bytes(), "the cache", MAX_CACHED)
+    except (OSError, RuntimeError, AdapterError):
+        return {}
+    entries = body.get("entries")
+    if (
+        not isinstance(entries, dict)
+        or body.get("sha256") != hashlib.sha256(strict_json.canonical(entries)).hexdigest()
+    ):
+        return {}
+    return entries
+
+
+def to_disk(key: str, known: Iterable[Known]) -> None:
+    """Keep derived values for the next process. A cache that cannot be written is no error."""
+    entries = {
+        name_of(k.brief): {f: v for f, v in k.full.items() if f not in k.brief}
+        for k in known
+        if k.brief is not None and k.full is not None
+    }
+    body = {"entries": entries, "sha256": hashlib.sha256(strict_json.canonical(entries)).hexdigest()}
+    try:
+        folder = cache_folder() / "fingerprints"
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{key}.{secrets.token_hex(4)}"
+        draft.write_bytes(strict_json.canonical(body))
+        os.replace(draft, folder / f"{key}.json")
+        kept = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)
+        for old in kept[:-CACHED_FILES]:
+            old.unlink(missing_ok=True)
+    except (OSError, RuntimeError):
+        return
