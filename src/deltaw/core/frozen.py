@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.core.registry import foreign_readers
 from deltaw.core.variant import FrozenMatrix
+from deltaw.ops.choices import Choices
 
 
 class FrozenWeight(nn.Module, FrozenMatrix):
@@ -26,6 +27,10 @@ class FrozenWeight(nn.Module, FrozenMatrix):
 
     codes: Tensor
     """The kept tensor, which `layer.weight` gives."""
+    name: str = ""
+    """The parameter's name in the model, for messages and records."""
+    choices: Choices | None = None
+    """The record of which kernels its products run on, one for the whole model; None where there is nothing to choose."""
 
     def __init__(self, form: Form, weight: Tensor) -> None:
         super().__init__()
@@ -79,6 +84,10 @@ class Form(ABC):
     @abstractmethod
     def keep(self, weight: Tensor) -> FrozenWeight:
         """`weight` (out, in), finite, in this form."""
+
+    def objection(self, weight: Tensor, kept: FrozenWeight) -> str | None:
+        """Why `weight` had better stay as it is instead of `kept`, or None."""
+        return None
 
     @classmethod
     def examples(cls) -> Iterable[Form]:

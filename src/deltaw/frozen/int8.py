@@ -2,7 +2,8 @@
 
 Where the processor multiplies 8-bit numbers (ops/int8.py), both products run on the codes, 2-3 times as fast as fp32.
 Elsewhere, under `torch.compile` and for fp64, the weight that the codes stand for is formed and multiplied with: the same
-function up to the quantisation of the input.
+function up to the quantisation of the input. The same is done, product by product, where that was timed to be faster or
+outliers in the input make 8 bit too inexact (ops/choices.py). A weight whose own outliers do is left as it is.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltaw.core.frozen import Form, FrozenWeight
 from deltaw.core.registry import form
+from deltaw.ops.choices import Choices
 from deltaw.ops.int8 import LEVELS, TINY, Int8Weight, int8_available, int8_matmul, int8_matmul_grad, pack_int8
+from deltaw.ops.matmul import linear
+from deltaw.ops.terms import flat
+
+COARSE = 0.05
+"""Σ|rounding| / Σ|W| of a weight that 8 bit cannot hold. Normally distributed weights have .008."""
 
 
 @form
@@ -30,12 +36,18 @@ class Int8(Form):
     def keep(self, weight: Tensor) -> FrozenWeight:
         return Int8FrozenWeight(self, weight)
 
+    def objection(self, weight: Tensor, kept: FrozenWeight) -> str | None:
+        wide = weight.float()
+        moved = float((kept.dense().float() - wide).abs().sum() / wide.abs().sum().clamp_min(TINY))
+        return f"outliers: 8 bit would move its entries by {moved:.0%} of their size" if moved > COARSE else None
+
 
 class Int8FrozenWeight(FrozenWeight):
     """`codes` int8 (out, in), `scales` fp32 (out,). What the processor's kernels need of them is packed at the first use."""
 
     form: Int8
     scales: Tensor
+    choices: Choices
 
     def __init__(self, form: Int8, weight: Tensor) -> None:
         super().__init__(form, weight)
@@ -43,6 +55,7 @@ class Int8FrozenWeight(FrozenWeight):
         scales = wide.abs().amax(1).clamp_min(TINY) / LEVELS  # (out, in) -> (out,)
         self.register_buffer("codes", (wide / scales[:, None]).round_().to(torch.int8).contiguous())
         self.register_buffer("scales", scales)
+        self.choices = Choices()
         self.packed: tuple[tuple[int, ...], Int8Weight] | None = None
 
     def kernels(self, x: Tensor) -> Int8Weight | None:
@@ -55,20 +68,32 @@ class Int8FrozenWeight(FrozenWeight):
         return self.packed[1]
 
     def matmul(self, x: Tensor) -> Tensor:
+        def wide(rows: Tensor) -> Tensor:
+            return linear(flat(rows), self.dense().to(rows.dtype)).view(rows.shape[:-1] + self.shape[:1])
+
         packed = self.kernels(x)
-        return F.linear(x, self.dense().to(x.dtype)) if packed is None else int8_matmul(x, packed)
+        if packed is None:
+            return wide(x)
+        return self.choices.product(self.name, "forward", self.shape, x, lambda rows: int8_matmul(rows, packed), wide)
 
     def matmul_grad(self, g: Tensor) -> Tensor:
+        def wide(rows: Tensor) -> Tensor:
+            return linear(flat(rows), self.dense().to(rows.dtype).t()).view(rows.shape[:-1] + self.shape[1:])
+
         packed = self.kernels(g)
-        return g @ self.dense().to(g.dtype) if packed is None else int8_matmul_grad(g, packed)
+        if packed is None:
+            return wide(g)
+        return self.choices.product(
+            self.name, "gradient", self.shape, g, lambda rows: int8_matmul_grad(rows, packed), wide, self.scales
+        )
 
     def dense(self) -> Tensor:
         return (self.codes.float() * self.scales[:, None]).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept; the packed forms are two more copies of the codes, once a product has run."""
-        return super().nbytes + (2 * self.codes.numel() if self.packed is not None else 0)
+        """Bytes kept; each product's packed form is one more copy of the codes, once it has run."""
+        return super().nbytes + (0 if self.packed is None else self.packed[1].nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": None}

@@ -10,12 +10,17 @@ per token (a scale for a whole tensor costs accuracy, and would let the rows of 
 
 so that the only errors are the two roundings to 8 bit. A token that is not finite gives NaN in its own row only.
 
+Projections that read the same x (query, key, value) quantise it once: the codes of the last x are kept, per thread.
+
 The plain twins are `int8_matmul_reference` and `int8_matmul_grad_reference`.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,12 +38,30 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A frozen weight in 8 bit. codes: int8 (out, in). scales: fp32 (out,). The packed forms are oneDNN's own."""
+    """A frozen weight in 8 bit. codes: int8 (out, in). scales: fp32 (out,).
+
+    The two packed forms are oneDNN's own, each made when it is first used: who never trains keeps one.
+    """
 
     codes: Tensor
     scales: Tensor
-    forward: Tensor
-    backward: Tensor
+
+    @cached_property
+    def forward(self) -> Tensor:
+        """The codes as the product with x reads them."""
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(self.codes, None)
+        return packed
+
+    @cached_property
+    def backward(self) -> Tensor:
+        """The codes as the product with g reads them."""
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(self.codes.t().contiguous(), None)
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed forms that are there."""
+        return self.codes.numel() * len({"forward", "backward"} & vars(self).keys())
 
     def dense(self) -> Tensor:
         """The weight that this stands for, fp32 (out, in)."""
@@ -71,8 +94,7 @@ def pack_int8(codes: Tensor, scales: Tensor) -> Int8Weight:
             "8-bit products were asked for, but this processor has no VNNI or this torch no oneDNN; keep the weight "
             "dense (or quantize=None)"
         )
-    prepack = torch.ops.onednn.qlinear_prepack
-    return Int8Weight(codes, scales, prepack(codes, None), prepack(codes.t().contiguous(), None))
+    return Int8Weight(codes, scales)
 
 
 def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -91,7 +113,7 @@ def product(x: Tensor, packed: Tensor, channels: Tensor, columns: Tensor | None,
     n = channels.shape[0]
     if x.numel() == 0:
         return x.new_zeros((*x.shape[:-1], n))
-    codes, scales = quantize_rows(flat(x), columns)
+    codes, scales = codes_of(x) if columns is None else quantize_rows(flat(x), columns)
     zeros = torch.zeros(n, dtype=torch.int32)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 128, packed, channels, zeros, None, 1.0, 0, torch.float32, "none", [], ""
@@ -101,6 +123,22 @@ def product(x: Tensor, packed: Tensor, channels: Tensor, columns: Tensor | None,
     else:
         torch.addcmul(bias, y, scales, out=y)
     return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+_last = threading.local()
+"""The last x that was quantised without columns (weakly), its version, and its codes and scales."""
+
+
+def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows(flat(x))`, made once for consecutive calls with the very same x, unchanged."""
+    last: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = getattr(_last, "entry", None)
+    if x.is_inference():  # has no version: nobody can tell whether it has changed
+        return quantize_rows(flat(x))
+    if last is not None and last[0]() is x and last[1] == x._version:
+        return last[2]
+    found = quantize_rows(flat(x))
+    _last.entry = weakref.ref(x), x._version, found
+    return found
 
 
 def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,24 +4,16 @@ Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operatio
 W' = W + s B A costs 2r·in·out and a pass over the weight. So W' is cheaper where T > in·out / (in + out). It is exact
 up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never there.
 
-Dense or 8 bit. Which of the two products of an 8-bit weight is faster than the dense one depends on the machine and the
-shape: `time_int8` measures it once per shape, and a `Choices` keeps the answers, so that a resumed run takes the same
-kernels. Without a record the rule is: 8 bit wherever the processor can (`int8_available`).
+Dense or 8 bit: see choices.py.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from deltaw.errors import ConfigError
-from deltaw.ops.int8 import int8_available, int8_matmul, int8_matmul_grad, quantize_int8
-from deltaw.ops.matmul import linear
+from deltaw.ops.int8 import int8_available
 
 WIDE = (torch.float32, torch.float64)
 
@@ -75,63 +67,3 @@ def explain(
     else:
         reason = f"{tokens} rows <= in·out/(in+out) = {bound:.0f}: the factors are cheaper to apply than W' to form"
     return Explanation("added", reason, 3 * thin / frozen)
-
-
-@dataclass
-class Choices:
-    """Kernels chosen by timing: (out, in, tokens) -> whether 8 bit is used forward, and for the input gradient."""
-
-    int8: dict[tuple[int, int, int], tuple[bool, bool]] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """As kept in a run's folder and in its checkpoints."""
-        rows = [{"shape": list(shape), "int8": list(use)} for shape, use in sorted(self.int8.items())]
-        return json.dumps({"choices": 1, "threads": torch.get_num_threads(), "kernels": rows})
-
-    @staticmethod
-    def from_json(text: str) -> Choices:
-        """The inverse of `to_json`.
-
-        Raises:
-            ConfigError: it is no record of choices.
-        """
-        try:
-            rows = json.loads(text)["kernels"]
-            found = {
-                (int(a), int(b), int(c)): (bool(f), bool(g)) for (a, b, c), (f, g) in (tuple(r.values()) for r in rows)
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"not a record of kernel choices: {error}; write one with Choices.to_json") from error
-        return Choices(found)
-
-    def choose(self, rows_out: int, columns_in: int, tokens: int) -> tuple[bool, bool]:
-        """Forward and backward for a shape, by timing if it is not on record. Always dense where there is no VNNI."""
-        if not int8_available():
-            return False, False
-        key = (rows_out, columns_in, 1 << max(0, tokens - 1).bit_length())  # tokens up to the next power of two
-        if key not in self.int8:
-            self.int8[key] = time_int8(*key)
-        return self.int8[key]
-
-
-def time_int8(rows_out: int, columns_in: int, tokens: int, repeats: int = 5) -> tuple[bool, bool]:
-    """Whether 8 bit is faster than fp32 for x Wᵀ, and for g W: medians of `repeats`, taken in turns."""
-    noise = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows_out, columns_in, generator=noise)
-    x, g = (torch.randn(tokens, side, generator=noise) for side in (columns_in, rows_out))
-    packed = quantize_int8(weight)
-    pairs: list[tuple[Callable[[], object], Callable[[], object]]] = [
-        (lambda: int8_matmul(x, packed), lambda: linear(x, weight)),
-        (lambda: int8_matmul_grad(g, packed), lambda: linear(g, weight.t())),
-    ]
-    faster = []
-    with torch.no_grad():
-        for narrow, wide in pairs:
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(repeats + 1):
-                for one, spent in zip((narrow, wide), times):
-                    start = time.perf_counter()
-                    one()
-                    spent.append(time.perf_counter() - start)
-            faster.append(statistics.median(times[0][1:]) < statistics.median(times[1][1:]))
-    return faster[0], faster[1]

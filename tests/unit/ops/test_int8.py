@@ -91,3 +91,28 @@ def test_codes_and_scales_are_enough_to_build_it_again() -> None:
 def test_a_weight_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ConfigError, match="not finite"):
         int8.quantize_int8(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_projections_of_one_input_quantise_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [int8.quantize_int8(torch.randn(16, 32)) for _ in range(3)]
+    real, made = int8.quantize_rows, []
+    monkeypatch.setattr(int8, "quantize_rows", lambda x, *a: (made.append(1), real(x, *a))[1])
+    x = torch.randn(5, 32)
+    for w in weights:
+        int8.int8_matmul(x, w)
+    assert len(made) == 1
+    x.mul_(2)  # no longer what was quantised
+    doubled = int8.int8_matmul(x, weights[0])
+    assert len(made) == 2
+    assert torch.equal(doubled, int8.int8_matmul(x.clone(), weights[0]))
+    with torch.inference_mode():
+        int8.int8_matmul(torch.randn(5, 32), weights[0])
+
+
+def test_who_never_trains_packs_one_form() -> None:
+    w = int8.quantize_int8(torch.randn(16, 32))
+    assert w.nbytes == 0
+    int8.int8_matmul(torch.randn(5, 32), w)
+    assert w.nbytes == 16 * 32
+    int8.int8_matmul_grad(torch.randn(5, 16), w)
+    assert w.nbytes == 2 * 16 * 32

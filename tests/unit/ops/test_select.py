@@ -1,11 +1,10 @@
-"""The rules by which kernels are chosen, and the record of choices."""
+"""The rules by which kernels are chosen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from deltaw.errors import ConfigError
 from deltaw.ops import select
 
 
@@ -36,32 +35,3 @@ def test_the_explanation_names_kernel_and_reason(options: dict, kernel: str, rea
 
 def test_few_rows_are_added() -> None:
     assert "the factors are cheaper" in select.explain(384, 384, 10, 8).reason
-
-
-def test_choices_survive_the_file() -> None:
-    choices = select.Choices({(384, 1536, 1024): (True, False), (8, 8, 1): (False, False)})
-    assert select.Choices.from_json(choices.to_json()) == choices
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"kernels": [{"shape": [1, 2], "int8": [true]}]}'])
-def test_a_damaged_record_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="not a record of kernel choices"):
-        select.Choices.from_json(text)
-
-
-def test_a_recorded_choice_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "int8_available", lambda: True)
-    calls: list[tuple[int, ...]] = []
-    monkeypatch.setattr(select, "time_int8", lambda *shape: (calls.append(shape), (True, False))[1])
-    choices = select.Choices()
-    assert choices.choose(16, 8, 100) == (True, False)
-    assert choices.choose(16, 8, 128) == (True, False)  # the same power of two
-    assert calls == [(16, 8, 128)]
-    monkeypatch.setattr(select, "int8_available", lambda: False)
-    assert choices.choose(16, 8, 128) == (False, False)
-
-
-@pytest.mark.skipif(not select.int8_available(), reason="no VNNI on this processor")
-def test_timing_answers_for_both_products() -> None:
-    answer = select.time_int8(24, 16, 8, repeats=1)
-    assert [type(a) for a in answer] == [bool, bool]
