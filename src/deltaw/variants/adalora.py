@@ -140,7 +140,7 @@ class AdaLoRA(Variant):
             self.cut(trained, self.budget(step, len(trained)))
         elif step > end:
             for delta in trained.values():
-                delta.hold()
+                delta.bury()
         for delta in trained.values():
             delta.reported()
 
@@ -151,7 +151,7 @@ class AdaLoRA(Variant):
         keep[scores.argsort(descending=True, stable=True)[:budget]] = True
         for delta, alive in zip(deltas.values(), keep.view(-1, self.rank)):
             delta.alive = alive.clone()
-            delta.hold()
+            delta.bury()
 
 
 class AdaLoRADelta(Delta):
@@ -244,7 +244,7 @@ class AdaLoRADelta(Delta):
         score: Tensor = E + A.mean(1) + B.mean(0)
         return score
 
-    def hold(self) -> None:
+    def bury(self) -> None:
         """Keep the directions dead that were cut."""
         with torch.no_grad():
             self.E.mul_(self.alive)
