@@ -22,7 +22,9 @@ from torch.distributed.tensor import DTensor
 from deltaw.errors import ConfigError, ModelError, NonFinite, OutOfMemory
 from deltaw.model.gradients import check_gradients
 from deltaw.model.groups import after_step
+from deltaw.model.quantize import kernel_choices
 from deltaw.model.state import names
+from deltaw.ops.choices import Choices
 from deltaw.training import checkpoint, trained
 from deltaw.training.config import RunConfig
 from deltaw.training.loader import ROWS, Epoch, micro_batches
@@ -97,6 +99,7 @@ class Fit:
         self.steps_per_epoch, self.total = steps(len(task.splits["train"]), self.batch, config.epochs)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.adapters = names(model)
+        self.kernels = kernel_choices(model)
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
 
     # ---- resume
@@ -112,6 +115,9 @@ class Fit:
                 f"the checkpoint was written by {processes} processes, now there are {self.accelerator.num_processes}: "
                 "batch_size counts per process, so the batches would be others; resume with as many as before"
             )
+        kernels = state.pop("kernels", None)
+        if kernels is not None and self.kernels is not None:
+            self.kernels.take(Choices.from_json(kernels))
         self.state = State(**state)
         trained.restore(self.bare, found.tensors["trained"])
         trained.unpack_optimizer(self.optimizer, found.tensors["optimizer"], plain)
@@ -152,6 +158,7 @@ class Fit:
                 "config": self.config.nested(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "processes": world,
+                "kernels": None if self.kernels is None else self.kernels.to_json(),
             }
             checkpoint.write(
                 self.checkpoints, self.state.step, groups, state, self.config.digest(), self.config.keep_checkpoints

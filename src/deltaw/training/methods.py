@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltaw.core.registry import variants
+from deltaw.core.registry import forms, variants
 from deltaw.core.variant import Variant
 from deltaw.errors import ConfigError, UnknownName, did_you_mean
 from deltaw.model.attach import attach
+from deltaw.model.quantize import QuantizeReport, quantize
+from deltaw.ops.choices import Choices
 from deltaw.training.config import RunConfig, method_variant
 from deltaw.training.schedule import steps
 from deltaw.training.task import Task
@@ -50,6 +52,13 @@ def check_method(config: RunConfig) -> None:
         UnknownName, ConfigError: see the message.
     """
     name, _, rank = config.method.partition(":")
+    if config.quantize is not None and config.quantize not in forms:
+        raise UnknownName(
+            f"quantize={config.quantize!r}: no such form{did_you_mean(config.quantize, [k for k, _ in forms.items()])} "
+            f"(known: {', '.join(k for k, _ in forms.items())})"
+        )
+    if config.quantize is not None and name == "full":
+        raise ConfigError(f"quantize={config.quantize} with method 'full': every weight is trained, none is frozen")
     if name in WHOLE:
         if rank:
             raise ConfigError(f"method {config.method!r}: {name!r} has no rank")
@@ -83,6 +92,13 @@ def prepare(model: nn.Module, task: Task, config: RunConfig, world: int = 1) -> 
     _, total = steps(len(task.splits["train"]), batch, config.epochs)
     attach(model, planned(method_variant(config), total), targets, train=new)
     return Prepared("default", True)
+
+
+def quantize_base(model: nn.Module, config: RunConfig) -> QuantizeReport | None:
+    """Keep the frozen weights of a prepared model in the form that the run asks for; kernels are timed and recorded."""
+    if config.quantize is None:
+        return None
+    return quantize(model, forms[config.quantize](), choices=Choices(timed=True))
 
 
 def planned(variant: Variant, total: int) -> Variant:

@@ -24,11 +24,13 @@ from deltaw.io import save
 from deltaw.io.folder import CONFIG as CONFIG_FILE
 from deltaw.io.folder import WEIGHTS
 from deltaw.model.groups import param_groups
+from deltaw.model.quantize import kernel_choices
 from deltaw.model.state import rosters
+from deltaw.ops.choices import Choices
 from deltaw.training import checkpoint, memory, trained
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
-from deltaw.training.methods import Prepared, check_method, prepare
+from deltaw.training.methods import Prepared, check_method, prepare, quantize_base
 from deltaw.training.prefix import frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
@@ -38,6 +40,7 @@ from deltaw.training.trackers import Trackers, chosen
 
 CONFIG = "config.resolved.yaml"
 STATUS = "run.json"
+METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 FACTS = "deltaw_facts.json"
 
@@ -70,6 +73,10 @@ def train(
             progress.say(note)
         model = task.build()
         prepared = prepare(model, task, config, accelerator.num_processes)
+        if (quantized := quantize_base(model, config)) is not None:
+            progress.say(str(quantized))
+            if resume:
+                recall_kernels(model, folder / "checkpoints")
         model.to(accelerator.device)
         torch.manual_seed(config.seed + accelerator.process_index)  # dropout differs between processes
         earlier, loaded = memory.peak_bytes(), memory.resident_bytes()
@@ -85,7 +92,7 @@ def train(
         if main:
             folder.mkdir(parents=True, exist_ok=True)
         checkpoints = folder / "checkpoints"
-        record = Record(folder / "metrics.jsonl" if main else None)
+        record = Record(folder / METRICS if main else None)
         stack.callback(record.close)
         try:
             if main and not resume:
@@ -106,6 +113,7 @@ def train(
             test = fit.evaluate("test") if "test" in task.splits else None
             validation = None if prepared.trains else fit.evaluate("validation")
             peak = _peak(accelerator.device)
+            results: dict[str, Any] = {}
             chosen_weights = trained.snapshot(fit.bare) if fit.sharded else {}
             if main:
                 bare = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
@@ -137,16 +145,16 @@ def train(
                 }
                 record.write({"event": "end", "step": state.step, "test": test, "seconds": results["seconds"]})
                 checkpoint.write_atomic(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-                set_status(folder, "finished")
+                set_status(folder, "finished", model)
                 if config.keep_checkpoints:
                     checkpoint.remove_leftovers(checkpoints)
-                return results
-            return {}
+            accelerator.wait_for_everyone()  # what comes next may read what the main process has written
+            return results
         except Interrupted:
             if not main:
                 pass
             elif checkpoints.is_dir() or not fresh:
-                set_status(folder, "interrupted")
+                set_status(folder, "interrupted", model)
                 progress.complain(f"saved; go on with: deltaw resume {folder}")
             else:
                 shutil.rmtree(folder)
@@ -309,9 +317,19 @@ def write_config(folder: Path, config: RunConfig) -> None:
     set_status(folder, "running")
 
 
-def set_status(folder: Path, state: str) -> None:
-    """Note how far a run has come."""
-    checkpoint.write_atomic(folder / STATUS, json.dumps({"state": state}) + "\n")
+def set_status(folder: Path, state: str, model: nn.Module | None = None) -> None:
+    """Note how far a run has come, and which kernels the model's quantised weights run on."""
+    choices = None if model is None else kernel_choices(model)
+    kernels = {} if choices is None else {"kernels": json.loads(choices.to_json())}
+    checkpoint.write_atomic(folder / STATUS, json.dumps({"state": state, **kernels}) + "\n")
+
+
+def recall_kernels(model: nn.Module, checkpoints: Path) -> None:
+    """Take the kernels of the newest checkpoint before the model is first called, so that nothing is timed again."""
+    choices = kernel_choices(model)
+    found, _, _ = checkpoint.newest(checkpoints)
+    if choices is not None and found is not None and found.state.get("kernels") is not None:
+        choices.take(Choices.from_json(found.state["kernels"]))
 
 
 def status(folder: Path) -> str:

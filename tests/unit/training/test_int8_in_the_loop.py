@@ -1,0 +1,83 @@
+"""`quantize=int8` in a run: kernels are timed once, kept in run.json and in checkpoints, and taken from there by resume."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltaw.errors import ConfigError, UnknownName
+from deltaw.ops import choices
+from deltaw.ops.int8 import int8_available
+from deltaw.recipes.configure import build
+from deltaw.recipes.recipe import recipes
+from deltaw.training.fit import Fit
+from deltaw.training.run import train
+from tests.tiny_text import make_data, make_model
+
+
+class PowerCut(BaseException):
+    """Nothing catches it on the way."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(folder / "model")
+    make_data(folder / "data.csv", 80)
+    return folder
+
+
+def go(tiny, folder, *, resume=False, **changes):
+    given = {
+        "recipe": "text-classification", "model": str(tiny / "model"), "data": str(tiny / "data.csv"), "epochs": 2,
+        "batch_size": 8, "checkpoint_every": 3, "lr": 5e-3, "keep": "last", "lora": {"rank": 4, "dropout": 0.1},
+        "quantize": "int8", **changes,
+    }  # fmt: skip
+    config = build(given)
+    return train(lambda: recipes["text-classification"].task(config), config, folder, resume=resume, quiet=True)
+
+
+@pytest.mark.skipif(not int8_available(), reason="no VNNI on this processor")
+def test_resume_takes_the_recorded_kernels_and_ends_in_the_same_bits(tiny, tmp_path, monkeypatch):
+    timed = []
+    answer = [(True, False)]
+    monkeypatch.setattr(choices, "time_int8", lambda *shape: (timed.append(shape), answer[0])[1])
+    go(tiny, tmp_path / "calm")
+    first = list(timed)
+    assert first
+    assert len(set(first)) == len(first), "a shape is timed once"
+    kernels = json.loads((tmp_path / "calm" / "run.json").read_text())["kernels"]
+    assert [tuple(k["shape"]) for k in kernels["kernels"]] == sorted(first)
+    assert kernels["looks"]
+
+    real = Fit._after_step
+
+    def dying(fit, steps):
+        real(fit, steps)
+        if fit.state.step == 11:
+            raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_after_step", dying)
+        with pytest.raises(PowerCut):
+            go(tiny, tmp_path / "broken")
+    answer[0] = (False, True)  # whoever times again gets another answer
+    timed.clear()
+    go(tiny, tmp_path / "broken", resume=True)
+    assert timed == []
+    one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("calm", "broken"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    go(tiny, tmp_path / "otherwise")
+    changed = load_file(tmp_path / "otherwise" / "adapter_model.safetensors")
+    assert not all(torch.equal(one[k], changed[k]) for k in one), "the kernels do matter to the bits"
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_is_loaded(tiny, tmp_path):
+    with pytest.raises(UnknownName, match=r"quantize='int9': no such form.*did you mean 'int8'"):
+        go(tiny, tmp_path / "a", quantize="int9")
+    with pytest.raises(ConfigError, match="every weight is trained"):
+        go(tiny, tmp_path / "b", method="full")
+    assert not any((tmp_path / n).exists() for n in "ab")
