@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LIBRARIES = 20 << 20
+LIBRARIES = 16 << 20
 """What the first step touches of the maths libraries' own code and buffers, on a CPU (benchmarks/estimate.py)."""
 
 
@@ -93,19 +93,23 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = _key(tensor)
         if key is None or key in self._alive:
             return
-        storage = tensor.untyped_storage()
-        self._alive[key] = storage.nbytes()
-        self.now += storage.nbytes()
+        held: Any = tensor if key < 0 else tensor.untyped_storage()
+        self._alive[key] = tensor.numel() * tensor.element_size() if key < 0 else held.nbytes()
+        self.now += self._alive[key]
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key).atexit = False
+        weakref.finalize(held, self._gone, key).atexit = False
 
     def _gone(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
 
 
 def _key(tensor: Tensor) -> int | None:
-    """What identifies a tensor's storage while it lives; None for one without (meta, packed weights)."""
+    """What identifies a tensor's storage while it lives; negative for one without (weights packed by oneDNN)."""
+    if tensor.device.type == "meta":
+        return None
+    if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        return -id(tensor)
     try:
-        return None if tensor.device.type == "meta" else tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None

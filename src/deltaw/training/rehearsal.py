@@ -1,4 +1,8 @@
-"""--dry-run: what a run would train, need and take, and what its examples look like, without training or writing."""
+"""--dry-run: what a run would train, need and take, and what its examples look like, without training or writing.
+
+Memory is the largest of a training step (counted while one runs, plus the optimizer's state), an evaluation batch, and
+the weights that are put aside as the best so far; time is that of measured steps and evaluation batches, counted up.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +12,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from deltaw.model.summary import summary
-from deltaw.training import memory
+from deltaw.model.peak import Peak, measured
+from deltaw.model.summary import summary, training_peak
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import to_device
+from deltaw.training.memory import MIB
 from deltaw.training.methods import check_method, prepare
-from deltaw.training.order import batches, generator
-from deltaw.training.task import Task
+from deltaw.training.order import batches, generator, in_order
+from deltaw.training.task import Batch, Task
 
 SHOWN = 3
 
 
 def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]:
-    """Build everything, time one batch forward and backward, and say what the run would be.
+    """Build everything, measure a step and an evaluation batch, and say what the run would be.
 
-    Returns JSON values: notes, parameters, memory in bytes, steps, seconds (an estimate from one batch, evaluation not
-    counted), samples.
+    Returns JSON values: notes, parameters, memory in bytes (peak_bytes: above the loaded model), steps, seconds of
+    training and of evaluation (without a recorded prefix, which makes them fewer), samples.
     """
     check_method(config)
     task = make_task()
     model = task.build()
     prepared = prepare(model, task, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).train()
-    count = len(task.splits["train"])
-    size = config.batch_size * config.accumulate
-    order = batches(count, config.batch_size, config.seed, 0, task.lengths("train") if config.bucket else None)
-    chosen = order[len(order) // 2]
-    examples = [task.example("train", i, generator("example", config.seed, 0, i)) for i in chosen]
-    batch = to_device(task.collate(examples), device)
-    seconds = []
-    for _ in range(2 if prepared.trains else 0):  # the first pass warms up
-        started = time.perf_counter()
-        loss, _outputs = task.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        model.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
+    model.to(device)
+    count, size = len(task.splits["train"]), config.batch_size * config.accumulate
+    peak, step_seconds = _training(model, task, config, device) if prepared.trains else (0, 0.0)
+    evaluated, batch_seconds, rounds = _evaluation(model, task, config, device)
     found = summary(model)
+    kept = found.gradient_bytes if prepared.trains and config.keep == "best" else 0
     steps = math.ceil(count / size) * config.epochs if prepared.trains else 0
-    passes = math.ceil(count / config.batch_size) * config.epochs
+    passes = math.ceil(count / config.batch_size) * config.epochs if prepared.trains else 0
+    times = config.epochs * config.evaluations if prepared.trains else 1
     return {
         "notes": task.notes,
         "trainable": found.trainable,
@@ -56,23 +54,89 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
         "weight_bytes": found.weight_bytes,
         "gradient_bytes": found.gradient_bytes,
         "optimizer_bytes": found.optimizer_bytes,
-        "peak_bytes_of_one_pass": memory.peak_bytes(),
+        "peak_bytes": max(peak, evaluated) + kept,
         "steps": steps,
-        "seconds": round(passes * seconds[-1], 1) if seconds else 0.0,
-        "samples": [task.render(task.splits["train"][i]) for i in range(min(SHOWN, count))],
+        "seconds": round(passes * step_seconds, 1),
+        "evaluation_seconds": round(times * rounds * batch_seconds, 1),
+        "samples": [
+            task.render(task.example("train", i, generator("example", config.seed, 0, i) if task.augments else None))
+            for i in range(min(SHOWN, count))
+        ],
     }
+
+
+def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> tuple[int, float]:
+    """Peak above the model in bytes, of the largest batch; and the seconds of a batch of middling length."""
+    lengths = task.lengths("train") if config.bucket else None
+    order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
+    widths = task.widths("train")
+    heaviest = max(order, key=lambda some: len(some) * (1 if widths is None else max(widths[i] for i in some)))
+    model.train()
+    peak = measured(model, _loss(model, task, config, heaviest, device))
+    usual = _loss(model, task, config, order[len(order) // 2], device)
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        usual().backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    return training_peak(model, peak), min(seconds)
+
+
+@torch.no_grad()
+def _evaluation(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> tuple[int, float, int]:
+    """Peak above the model in bytes and seconds of one evaluation batch, and the number of batches."""
+    split = "validation" if "validation" in task.splits else "train"
+    lengths = task.lengths(split) if config.bucket else None
+    order = in_order(len(task.splits[split]), config.eval_batch_size, lengths)
+    model.eval()
+
+    def batch_of(indices: list[int]) -> Batch:
+        return to_device(task.collate([task.example(split, i, None) for i in indices]), device)
+
+    largest, middle = batch_of(order[-1] if lengths is not None else order[0]), batch_of(order[len(order) // 2])
+
+    def evaluate(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return task.loss(model, dict(batch))[0]
+
+    peak: Peak = measured(model, lambda: evaluate(largest))
+    started = time.perf_counter()
+    evaluate(middle)
+    return training_peak(model, peak), time.perf_counter() - started, len(order)
+
+
+def _loss(
+    model: nn.Module, task: Task, config: RunConfig, chosen: list[int], device: torch.device
+) -> Callable[[], Tensor]:
+    examples = [task.example("train", i, generator("example", config.seed, 0, i)) for i in chosen]
+    batch = to_device(task.collate(examples), device)
+
+    def loss() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
+            return task.loss(model, dict(batch))[0]
+
+    return loss
 
 
 def text(facts: dict[str, Any]) -> str:
     """The rehearsal for people."""
-    mib = memory.MIB
+    above = facts["weight_bytes"] + facts["peak_bytes"]
     lines = [
         *facts["notes"],
         f"trainable: {facts['trainable']:,} of {facts['total']:,} parameters ({facts['share']:.2%})",
-        f"memory: weights {facts['weight_bytes'] / mib:,.1f} MiB, gradients {facts['gradient_bytes'] / mib:,.1f} MiB, Adam "
-        f"{facts['optimizer_bytes'] / mib:,.1f} MiB; the process with one batch {facts['peak_bytes_of_one_pass'] / mib:,.0f} MiB",
-        f"time: {facts['steps']:,} steps, about {facts['seconds']:,.0f} s of training",
+        f"memory: weights {facts['weight_bytes'] / MIB:,.1f} MiB, gradients {facts['gradient_bytes'] / MIB:,.1f} MiB, Adam "
+        f"{facts['optimizer_bytes'] / MIB:,.1f} MiB; at its peak about {facts['peak_bytes'] / MIB:,.0f} MiB above the "
+        f"loaded model, {above / MIB:,.0f} with it (data and program not counted)",
+        f"time: {facts['steps']:,} steps, about {_duration(facts['seconds'])} of training and "
+        f"{_duration(facts['evaluation_seconds'])} of evaluation, as one batch of each took here",
         "first examples:",
         *(f"  {sample}" for sample in facts["samples"]),
     ]
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
