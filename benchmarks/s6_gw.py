@@ -17,7 +17,6 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import deltaw as dw
-from benchmarks.measure import CLOCK, RESULTS, record, row
+from benchmarks.lockstep import Curve, Runner
+from benchmarks.measure import RESULTS, record, row
 from deltaw.recipes.configure import build
 from deltaw.training.config import RunConfig
 from deltaw.training.order import batches
-from deltaw.training.schedule import factor
-from deltaw.training.task import Task
 from deltaw.training.tasks.audio_classification import AudioClassification
 
 MARGIN = 0.003
@@ -39,9 +37,6 @@ RANK, ALPHA = 8, 16
 LR = 1.5e-3
 """Of LoRA, in both libraries: with the recipe's 5e-4 it is slower to rise. Full fine-tuning has the recipe's 2e-4."""
 TARGETS = r"body\.encoder\.layers\..*(_proj|fc1|fc2)"
-
-Curve = list[dict[str, float]]
-"""One row per epoch: seconds (of this epoch's training steps), train_loss, loss, auc."""
 
 
 def full(model: nn.Module) -> nn.Module:
@@ -65,66 +60,6 @@ def deltaw_lora(model: nn.Module) -> nn.Module:
 
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {"full": full, "peft": peft_lora, "deltaw": deltaw_lora}
-
-
-@dataclass
-class Runner:
-    """One method's model on its way through the epochs. seconds: of the current epoch's steps."""
-
-    model: nn.Module
-    task: Task
-    config: RunConfig
-    rate: float
-    total: int
-    step_number: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    curve: Curve = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=self.rate, weight_decay=self.config.weight_decay, fused=True
-        )
-
-    def step(self, chosen: list[int]) -> None:
-        """One batch, timed."""
-        start = CLOCK()
-        batch = self.task.collate([self.task.example("train", i, None) for i in chosen])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * factor(self.step_number, self.total, self.config.warmup, self.config.schedule)
-        loss, _ = self.task.loss(self.model, batch)
-        (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss_sum += loss.item()
-        self.seconds += CLOCK() - start
-        self.step_number += 1
-        assert float(norm) > 0, "no gradient"
-
-    @torch.no_grad()
-    def validate(self) -> None:
-        """The epoch's row."""
-        self.model.eval()
-        tally, loss_sum, count = self.task.tally(), 0.0, len(self.task.splits["validation"])
-        size = self.config.eval_batch_size
-        for start in range(0, count, size):
-            rows = range(start, min(start + size, count))
-            batch = self.task.collate([self.task.example("validation", i, None) for i in rows])
-            loss, logits = self.task.loss(self.model, batch)
-            loss_sum += loss.item()
-            tally.add(logits, batch)
-        found = {
-            "epoch": float(len(self.curve) + 1),
-            "seconds": round(self.seconds, 3),
-            "train_loss": round(self.loss_sum / len(self.task.splits["train"]), 6),
-            "loss": round(loss_sum / count, 6),
-            **{name: round(score, 6) for name, score in tally.scores().items()},
-        }
-        self.curve.append(found)
-        self.seconds = self.loss_sum = 0.0
-        self.model.train()
 
 
 def one_seed(config: RunConfig, names: list[str], written: Callable[[dict[str, Curve]], None]) -> None:
