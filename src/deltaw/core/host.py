@@ -201,6 +201,8 @@ class Host(nn.Module):
         found: Tensor | None = self._parameters.get(name)
         if found is None:
             form = self.form(name)
+            if form is None and name not in self._buffers:
+                return getattr(self, name)  # type: ignore[no-any-return]  # computed from others, as weight_norm does
             found = self._buffers[name] if form is None else self.from_matrix(name, form.dense())
         assert found is not None
         if self.foreign:
@@ -260,10 +262,11 @@ class Host(nn.Module):
         """
         return None
 
-    def speaking(self, site: str) -> list[Spoken]:
-        """The deltas that change the parameter `site` now: its own, those of its parts, those of a layer tied to it."""
+    def speaking(self, site: str, active: Active | None = None) -> list[Spoken]:
+        """The deltas that change the parameter `site` now (or where `active` speak): its own, those of its parts, those of
+        a layer tied to it."""
         found = []
-        for name, weight in self.roster.active():
+        for name, weight in self.roster.active() if active is None else active:
             changes = self.adapters._modules.get(name)
             if changes is not None:
                 for own, delta in changes._modules.items():
@@ -281,10 +284,10 @@ class Host(nn.Module):
         """The deltas that change the parameter `site` now, with their weights."""
         return [(s.delta, s.weight) for s in self.speaking(site)]
 
-    def active_sites(self) -> set[str]:
-        """The parameters that some active adapter changes."""
+    def active_sites(self, active: Active | None = None) -> set[str]:
+        """The parameters that some active adapter (or one of `active`) changes."""
         sites: set[str] = set()
-        for name, _ in self.roster.active():
+        for name, _ in self.roster.active() if active is None else active:
             changes = self.adapters._modules.get(name)
             if changes is not None:
                 for own, delta in changes._modules.items():
