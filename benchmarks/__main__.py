@@ -1,4 +1,7 @@
-"""`python -m benchmarks [S1 S2 ...]`: run the claims (all by default), print the ratios, write results/*.json."""
+"""`python -m benchmarks [S1 S2 ...]`: run the claims (all by default), print the ratios, write results/*.json.
+
+At the end results/table.md and the README's table are written from them. S6 takes an hour and is run alone (s6_gw.py).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import importlib
 import sys
 import time
 import warnings
+
+from benchmarks import table
 
 CLAIMS = {
     "S1": "s1_step",
@@ -17,6 +22,7 @@ CLAIMS = {
     "S8": "s8_rows",
     "S9": "s9_switch",
     "S10": "s10_merged",
+    "S11": "s11_sentiment",
 }
 
 
@@ -27,7 +33,7 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"unknown claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}", file=sys.stderr)
         return 2
-    failed = 0
+    failed, began = 0, time.perf_counter()
     for module in dict.fromkeys(CLAIMS[n] for n in names or CLAIMS):
         start = time.perf_counter()
         try:
@@ -36,6 +42,8 @@ def main(names: list[str]) -> int:
             failed += 1
             print(f"{module}: did not run: {type(error).__name__}: {error}", flush=True)
         print(f"# {module}: {time.perf_counter() - start:.0f} s", flush=True)
+    table.write()
+    print(f"# all: {time.perf_counter() - began:.0f} s; {table.FILE}", flush=True)
     return failed
 
 
