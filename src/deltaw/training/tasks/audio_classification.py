@@ -199,6 +199,14 @@ class AudioClassification(Task):
             "labels": torch.tensor([label for _, label in examples]),
         }
 
+    def render(self, example: tuple[Tensor, int]) -> str:
+        mel, label = example
+        channels, bins, frames = mel.shape
+        return (
+            f"{self.labels[label]}  <-  {channels} channel{'s' if channels > 1 else ''}, log-mel of {bins} bands x {frames} "
+            f"frames from {mel.min():.2f} to {mel.max():.2f}"
+        )
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch["mel"])
         return nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), logits

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,19 @@ class CausalLM(Task):
         if not self.packing:
             return [[one] for one in usable]
         return [[usable[i] for i in row] for row in pack([len(t.ids) for t in usable], self.config.max_length)]
+
+    def render(self, example: list[Tokens]) -> str:
+        """The first conversation of a row as the model reads it, token by token, counted ones in double brackets."""
+        first, more = example[0], len(example) - 1
+        text = ""
+        for counted, run in groupby(zip(first.ids, first.labels), key=lambda pair: pair[1] != IGNORED):
+            part = self.tokenizer.decode([token for token, _ in run])
+            text += f"[[{part}]]" if counted else part
+        text = " ".join(text.split())
+        room = f"{len(text) - 600:,} more signs" if len(text) > 600 else ""
+        packed = f"{more} more conversation{'s' if more > 1 else ''} in this row" if more else ""
+        tail = "; ".join(note for note in (room, packed) if note)
+        return text[:600] + (f" ... ({tail})" if tail else "")
 
     def shown(self, talk: Conversation) -> str:
         """A conversation as the model reads it, what the loss counts in double brackets."""

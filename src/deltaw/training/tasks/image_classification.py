@@ -82,6 +82,11 @@ class ImageClassification(Task):
         pictures = self.data[split]
         return pictures.images[index], int(pictures.labels[index])
 
+    def render(self, example: tuple[np.ndarray[Any, Any], int]) -> str:
+        image, label = example
+        size = "x".join(map(str, image.shape))
+        return f"{self.labels[label]}  <-  {size} pixels from {image.min():.2f} to {image.max():.2f}, mean {image.mean():.2f}"
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch["pixels"])
         return nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum"), logits
