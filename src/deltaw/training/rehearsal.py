@@ -19,7 +19,7 @@ from deltaw.model.summary import summary, training_peak
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import to_device
 from deltaw.training.memory import MIB
-from deltaw.training.methods import check_method, prepare
+from deltaw.training.methods import check_method, prepare, quantize_base
 from deltaw.training.order import batches, generator, in_order
 from deltaw.training.task import Batch, Task
 
@@ -36,6 +36,7 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     task = make_task()
     model = task.build()
     prepared = prepare(model, task, config)
+    quantize_base(model, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     count, size = len(task.splits["train"]), config.batch_size * config.accumulate

@@ -14,6 +14,7 @@ from deltaw.ops.int8 import int8_available
 from deltaw.recipes.configure import build
 from deltaw.recipes.recipe import recipes
 from deltaw.training.fit import Fit
+from deltaw.training.rehearsal import rehearse
 from deltaw.training.run import train
 from tests.tiny_text import make_data, make_model
 
@@ -81,3 +82,16 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_loaded(tiny, tmp
     with pytest.raises(ConfigError, match="every weight is trained"):
         go(tiny, tmp_path / "b", method="full")
     assert not any((tmp_path / n).exists() for n in "ab")
+
+
+def test_a_dry_run_measures_the_quantised_model(tiny):
+    found = {}
+    for form in (None, "int8"):
+        given = {
+            "recipe": "text-classification", "model": str(tiny / "model"), "data": str(tiny / "data.csv"), "quantize": form
+        }  # fmt: skip
+        config = build(given)
+        found[form] = rehearse(lambda config=config: recipes["text-classification"].task(config), config)
+    assert 0 < found["int8"]["weight_bytes"] < found[None]["weight_bytes"]
+    assert found["int8"]["trainable"] == found[None]["trainable"]
+    assert found["int8"]["peak_bytes"] > 0
