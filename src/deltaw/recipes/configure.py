@@ -148,7 +148,7 @@ def recipe_of(config: RunConfig) -> Recipe:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping; a key that comes twice is an error."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
+        found = plain(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise ConfigError(f"no such file: {path}{near}") from None
@@ -160,9 +160,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse(text: str) -> Any:
     """The value of `key=value`: YAML, with 1e-4 as a number."""
     try:
-        return _coerced(yaml.load(text, Loader=_Once))
+        return _coerced(plain(text))
     except yaml.YAMLError:
         return text
+
+
+def plain(text: str) -> Any:
+    """What a YAML text says, in numbers, texts, lists and mappings only."""
+    return _Once(text).get_single_data()  # type: ignore[no-untyped-call]
 
 
 class _Once(yaml.SafeLoader):

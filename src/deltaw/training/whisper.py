@@ -1,8 +1,8 @@
 """Whisper's encoder (arXiv:2212.04356) from wherever it lies, its context cut to the signal's length.
 
-A hub id or a folder of transformers is read as such. A checkpoint of openai-whisper (`small.pt`, or `openai:small`, which
-that package downloads) holds the same weights under other names: it becomes the same module, so targets and adapters do
-not depend on the source.
+A hub id or a folder of transformers is read as such. A checkpoint of openai-whisper (`small.pt`, or `openai:small`) is a
+pickle, which nothing here opens: that package loads it, if it is installed. It holds the same weights under other names
+and becomes the same module, so targets and adapters do not depend on the source.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, DataError, MissingExtra
+from deltaw.errors import ConfigError, DataError, MissingExtra, did_you_mean
 from deltaw.training.hub import load_pretrained, quiet_transformers, resolve
 
 OPENAI = "openai:"
@@ -35,17 +35,20 @@ NAMES = (
 """Names in openai-whisper -> names in transformers."""
 
 
+def is_openai(name: str) -> bool:
+    """Whether `name` means a model in openai-whisper's own format."""
+    return name.startswith(OPENAI) or Path(name).suffix == ".pt"
+
+
 def whisper_encoder(name: str, revision: str | None = None) -> tuple[nn.Module, str]:
     """The pretrained encoder in float32, and a phrase that says where it is from.
 
     Raises:
         DataError: nothing of that name, or no Whisper model.
-        MissingExtra: `openai:NAME` without the package openai-whisper.
+        MissingExtra: `openai:NAME` or FILE.pt without the package openai-whisper.
     """
-    if name.startswith(OPENAI):
-        return from_openai(_downloaded(name)), name
-    if Path(name).suffix == ".pt":
-        return from_openai(_checkpoint(Path(name))), f"{name} (openai-whisper)"
+    if is_openai(name):
+        return from_openai(_openai(name)), name if name.startswith(OPENAI) else f"{name} (openai-whisper)"
     try:
         from transformers import AutoConfig, WhisperModel
     except ImportError as error:
@@ -100,52 +103,54 @@ def empty_encoder(config: Any) -> nn.Module:
     return encoder
 
 
-def from_openai(checkpoint: dict[str, Any]) -> nn.Module:
-    """The encoder of an openai-whisper checkpoint {"dims": ..., "model_state_dict": ...} as transformers' module."""
-    dims = checkpoint["dims"]
-    heads = dims["n_audio_head"]
+def from_openai(model: Any) -> nn.Module:
+    """The encoder of a model of the package openai-whisper (`whisper.load_model("small")`) as transformers' module.
+
+    Raises:
+        DataError: the weights are not such a model's.
+    """
+    dims = model.dims
     encoder = empty_encoder(
         {
-            "num_mel_bins": dims["n_mels"],
-            "d_model": dims["n_audio_state"],
-            "encoder_layers": dims["n_audio_layer"],
-            "encoder_attention_heads": heads,
-            "encoder_ffn_dim": 4 * dims["n_audio_state"],
-            "max_source_positions": dims["n_audio_ctx"],
+            "num_mel_bins": dims.n_mels,
+            "d_model": dims.n_audio_state,
+            "encoder_layers": dims.n_audio_layer,
+            "encoder_attention_heads": dims.n_audio_head,
+            "encoder_ffn_dim": 4 * dims.n_audio_state,
+            "max_source_positions": dims.n_audio_ctx,
         }
     )
     state: dict[str, Tensor] = {}
-    for key, tensor in checkpoint["model_state_dict"].items():
-        if key.startswith("encoder."):
-            renamed = key.removeprefix("encoder.")
-            for pattern, new in NAMES:
-                renamed = re.sub(pattern, new, renamed)
-            state[renamed] = tensor.float()
+    for key, tensor in model.encoder.state_dict().items():
+        renamed = key
+        for pattern, new in NAMES:
+            renamed = re.sub(pattern, new, renamed)
+        state[renamed] = tensor.float()
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
-        raise DataError(f"the openai-whisper checkpoint does not fit: {' '.join(str(error).split())[:300]}") from None
+        raise DataError(f"the openai-whisper model does not fit: {' '.join(str(error).split())[:300]}") from None
     return encoder
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"model={path}: no such file")
-    try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        raise DataError(f"model={path}: no checkpoint ({str(error).splitlines()[0][:200]})") from error
-    if not isinstance(found, dict) or not {"dims", "model_state_dict"} <= found.keys():
-        raise DataError(f"model={path}: no openai-whisper checkpoint: it has no 'dims' and 'model_state_dict'")
-    return found
-
-
-def _downloaded(name: str) -> dict[str, Any]:
+def _openai(name: str) -> Any:
+    """What the package openai-whisper loads under `openai:NAME` or from a .pt file: its format, so its loader."""
+    wanted = name.removeprefix(OPENAI)
+    if Path(wanted).suffix == ".pt" and not Path(wanted).expanduser().is_file():
+        raise DataError(f"model={name}: no such file")
     try:
         import whisper
     except ImportError as error:
         raise MissingExtra(
-            f"model={name} needs the package openai-whisper: pip install openai-whisper; or give its .pt file"
+            f"model={name} is openai-whisper's own format, which that package reads: pip install openai-whisper; "
+            "or give the same model of transformers, for example model=openai/whisper-small"
         ) from error
-    model = whisper.load_model(name.removeprefix(OPENAI), device="cpu")
-    return {"dims": vars(model.dims), "model_state_dict": model.state_dict()}
+    if Path(wanted).suffix != ".pt" and wanted not in whisper.available_models():
+        raise DataError(
+            f"model={name}: openai-whisper has no {wanted!r}{did_you_mean(wanted, whisper.available_models())}"
+        )
+    try:
+        return whisper.load_model(str(Path(wanted).expanduser()) if Path(wanted).suffix else wanted, device="cpu")
+    except Exception as error:  # its loader raises many kinds for a file that is no checkpoint, or without a network
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(f"model={name}: openai-whisper cannot load it ({reason})") from error

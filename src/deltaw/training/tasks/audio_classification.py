@@ -21,7 +21,7 @@ from deltaw.training.listener import Listener
 from deltaw.training.log_mel import FRAME_PAIR, log_mel, samples
 from deltaw.training.sounds import read_sound, read_sounds
 from deltaw.training.task import Batch, Classified, Task
-from deltaw.training.whisper import cut_context, empty_encoder, load_pretrained_config, whisper_encoder
+from deltaw.training.whisper import cut_context, empty_encoder, is_openai, load_pretrained_config, whisper_encoder
 
 CHUNK = 100
 WHOLE = "listener.json"
@@ -244,7 +244,7 @@ def _mel_bins(config: RunConfig) -> int:
     name = config.model
     if (Path(name) / WHOLE).is_file():
         return int(json.loads((Path(name) / WHOLE).read_text())["encoder"]["num_mel_bins"])
-    if Path(name).suffix == ".pt" or name.startswith("openai:"):
+    if is_openai(name):
         encoder: Any = whisper_encoder(name)[0]
         return int(encoder.config.num_mel_bins)
     from transformers import AutoConfig
