@@ -101,6 +101,10 @@ def train(
             record.follow = reports.report
             stack.callback(reports.finish)
             fit, spent_before = _fit(model, task, config, accelerator, prepared, record, progress, stop, checkpoints)
+            if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not fit.sharded:
+                progress.say(
+                    "FSDP was asked for, but accelerate shards on GPUs only: each process holds the whole model"
+                )
             if resume and prepared.trains:
                 _continue(fit, checkpoints, config, progress, accelerator)
                 if main:

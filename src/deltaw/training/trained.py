@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deltaw.core.host import CHILD
@@ -17,6 +18,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     Parameters that require a gradient, the persistent buffers of adapters, and all persistent buffers if the base
     itself is trained (running statistics).
     """
+    for module in model.modules():
+        if isinstance(
+            module, FSDPModule
+        ):  # after a forward without backward it holds gathered copies, maybe freed ones
+            module.reshard()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     base_trained = any(f".{CHILD}." not in f".{n}" for n in parameters)
     kept = model.state_dict(keep_vars=True)
@@ -59,8 +65,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     """An optimizer's state as named tensors and JSON. Under FSDP every process must call it."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        for name, value in entry.items():
+    for index, entry in sorted(optimizer.state_dict()["state"].items()):
+        for name, value in sorted(entry.items()):  # one order in all processes: gathering waits for the others
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = whole(value)
             else:
