@@ -14,6 +14,7 @@ MAX_DEPTH = 32
 
 TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 """A JSON text, or one that never ends (so that no position is tried twice)."""
+LONG = re.compile(rb"\d{20}")
 NO_BRACKETS = bytes(c for c in range(256) if c not in b"[]{}")
 
 
@@ -41,6 +42,11 @@ def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
             raise AdapterError(f"{what} holds the number {word[:40]}, which is too large")
         return value
 
+    def whole(word: str) -> int:
+        if len(word) > 20:
+            raise AdapterError(f"{what} holds the number {word[:40]}, which is too large")
+        return int(word)
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -50,7 +56,10 @@ def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=once)
+        integers = whole if LONG.search(data) else None
+        value = json.loads(
+            text, parse_constant=no_constant, parse_float=finite, parse_int=integers, object_pairs_hook=once
+        )
     except AdapterError:
         raise
     except (ValueError, RecursionError) as error:

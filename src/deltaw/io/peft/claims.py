@@ -8,18 +8,15 @@ those that can take exponential time are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltaw.errors import AdapterError
+from deltaw.io.pattern import pattern
 
-try:
-    from re import _parser as _regex  # type: ignore[attr-defined]
-except ImportError:  # pragma: no cover
-    import sre_parse as _regex
-
-MAX_PATTERN = 20_000
+PLAIN = re.compile(r"\w+")
+"""A pattern that is a name."""
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -59,7 +56,8 @@ class Claims:
                 checked_pattern(text)
         patterns = (patterns,) if isinstance(patterns, str) else patterns or ()
         for text in patterns:
-            checked_pattern(text)
+            if not pattern(text).simple:
+                raise AdapterError(f"layers_pattern {text[:80]!r} in the config: too many repeats for a name")
         heads = HEADS.get(str(config.get("task_type")), ())
         return Claims(
             targets, exclude, save or (), tuple(layers) if layers else None, patterns, (*(save or ()), *heads)
@@ -85,9 +83,9 @@ class Claims:
             return False
         if self.layers is None or isinstance(self.target_modules, str):
             return True
-        for pattern in self.layers_pattern or (r"[^.]*",):
+        for name in self.layers_pattern or (r"[^.]*",):
             before = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-            found = re.match(rf"{before}{pattern}\.(?P<idx>\d+)\.", path)
+            found = re.match(rf"{before}{name}\.(?P<idx>\d+)\.", path)
             if found:
                 return int(found.group("idx")) in self.layers
         return False
@@ -97,7 +95,7 @@ def _listed(wanted: str | tuple[str, ...] | None, path: str) -> bool:
     if not wanted:
         return False
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return pattern(wanted).fullmatch(path)
     return path in wanted or any(path.endswith("." + name) for name in wanted)
 
 
@@ -112,44 +110,15 @@ def names(config: Mapping[str, Any], field: str) -> str | tuple[str, ...] | None
 
 
 def checked_pattern(text: str) -> str:
-    """Refuse a regular expression that is invalid, huge, or whose repeats are nested (exponential time)."""
-    if len(text) > MAX_PATTERN:
-        raise AdapterError(f"a pattern of {len(text):,} characters in the config; at most {MAX_PATTERN:,} are read")
-    try:
-        tree = _regex.parse(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            f"the pattern {text[:80]!r} in the config is no valid regular expression: {error}"
-        ) from error
-    if _nested_repeat(tree, False):
-        raise AdapterError(f"the pattern {text[:80]!r} in the config nests repeats, which can take forever: refused")
+    """`text`, if it is a regular expression that can be matched in bounded time."""
+    pattern(text)
     return text
-
-
-def _nested_repeat(tree: Any, inside: bool) -> bool:
-    for operation, argument in tree:
-        name = str(operation)
-        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            _, most, body = argument
-            many = most > 1
-            if (many and inside) or _nested_repeat(body, inside or many):
-                return True
-        elif any(_nested_repeat(part, inside) for part in _parts(argument)):
-            return True
-    return False
-
-
-def _parts(argument: Any) -> Iterable[Any]:
-    if isinstance(argument, _regex.SubPattern):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for part in argument:
-            yield from _parts(part)
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> tuple[Any, list[str]]:
     """PEFT's rule: the first pattern (in the file's order) that matches a dotted end of `path`; and all that match."""
-    hits = [key for key in patterns if re.match(rf"(.*\.)?({key})$", path)]
+    hits = [key for key in patterns if key in path or not PLAIN.fullmatch(key)]
+    hits = [key for key in hits if pattern(key).matches_end(path)]
     return (patterns[hits[0]] if hits else default), hits
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +10,8 @@ from torch import Tensor
 from deltaw.core.adapter import Change
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
-from deltaw.io.peft.claims import checked_pattern, names
+from deltaw.io.pattern import pattern
+from deltaw.io.peft.claims import names
 from deltaw.io.peft.per_module import PerModule
 
 
@@ -25,7 +25,7 @@ class Ia3Grammar(PerModule):
     def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
         wanted = names(config, "feedforward_modules")
         if isinstance(wanted, str):
-            inner = re.fullmatch(checked_pattern(wanted), path) is not None
+            inner = pattern(wanted).fullmatch(path)
         else:
             inner = any(path.endswith(name) for name in wanted or ())
         l = parts["l"]
