@@ -6,7 +6,7 @@ Order, later wins: the general defaults, the recipe's, the file's, the command l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,64 @@ ALIASES = {
     "logging_steps": "log_every",
     "dataloader_num_workers": "workers",
     "early_stopping_patience": "patience",
+    "additional_target": "train",
+    "lora_modules_to_save": "train",
+    "base_model_name_or_path": "model",
+    "pretrained_model_name_or_path": "model",
+    "model_name": "model",
+    "model_revision": "revision",
+    "revision_of_model": "revision",
+    "dataset_name": "data",
+    "dataset_path": "data",
+    "train_file": "data",
+    "dataset_text_field": "data.text",
+    "dataset_split": "data.split",
+    "val_set_size": "data.validation",
+    "val_size": "data.validation",
+    "max_samples": "data.limit",
+    "max_train_samples": "data.limit",
+    "train_batch_size": "batch_size",
+    "lr_scheduler": "schedule",
+    "gradient_clipping": "clip",
+    "max_seq_len": "max_length",
+    "model_max_length": "max_length",
+    "init_lora_weights": "lora.init",
+    "packing": "sft.packing",
+    "sample_packing": "sft.packing",
 }
 """Word of PEFT, TRL, axolotl or LLaMA-Factory -> ours."""
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "use_dora": {"method": "dora"},
+    "use_rslora": {"lora": {"scaling": "alpha/sqrt(rank)"}},
+    "lora_target_linear": {"targets": "all-linear"},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "load_in_8bit": {"quantize": "int8"},
+    "load_in_4bit": {"quantize": "nf4"},
+}
+"""Their switches -> what we say where one is on; off, they say nothing."""
+
+CHOICES: dict[str, dict[str, dict[str, Any]]] = {
+    "finetuning_type": {"lora": {"method": "lora"}, "full": {"method": "full"}, "freeze": {"method": "head"}},
+    "adapter": {"lora": {"method": "lora"}, "qlora": {"method": "lora", "quantize": "nf4"}},
+}
+"""Their choices -> ours."""
+
+ELSEWHERE = {
+    "output_dir": "the folder is an option of the command: --out DIR",
+    "overwrite_output_dir": "replacing a folder is an option of the command: --overwrite",
+    "resume_from_checkpoint": "a run goes on with `deltaw resume DIR`",
+    "max_steps": "the length of a run is counted in epochs=",
+    "warmup_steps": "warm-up is a share of all steps: warmup=0.1",
+    "eval_steps": "evaluations are counted per epoch: evaluations=2",
+    "optim": "the optimizer is AdamW; lr=, weight_decay=, clip= and schedule= are its settings",
+    "optimizer": "the optimizer is AdamW; lr=, weight_decay=, clip= and schedule= are its settings",
+    "gradient_checkpointing": "it is not needed for the batch to fit: a micro-batch that does not is halved by itself",
+    "datasets": "give one source: data=FILE, FOLDER or hub id",
+    "train_on_inputs": "the loss counts the answers only",
+}
+"""Words that other trainers have a key for, and what takes their place here."""
 
 INNER = {
     "r": "rank",
@@ -130,8 +186,10 @@ def build(given: Mapping[str, Any]) -> RunConfig:
     known = {*RunConfig.model_fields} - {"methods", "options"}
     sections: dict[str, dict[str, Any]] = {}
     for key in [k for k in nested if k not in known]:
+        if key in ELSEWHERE:
+            raise ConfigError(f"unknown key {key!r}: {ELSEWHERE[key]}")
         if key not in variants:
-            every = [*known, recipe.name, *(n for n, _ in variants.items()), *ALIASES]
+            every = [*known, recipe.name, *(n for n, _ in variants.items()), *ALIASES, *SWITCHES, *CHOICES]
             raise ConfigError(
                 f"unknown key {key!r}{did_you_mean(key, every)} (see `deltaw config schema {recipe.name}`)"
             )
@@ -203,6 +261,17 @@ def _mapping(where: str, value: Any) -> dict[str, Any]:
     return {str(k): v for k, v in value.items()}
 
 
+def _translated(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """`values` with the switches and choices of other trainers in our words."""
+    for word, value in values.items():
+        if word in SWITCHES and isinstance(value, bool):
+            yield from (SWITCHES[word] if value else {}).items()
+        elif word in CHOICES and value in CHOICES[word]:
+            yield from CHOICES[word][value].items()
+        else:
+            yield word, value
+
+
 def _merge(into: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
     """Lay `values` over `into`, with canonical names. A section's keys are merged one by one.
 
@@ -210,7 +279,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
         ConfigError: two names of the same key are given at once.
     """
     named: dict[str, str] = {}
-    for word, value in values.items():
+    for word, value in _translated(values):
         key = ALIASES.get(str(word), str(word))
         if named.setdefault(key, str(word)) != str(word):
             raise ConfigError(f"{where}: {word!r} and {named[key]!r} are both names of {key!r}: give one")

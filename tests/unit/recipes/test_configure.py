@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from deltaw.errors import ConfigError, UnknownName
-from deltaw.recipes.configure import ALIASES, build, load, parse
+from deltaw.recipes.configure import ALIASES, ELSEWHERE, SWITCHES, build, load, parse
 from deltaw.recipes.describe import commented, json_schema
 from deltaw.recipes.recipe import recipes
 from deltaw.training.config import RunConfig, method_variant
@@ -27,15 +27,58 @@ def test_later_wins(tmp_path):
     assert config.batch_size == 32
 
 
-@pytest.mark.parametrize("word", sorted(set(ALIASES) - {"task", "dataset"}))
+VALUES = {
+    "targets": ["query"],
+    "train": ["classifier"],
+    "model": "m",
+    "data": "d.csv",
+    "data.text": "t",
+    "data.split": "test",
+    "revision": "main",
+    "schedule": "cosine",
+    "lora.init": "pissa",
+    "sft.packing": False,
+}
+HALVES = ("lora.dropout", "warmup", "data.validation")
+
+
+@pytest.mark.parametrize("word", sorted(set(ALIASES) - {"task"}))
 def test_known_words_mean_the_same(word):
-    value = {"targets": ["query"], "train": ["classifier"], "model": "m", "schedule": "cosine"}.get(
-        ALIASES[word], 0.5 if ALIASES[word] in ("lora.dropout", "warmup") else 3
-    )
-    one = build({"recipe": "sentiment", **load_words({word: value})})
-    other = build({"recipe": "sentiment", **load_words({ALIASES[word]: value})})
+    recipe = "sft" if ALIASES[word].startswith("sft.") else "sentiment"
+    value = VALUES.get(ALIASES[word], 0.5 if ALIASES[word] in HALVES else 3)
+    one = build({"recipe": recipe, **load_words({word: value})})
+    other = build({"recipe": recipe, **load_words({ALIASES[word]: value})})
     assert one == other
-    assert one != build({"recipe": "sentiment"})
+    assert one != build({"recipe": recipe})
+
+
+@pytest.mark.parametrize("word", sorted(SWITCHES))
+def test_switches_of_other_trainers_say_something_when_on_and_nothing_when_off(word):
+    plain = build({"recipe": "sentiment"})
+    targets = {"targets": "query"} if word == "lora_target_linear" else {}
+    on = build({"recipe": "sentiment", **load_words({**targets, word: True})})
+    assert on == build({"recipe": "sentiment", **SWITCHES[word]})
+    assert build({"recipe": "sentiment", **load_words({word: False})}) == plain
+
+
+def test_choices_of_other_trainers_are_ours():
+    assert load_words({"finetuning_type": "freeze"}) == {"method": "head"}
+    assert load_words({"adapter": "qlora"}) == {"method": "lora", "quantize": "nf4"}
+    with pytest.raises(ConfigError, match="unknown key 'adapter'"):
+        build({"recipe": "sentiment", **load_words({"adapter": "llama-adapter"})})
+
+
+@pytest.mark.parametrize("word", sorted(ELSEWHERE))
+def test_words_without_a_key_here_say_where_to_look(word):
+    with pytest.raises(ConfigError, match=f"unknown key '{word}': ") as told:
+        build({"recipe": "sentiment", **load_words({word: 3})})
+    assert "did you mean" not in str(told.value)
+
+
+@pytest.mark.parametrize(("word", "near"), [("lerning_rate", "learning_rate"), ("lora_rnk", "lora_rank")])
+def test_a_word_that_nobody_knows_is_refused_with_the_nearest(word, near):
+    with pytest.raises(ConfigError, match=f"did you mean .*'{near}'"):
+        build({"recipe": "sentiment", **load_words({word: 3})})
 
 
 def load_words(words):
