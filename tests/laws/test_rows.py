@@ -448,3 +448,48 @@ def test_generation_in_one_pass():
         scores = model(ids, use_cache=False).logits
     assert report.strategy == "one pass"
     assert scores.shape == (3, 5, 40)
+
+
+# ---- sorted at the entry
+
+
+class Seen(Classifier):
+    """Keeps what its first layer was given."""
+
+    def forward(self, ids, bias=None):
+        self.seen = ids
+        return super().forward(ids, bias)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_are_sorted_once_at_the_entry_and_every_output_is_put_back(training):
+    model = with_adapters(Seen().double(), ["a", "b"], targets=["first", "second"]).train(training)
+    model.drop.p = 0.0
+    ids, choices = torch.randint(20, (5, 6)), ["b", "a", None, "a", "b"]
+    with dw.rows(model, choices) as report:
+        found = model(ids)
+    assert report.strategy == "one pass"
+    assert torch.equal(model.seen, ids[[0, 4, 1, 3, 2]])
+    with dw.rows(model, choices, how="split"):
+        expected = model(ids)
+    assert found.pop("kind") == expected.pop("kind")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+class Upside(Classifier):
+    """An output that has the rows in another order than the inputs."""
+
+    def forward(self, ids, bias=None):
+        out = super().forward(ids, bias)
+        return {"logits": out["logits"], "last first": out["logits"].flip(0)}
+
+
+def test_a_model_whose_outputs_are_not_in_the_rows_order_is_not_sorted():
+    model = with_adapters(Upside().double().eval(), ["a", "b"], targets=["first", "second"])
+    ids, choices = torch.randint(20, (4, 6)), ["a", "b", None, "a"]
+    expected = alone(model, ids, choices)
+    with dw.rows(model, choices) as report:
+        found = model(ids)
+    assert report.strategy == "one pass"
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found["last first"], expected.flip(0), rtol=1e-9, atol=1e-9)

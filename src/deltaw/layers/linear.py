@@ -65,10 +65,8 @@ class LinearHost(OutputHost, nn.Linear):
     def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
         segments = []
         for active, start, stop in groups:
-            with self.roster.using(active):
-                sites = self.active_sites()
-                terms = self.low_rank() if sites else []
-            if terms is None or sites - {"weight"} or self.beneath:
+            terms = self.low_rank(active) if active else []
+            if terms is None or self.beneath or not self.active_sites(active) <= {"weight"}:
                 return None
             segments.append(Segment(start, stop, terms))
         form = self.form("weight")

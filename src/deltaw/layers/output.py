@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.core.host import Host, Spoken
 from deltaw.core.part import parameter_of, placed, placed_rows, rows_of
+from deltaw.core.roster import Active
 from deltaw.core.variant import LowRank
 
 
@@ -28,10 +29,10 @@ class OutputHost(Host):
         """The weight as it is stored, (out, in)."""
         return {"weight": tuple(layer.weight.shape)}  # type: ignore[arg-type]
 
-    def low_rank(self) -> list[LowRank] | None:
-        """The active changes of the weight as low-rank terms, or None if one of them is not of that form."""
+    def low_rank(self, active: Active | None = None) -> list[LowRank] | None:
+        """The active changes of the weight (or those of `active`) as low-rank terms, or None if one is not of that form."""
         terms: list[LowRank] = []
-        for spoken in self.speaking("weight"):
+        for spoken in self.speaking("weight", active):
             parts = self.terms_of(spoken)
             if parts is None:
                 return None

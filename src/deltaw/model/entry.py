@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.core.roster import ByRow
+from deltaw.core.roster import ByRow, Roster
 from deltaw.errors import ModelError
 from deltaw.model import state
 
@@ -30,13 +30,13 @@ class AtEntry(ByRow):
 class Entry:
     """Stands in for `model.forward` while some thread is inside of `rows`; other threads pass through it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, roster: Roster) -> None:
         self.model = model
         self.before: Callable[..., Any] | None = model.__dict__.get("forward")
         self.users = 0
         plain = model.forward
         self.__wrapped__ = plain
-        self.roster = state.rosters(model)[0]
+        self.roster = roster
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = getattr(self.roster.local, "rows", None)
@@ -52,12 +52,12 @@ _LOCK = threading.Lock()
 
 
 @contextmanager
-def entered(place: nn.Module) -> Iterator[None]:
+def entered(place: nn.Module, roster: Roster) -> Iterator[None]:
     """An `Entry` in front of `place`'s forward, shared by all threads that are inside."""
     with _LOCK:
         entry = place.__dict__.get("forward")
         if not isinstance(entry, Entry):
-            entry = Entry(place)
+            entry = Entry(place, roster)
             place.__dict__["forward"] = entry
         entry.users += 1
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter, join_key
 from deltaw.core.host import Host
 from deltaw.core.variant import Delta
-from deltaw.errors import AdapterError
+from deltaw.errors import AdapterError, ConfigError
 from deltaw.model import state
 from deltaw.model.gradients import listed
 
@@ -24,9 +24,14 @@ def replace(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     Raises:
         AdapterError: it changes other weights than `name` does, by another method, or by one of larger rank.
         UnknownName: the model has no adapter of that name.
+        ConfigError: `adapter` is no Adapter.
         ModelError: changes are merged into the weights.
     If anything is wrong, nothing is replaced.
     """
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"replace({name!r}) takes an Adapter, as dw.read and dw.get give it; found {type(adapter).__name__}"
+        )
     root = state.unwrap(model)
     state.known(root, name)
     state.unmerged(root, "replace an adapter")
@@ -56,5 +61,6 @@ def replace(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
                 delta.prepare(host.frozen(site))
     for roster in state.rosters(root):
         if name in roster.names:
-            roster.notes[name] = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
+            kept = roster.notes.get(name, {})
+            roster.notes[name] = {**kept, "base": dict(adapter.base), "extra": dict(adapter.extra)}
     return model

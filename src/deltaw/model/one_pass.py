@@ -6,7 +6,8 @@ Rows that no adapter of theirs changes in a layer go through it in one group. Si
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,10 +21,18 @@ Group = tuple[Active, list[int]]
 """Adapters, and the rows that have them."""
 
 
-def changed_by(host: Host) -> frozenset[str]:
-    """The adapters that change what a call of `host` computes: its own, those of a tied layer, those of hosts inside."""
-    inside = [h for h in host.modules() if isinstance(h, Host)]
-    return frozenset(name for h in inside for name in (*h.adapters._modules, *h.adapters.tied))
+def changed_by(host: Host, names: Iterable[str]) -> frozenset[str]:
+    """Those of the adapters `names` that change what a call of `host` computes: its own, those of a tied layer, those of
+    hosts inside."""
+    inside = [h for h in state.layers_of(host).values() if isinstance(h, Host)]
+    return frozenset(n for n in names if any(n in h.adapters._modules or n in h.adapters.tied for h in inside))
+
+
+def sorted_groups(groups: Sequence[Group]) -> tuple[list[Group], list[int]]:
+    """The groups of a batch whose rows are sorted by group, and the order of the rows that sorts them."""
+    order = [row for _, rows in groups for row in rows]
+    spans = accumulate((len(rows) for _, rows in groups), initial=0)
+    return [(active, list(range(at, at + len(rows)))) for (active, rows), at in zip(groups, spans)], order
 
 
 class Unproven(Exception):
@@ -54,22 +63,28 @@ class OnePass(ByRow):
         self.count = sum(len(group) for _, group in groups)
         self.multiples = multiples
         self.follows = follows
-        self.reach: dict[int, frozenset[str]] = {}
+        self.names = frozenset(name for active, _ in groups for name, _ in active)
+        self.known: dict[frozenset[str], dict[Active, list[int]]] = {}
+
+    def groups_at(self, host: Host) -> dict[Active, list[int]]:
+        """The rows by the adapters that change this very host."""
+        names = changed_by(host, self.names)
+        found = self.known.get(names)
+        if found is None:
+            found = self.known[names] = {}
+            for active, rows in self.groups:
+                here = tuple((name, weight) for name, weight in active if name in names)
+                found[here] = sorted([*found.get(here, ()), *rows])
+        return found
 
     def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = self.reach.get(id(host))
-        if names is None:
-            names = self.reach[id(host)] = changed_by(host)
-        groups: dict[Active, list[int]] = {}
-        for active, group in self.groups:
-            here = tuple((name, weight) for name, weight in active if name in names)
-            groups.setdefault(here, []).extend(group)
+        groups = self.groups_at(host)
         if len(groups) == 1:
             with host.roster.using(next(iter(groups))):
                 return forward(host, *args, **kwargs)
         multiple = self.multiples.get(id(host), 1)
         follows = self.checked(host, args, kwargs, multiple)
-        entries = [trees.unfold(sorted(group), multiple) for group in groups.values()]
+        entries = [trees.unfold(group, multiple) for group in groups.values()]
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             whole = self.at_once(host, args[0], list(zip(groups, entries)))
             if whole is not None:

@@ -95,12 +95,14 @@ class Found:
     """What the probe found. `foreign`: id of a host -> why it cannot be told which rows it works on.
 
     `follows`: id of a host -> which of its tensor arguments follow the rows. `outputs`: for every tensor that the model
-    gives, the dimension that counts the rows (None: the same for all rows).
+    gives, the dimension that counts the rows (None: the same for all rows). `in_order`: every output is known to follow
+    the rows' order or to be the same for all of them, so that the rows may be sorted at the model's entry.
     """
 
     foreign: Mapping[int, str] = field(default_factory=dict)
     follows: Mapping[int, tuple[bool, ...]] = field(default_factory=dict)
     outputs: Mapping[str, int | None] = field(default_factory=dict)
+    in_order: bool = False
 
 
 def compared(first: Recorder, second: Recorder, multiples: Mapping[int, int], outputs: tuple[Any, Any]) -> Found:
@@ -138,7 +140,19 @@ def compared(first: Recorder, second: Recorder, multiples: Mapping[int, int], ou
             moved = [d for d in range(tensor.ndim) if tensor.shape[d] != other.shape[d]]
             if len(moved) <= 1:
                 dims[name] = moved[0] if moved else None
-    return Found(foreign, follows, dims)
+    known = one_out.keys() == two_out.keys()
+    in_order = known and all(ordered(leaf, two_out[name], dims.get(name)) for name, leaf in one_out.items())
+    return Found(foreign, follows, dims, in_order)
+
+
+def ordered(one: Any, two: Any, dim: int | None) -> bool:
+    """Whether an output of the model follows the rows' order (in `dim`), or is the same for all rows."""
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return not opaque(one) and type(one) is type(two) and bool(one == two)
+    if dim is None:
+        return verdict(mark(one), mark(two), 1) == SHARED
+    multiple = one.shape[dim] // len(FIRST)
+    return multiple > 0 and verdict(mark(one.movedim(dim, 0)), mark(two.movedim(dim, 0)), multiple) == FOLLOWS
 
 
 def foreign_reason(one: tuple[int, ...], two: tuple[int, ...], multiple: int) -> str:

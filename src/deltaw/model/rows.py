@@ -6,7 +6,9 @@ Two ways lead to the same result, that every row equals the same row run alone w
   outputs are put together again. Exact for any layer, since no layer sees two adapters in one call.
 - **one pass**: the model runs once, and every adapted layer splits its own call by adapter. Only where each layer that
   an adapter of the batch changes is proven to see the rows in its first dimension (model/probe.py; once per form of the
-  arguments, on three rows and then on two). A layer of which that is not so is named, and the call is split.
+  arguments, on three rows and then on two). A layer of which that is not so is named, and the call is split. Where the
+  model's outputs are proven to follow the rows as well, the rows are sorted by adapter once, at the entry, and put back
+  in the outputs: a layer's groups are then slices (hooks inside of the model see the sorted rows).
 
 Randomness: a split batch draws dropout group by group, in the order in which the adapters first appear, one pass layer
 by layer. Both are the model's own distribution; neither has the very bits of the other.
@@ -28,9 +30,9 @@ from deltaw.core.host import Host
 from deltaw.core.roster import Active, Roster, Speaking
 from deltaw.errors import ConfigError, ModelError
 from deltaw.model import probe, state, targeting, trees
-from deltaw.model.activate import Choice, chosen
+from deltaw.model.activate import Choice, chosen_in
 from deltaw.model.entry import AtEntry, entered, entrance, is_compiled
-from deltaw.model.one_pass import Group, OnePass, Unproven, changed_by
+from deltaw.model.one_pass import Group, OnePass, Unproven, changed_by, sorted_groups
 
 How = Literal["auto", "one pass", "split"]
 Dims = int | Mapping[str | int, int | None] | None
@@ -71,12 +73,14 @@ def rows(
         raise ConfigError(f"how={how!r} is not one of 'auto', 'one pass', 'split'")
     if scalars not in ("refuse", "mean"):
         raise ConfigError(f"scalars={scalars!r} is not one of 'refuse', 'mean'")
-    state.unmerged(model, "give rows adapters")
-    actives = [chosen(model, choice) for choice in names]
+    layout = state.Layout(model)
+    rosters = layout.rosters()
+    state.unmerged_in(rosters, "give rows adapters")
+    actives = [chosen_in(rosters, model, choice) for choice in names]
     place = entrance(model)
-    request = Rows(place, actives, how, dims, multiples_by_host(model, multiples or {}), scalars)
+    request = Rows(place, layout, actives, how, dims, multiples_by_host(layout, multiples or {}), scalars)
     with ExitStack() as stack:
-        stack.enter_context(entered(place))
+        stack.enter_context(entered(place, rosters[0]))
         for roster in request.rosters:
             stack.enter_context(roster.using(request))
         yield request
@@ -88,20 +92,22 @@ class Rows(AtEntry):
     def __init__(
         self,
         place: nn.Module,
+        layout: state.Layout,
         actives: Sequence[Active],
         how: How,
         dims: Dims,
         multiples: Mapping[int, int],
         scalars: str,
     ) -> None:
-        self.root = state.unwrap(place)
+        self.layout = layout
+        self.root = layout.root
         self.how: How = how
-        self.compiled = any(is_compiled(m) for m in (place, *place.modules()))
+        self.compiled = any(is_compiled(m) for m in (place, *layout.modules))
         self.dims = usual_dim(self.root) if dims is None else dims
         self.multiples = multiples
         self.scalars = scalars
         self.count = len(actives)
-        self.rosters: list[Roster] = state.rosters(self.root)
+        self.rosters: list[Roster] = layout.rosters()
         groups: dict[Active, list[int]] = {}
         for row, active in enumerate(actives):
             groups.setdefault(active, []).append(row)
@@ -111,7 +117,7 @@ class Rows(AtEntry):
 
     def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A host was reached without passing the model's entry: rows are not known there."""
-        path = next((p for p, h in state.hosts(self.root) if h is host), "a layer")
+        path = next((p for p, h in self.layout.hosts() if h is host), "a layer")
         raise ModelError(
             f"{path} was called inside of dw.rows, but not by calling the model that dw.rows was given: "
             f"call that {type(self.root).__name__}, or give dw.rows the module that you call"
@@ -137,13 +143,13 @@ class Rows(AtEntry):
         if self.how == "one pass":
             if self.compiled:
                 raise ModelError("how='one pass' does not reach into compiled modules: use 'auto' or 'split'")
-            return self.one_pass(plain, args, kwargs, None)
+            return self.one_pass(plain, args, kwargs, where, None)
         if self.how == "auto" and self.can_be_probed(args, kwargs):
             found = self.probed(plain, args, kwargs, where)
             self.named = self.foreign(found)
             if not self.named:
                 try:
-                    return self.one_pass(plain, args, kwargs, found)
+                    return self.one_pass(plain, args, kwargs, where, found)
                 except Unproven as late:
                     self.named = {late.path: late.reason}
             self.warn()
@@ -230,19 +236,40 @@ class Rows(AtEntry):
     # ---- one call in all
 
     def one_pass(
-        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], found: probe.Found | None
+        self,
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        where: Mapping[str, int],
+        found: probe.Found | None,
     ) -> Any:
-        """The model once, every adapted layer splitting its own call."""
-        plan = OnePass(self.root, self.groups, self.multiples, None if found is None else found.follows)
+        """The model once, every adapted layer splitting its own call; on rows sorted by adapter, where that is proven."""
         self.strategy = "one pass"
-        with self.speak(plan):
-            return plain(*args, **kwargs)
+        if found is None or not found.in_order:
+            with self.speak(OnePass(self.root, self.groups, self.multiples, None if found is None else found.follows)):
+                return plain(*args, **kwargs)
+        groups, order = sorted_groups(self.groups)
+        some_args, some_kwargs = trees.taken((args, kwargs), where, order)
+        with self.speak(OnePass(self.root, groups, self.multiples, found.follows)):
+            output = plain(*some_args, **some_kwargs)
+        return trees.mapped(output, functools.partial(self.unsorted, found, order))
+
+    def unsorted(self, found: probe.Found, order: Sequence[int], name: str, leaf: Any) -> Any:
+        """One output of a call with sorted rows, in the caller's order."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dim = found.outputs.get(name, 0)
+        if dim is None:
+            return leaf
+        if name not in found.outputs or leaf.shape[dim] % len(order):
+            raise Unproven(f"output {name!r}", "was not there, or of another form, in the probe")
+        return trees.place([leaf], [trees.unfold(order, leaf.shape[dim] // len(order))], dim)
 
     def can_be_probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the model can run on a few rows without side effects."""
         moving = any(
             m.training and not isinstance(m, Host) and isinstance(m._buffers.get("running_mean"), Tensor)
-            for m in self.root.modules()
+            for m in self.layout.modules
         )
         return not self.compiled and not moving and not any(probe.opaque(v) for _, v in trees.leaves((args, kwargs)))
 
@@ -254,7 +281,7 @@ class Rows(AtEntry):
             (name, leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
             for name, leaf in trees.leaves((args, kwargs))
         )
-        hosts = frozenset(id(host) for _, host in state.hosts(self.root))
+        hosts = frozenset(id(host) for _, host in self.layout.hosts())
         key = (form, tuple(sorted(where.items())), self.root.training, hosts, tuple(sorted(self.multiples.items())))
         known: dict[Any, probe.Found] = self.rosters[0].probes
         if key not in known:
@@ -276,8 +303,8 @@ class Rows(AtEntry):
         names = {name for active, _ in self.groups for name, _ in active}
         return {
             path: found.foreign[id(host)]
-            for path, host in state.hosts(self.root)
-            if id(host) in found.foreign and names & changed_by(host)
+            for path, host in self.layout.hosts()
+            if id(host) in found.foreign and changed_by(host, names)
         }
 
     def warn(self) -> None:
@@ -350,15 +377,14 @@ def usual_dim(model: nn.Module) -> int:
     return 1 if own and not seen.batch_first else 0
 
 
-def multiples_by_host(model: nn.Module, multiples: Mapping[str, int]) -> dict[int, int]:
+def multiples_by_host(layout: state.Layout, multiples: Mapping[str, int]) -> dict[int, int]:
     """{pattern: multiple} -> {id of a host inside of the modules that the pattern names: multiple}."""
-    root = state.unwrap(model)
-    known = targeting.layers_of(root)
+    known = layout.layers
     found: dict[int, int] = {}
     for pattern, multiple in multiples.items():
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise ConfigError(f"multiples={{{pattern!r}: {multiple!r}}}: entries per row are a whole number above 0")
-        for path in targeting.matching(root, pattern, known) if pattern else [""]:
+        for path in targeting.matching(layout.root, pattern, known) if pattern else [""]:
             found |= {id(m): multiple for m in known[path].modules() if isinstance(m, Host)}
     return found
 

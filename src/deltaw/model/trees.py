@@ -115,7 +115,7 @@ def unfold(rows: Sequence[int], multiple: int) -> list[int]:
 def place(pieces: Sequence[Tensor], rows: Sequence[Sequence[int]], dim: int = 0) -> Tensor:
     """The inverse of `take`: `pieces[i]` holds `rows[i]` of the result."""
     order = [row for group in rows for row in group]
-    whole = torch.cat(list(pieces), dim)
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
     if order == list(range(len(order))):
         return whole
     back = sorted(range(len(order)), key=order.__getitem__)

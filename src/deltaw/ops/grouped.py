@@ -2,10 +2,11 @@
 
     y[seg] = x[seg] Wᵀ + b + Σ over the segment's adapters of their change of x[seg]
 
-Rows are sorted by adapter once per batch (`sort_rows`), so that a segment is a slice: no gather, no scatter, no mask.
-A long segment runs on its own W' = W + s B A (select.py); all other rows share one base product, and short segments add
-their factors in place. Rows without adapters cost nothing more. No row is ever multiplied with another row's adapter,
-not even by zero, so an adapter full of NaN changes its own rows only.
+Rows are sorted by adapter once per batch, at the model's entry (model/rows.py), so that a segment is a slice: no gather,
+no scatter, no mask. All rows share one base product, and every segment adds its factors in place: a weight of its own
+for each segment (as in linear.py) would cut that product into pieces, which costs more than the thin products do. Rows
+without adapters cost nothing more. No row is ever multiplied with another row's adapter, not even by zero, so an adapter
+full of NaN changes its own rows only.
 
 The plain twin is `grouped_linear_reference`. For very many very short segments see stacked.py.
 """
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from deltaw.errors import ConfigError
 from deltaw.ops.linear import (
@@ -27,12 +27,13 @@ from deltaw.ops.linear import (
     as_autocast,
     backward_factors,
     column_dots,
+    first_product,
     plain,
     project,
     scale_and_shift_,
     transformed,
 )
-from deltaw.ops.select import use_merged
+from deltaw.ops.matmul import linear
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -41,11 +42,13 @@ from deltaw.ops.terms import (
     Term,
     flat,
     in_force,
-    merged_weight,
     pack,
     total_gain,
     unpack,
 )
+
+Span = tuple[int, int, Plan]
+"""First token, last token, and the constants of the segment's terms."""
 
 
 class Segment(NamedTuple):
@@ -54,23 +57,6 @@ class Segment(NamedTuple):
     start: int
     stop: int
     adapters: Sequence[Factors] = ()
-
-
-def sort_rows(owners: Sequence[object]) -> tuple[list[int], list[int], list[tuple[object, int, int]]]:
-    """The order that puts equal owners side by side, its inverse, and (owner, start, stop) of each run.
-
-    `x[order]` is sorted, `y[inverse]` is in the caller's order again.
-    """
-    groups: dict[object, list[int]] = {}
-    for row, owner in enumerate(owners):
-        groups.setdefault(owner, []).append(row)
-    order = [row for rows in groups.values() for row in rows]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    runs, start = [], 0
-    for owner, rows in groups.items():
-        runs.append((owner, start, start + len(rows)))
-        start += len(rows)
-    return order, inverse, runs
 
 
 def grouped_linear(
@@ -90,19 +76,15 @@ def grouped_linear(
     check(segments, x.shape[0])
     x, weight, bias = as_autocast(x, weight, bias)
     per_row = math.prod(x.shape[1:-1])
-    spans: list[tuple[int, int, bool, Plan]] = []
+    spans: list[Span] = []
     tensors: list[Tensor | None] = []
     parts: list[tuple[int, int, list[Term]]] = []
     for start, stop, adapters in segments:
         if not adapters or start == stop:
             continue
-        tokens = (stop - start) * per_row
-        merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype)
-        terms = [in_force(a, training, merge, x.device) for a in adapters]
-        merge = merge and all(t.merged for t in terms)
-        terms = [t._replace(merged=merge) for t in terms]
+        terms = [in_force(a, training, False, x.device) for a in adapters]
         plan, own = pack(terms)
-        spans.append((start * per_row, stop * per_row, merge, plan))
+        spans.append((start * per_row, stop * per_row, plan))
         parts.append((start, stop, terms))
         tensors += own
     if transformed():
@@ -153,7 +135,7 @@ def check(segments: Sequence[Segment], rows: int) -> None:
         if not done <= s.start <= s.stop <= rows:
             raise ConfigError(
                 f"segments must be in order, apart, and within the batch's {rows} rows; found {s.start}..{s.stop} "
-                f"after row {done}: sort the rows by adapter first (sort_rows)"
+                f"after row {done}: sort the rows by adapter first"
             )
         done = s.stop
 
@@ -164,43 +146,36 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        spans: tuple[tuple[int, int, bool, Plan], ...],
+        spans: tuple[Span, ...],
         frozen: FrozenProduct | None,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """`spans` are (first token, last token, merge, plan) of each segment; `tensors` their packed terms in turn."""
+        """`spans` are (first token, last token, plan) of each segment; `tensors` their packed terms in turn."""
         rows = flat(x)
         segments = unpack_spans(spans, tensors)
-        products: list[Tensor | None] = []
+        products: list[Tensor] = []
         if weight is None:
             assert frozen is not None
             y = flat(frozen.matmul(x))
-        elif any(merge for _, _, merge, _ in segments):
-            y = rows.new_empty(rows.shape[0], weight.shape[0])
-            for start, stop, terms in runs(segments, rows.shape[0]):
-                own = weight if terms is None else merged_weight(weight, terms)
-                product_into(y[start:stop], rows[start:stop], own, bias)
+            if bias is not None:
+                y.add_(bias)
         else:
-            y = flat(F.linear(x, weight, bias))
-        if weight is None and bias is not None:
-            y.add_(bias)
-        for start, stop, merge, terms in segments:
+            y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
+        for start, stop, terms in segments:
             part = y[start:stop]
-            gain = None if merge else total_gain(terms)
+            gain = total_gain(terms)
             if gain is not None:
                 scale_and_shift_(part, gain, None if bias is None else -gain * bias)
             for t in terms:
-                h = None if merge else project(t, rows[start:stop])
-                if h is not None:
-                    add_(part, h, t)
+                h = project(t, rows[start:stop])
+                add_(part, h, t)
                 products.append(h)
         ctx.spans, ctx.frozen = spans, frozen
         ctx.save_for_backward(x, weight, *tensors, *products)
-        out = weight.shape[0] if weight is not None else y.shape[1]
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], out])  # type: ignore[no-any-return]
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -218,33 +193,25 @@ class GroupedLinear(torch.autograd.Function):
         scaled = g
         if (needs_x or needs_weight) and any(total_gain(terms) is not None for *_, terms in segments):
             scaled = g.clone()
-            for start, stop, merge, terms in segments:
+            for start, stop, terms in segments:
                 gain = total_gain(terms)
-                if gain is not None and (needs_weight or not merge):
+                if gain is not None:
                     scaled[start:stop].mul_(1 + gain)
         dx: Tensor | None = None
         if needs_x:
-            if weight is None:
-                dx = ctx.frozen.matmul_grad(scaled)
-            elif any(merge for _, _, merge, _ in segments):
-                dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
-                for start, stop, inside in runs(segments, rows.shape[0]):
-                    source, own = (scaled, weight) if inside is None else (g, merged_weight(weight, inside))
-                    torch.mm(source[start:stop], own, out=dx[start:stop])
-            else:
-                dx = scaled @ weight
+            dx = ctx.frozen.matmul_grad(scaled) if weight is None else linear(scaled, weight.t())
         out: list[Tensor | None] = []
-        for start, stop, merge, terms in segments:
+        for start, stop, terms in segments:
             base: Tensor | None = None
             for t in terms:
                 needs_A, needs_B, needs_gain, _ = next(needs_of)
-                part = None if dx is None or merge else dx[start:stop]
+                part = None if dx is None else dx[start:stop]
                 dA, dB = backward_factors(t, g[start:stop], rows[start:stop], next(products), needs_A, needs_B, part)
                 dgain = None
                 if needs_gain and t.gain is not None:
                     if base is None:
                         own_rows = rows[start:stop]
-                        base = own_rows @ weight.t() if weight is not None else ctx.frozen.matmul(own_rows)
+                        base = linear(own_rows, weight) if weight is not None else ctx.frozen.matmul(own_rows)
                     dgain = column_dots(g[start:stop], base).to(t.gain.dtype)
                 out += [dA, dB, dgain, None]
         dweight = scaled.t() @ rows if needs_weight else None
@@ -252,36 +219,10 @@ class GroupedLinear(torch.autograd.Function):
         return None, None, None if dx is None else dx.view(x.shape), dweight, dbias, *out
 
 
-Spanned = tuple[int, int, bool, list[Term]]
-
-
-def unpack_spans(spans: Sequence[tuple[int, int, bool, Plan]], tensors: Sequence[Any]) -> list[Spanned]:
-    """(first token, last token, merge, terms) of each segment."""
+def unpack_spans(spans: Sequence[Span], tensors: Sequence[Any]) -> list[tuple[int, int, list[Term]]]:
+    """(first token, last token, terms) of each segment."""
     found, at = [], 0
-    for start, stop, merge, plan in spans:
-        found.append((start, stop, merge, unpack(plan, tensors[at : at + TENSORS * len(plan)])))
+    for start, stop, plan in spans:
+        found.append((start, stop, unpack(plan, tensors[at : at + TENSORS * len(plan)])))
         at += TENSORS * len(plan)
     return found
-
-
-def runs(segments: Sequence[Spanned], tokens: int) -> list[tuple[int, int, list[Term] | None]]:
-    """The base products that are needed: each merged segment its own, and the stretches between them, with None."""
-    found: list[tuple[int, int, list[Term] | None]] = []
-    done = 0
-    for start, stop, merge, terms in segments:
-        if merge:
-            if done < start:
-                found.append((done, start, None))
-            found.append((start, stop, terms))
-            done = stop
-    if done < tokens:
-        found.append((done, tokens, None))
-    return found
-
-
-def product_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """y = x Wᵀ + b, written where it belongs."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=y)
-    else:
-        torch.addmm(bias, x, weight.t(), out=y)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deltaw as dw
-from deltaw.errors import AdapterError, ModelError, UnknownName
+from deltaw.errors import AdapterError, ConfigError, ModelError, UnknownName
 from tests.laws.conftest import shaken
 
 X = torch.randn(5, 4, dtype=torch.float64)
@@ -75,3 +75,17 @@ def test_names_and_states():
         dw.replace(model, "b", adapter)
     with dw.merged(model), pytest.raises(ModelError, match="unmerge"):
         dw.replace(model, "a", adapter)
+
+
+def test_what_is_no_adapter_is_refused_by_name():
+    model = model_with(dw.LoRA(rank=4))
+    with pytest.raises(ConfigError, match=r"replace\('a'\) takes an Adapter.*found int"):
+        dw.replace(model, "a", 3)
+
+
+def test_what_attach_noted_is_still_told_by_the_summary():
+    model = model_with(dw.LoRA(rank=4))
+    before = dw.summary(model).matched
+    assert before["a"] == {"targets='0'": 1, "targets='2'": 1}
+    dw.replace(model, "a", dw.get(model_with(dw.LoRA(rank=4), seed=7), "a"))
+    assert dw.summary(model).matched == before

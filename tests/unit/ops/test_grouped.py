@@ -8,7 +8,7 @@ import torch
 from deltaw.core.variant import LowRank
 from deltaw.errors import ConfigError, NonFinite
 from deltaw.ops import adapted_linear
-from deltaw.ops.grouped import Segment, grouped_linear, grouped_linear_reference, sort_rows
+from deltaw.ops.grouped import Segment, grouped_linear, grouped_linear_reference
 from deltaw.ops.stacked import stack, stacked_linear
 from tests.unit.ops.test_linear import Doubled
 
@@ -102,21 +102,8 @@ def test_a_frozen_form() -> None:
 @pytest.mark.parametrize("spans", [[(3, 5), (1, 2)], [(0, 4), (3, 6)], [(0, 99)], [(4, 2)]])
 def test_segments_that_do_not_fit_are_refused(spans: list[tuple[int, int]]) -> None:
     x, weight, bias, _ = batch()
-    with pytest.raises(ConfigError, match="sort_rows"):
+    with pytest.raises(ConfigError, match="sort the rows"):
         grouped_linear(x, weight, bias, [Segment(a, b, (adapter(2),)) for a, b in spans], training=False)
-
-
-def test_rows_are_sorted_and_put_back() -> None:
-    owners = ["b", None, "a", "b", None, "c"]
-    order, inverse, runs = sort_rows(owners)
-    assert [[owners[i] for i in order][start:stop] for _, start, stop in runs] == [
-        ["b", "b"],
-        [None, None],
-        ["a"],
-        ["c"],
-    ]
-    assert [order[i] for i in inverse] == list(range(6))
-    assert sort_rows([]) == ([], [], [])
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
