@@ -16,6 +16,7 @@ from benchmarks.measure import record, row
 METHODS = {
     "deltaw": "methods.deltaw(work, dropout=0.05)",
     "deltaw without dropout": "methods.deltaw(work)",
+    "deltaw compact": "compacted(methods.deltaw(work, dropout=0.05))",
     "deltaw DoRA": "methods.deltaw(work, dropout=0.05, dora=True)",
     "peft": "methods.peft(work, dropout=0.05)",
     "peft DoRA": "methods.peft(work, dropout=0.05, dora=True)",
@@ -27,10 +28,19 @@ CHILD = """
 import gc, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
+import deltaw as dw
 from benchmarks import methods, workloads
 
 def kilobytes(name):
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name)).split()[1])
+
+def compacted(contender):
+    loss = contender.loss
+    def inner(model):
+        with dw.compact(model):
+            return loss(model)
+    contender.loss = inner
+    return contender
 
 work = workloads.all_workloads()[int(sys.argv[1])]
 contender = eval(sys.argv[2])
@@ -66,6 +76,7 @@ def main(which: tuple[int, ...] = (0, 1, 2)) -> None:
         table[name] = mib
         rows.append(row(f"{name}: memory deltaw / PEFT", {"ratio": mib["deltaw"] / mib["peft"]}, 0.60))
         rows.append(row(f"{name}: memory deltaw / full", {"ratio": mib["deltaw"] / mib["full"]}, 0.65))
+        rows.append(row(f"{name}: compact / full", {"ratio": mib["deltaw compact"] / mib["full"]}, 0.42))
         rows.append(row(f"{name}: memory floor / full", {"ratio": mib["floor"] / mib["full"]}))
         rows.append(row(f"{name}: memory DoRA deltaw / PEFT", {"ratio": mib["deltaw DoRA"] / mib["peft DoRA"]}))
     record("S7", rows, mebibytes=table)

@@ -32,6 +32,7 @@ _WHERE = {
     "activate": "deltaw.model.activate",
     "rows": "deltaw.model.rows",
     "replace": "deltaw.model.hot",
+    "compact": "deltaw.ops.compact",
     "quantize": "deltaw.model.quantize",
     "dequantize": "deltaw.model.quantize",
     "Int8": "deltaw.frozen.int8",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from deltaw.model.rows import rows as rows
     from deltaw.model.summary import adapters as adapters
     from deltaw.model.summary import summary as summary
+    from deltaw.ops.compact import compact as compact
     from deltaw.variants.adalora import AdaLoRA as AdaLoRA
     from deltaw.variants.adalora import orthogonality_loss as orthogonality_loss
     from deltaw.variants.diff import Diff as Diff

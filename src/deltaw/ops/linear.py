@@ -77,9 +77,17 @@ def adapted_linear(
     if transformed():
         return plain(x, weight, bias, terms, frozen)
     plan, tensors = pack(terms)
-    recipe, sources = recipe_of(x) or (None, ())
-    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, recipe, sources, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    keep = reads_x(weight, terms)
+    recipe, sources = (recipe_of(x) if keep else None) or (None, ())
+    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, keep, recipe, sources, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
     return y
+
+
+def reads_x(weight: Tensor | None, terms: Sequence[Term]) -> bool:
+    """Whether backward reads x itself. Where only B learns (LoRA-FA) it reads h = drop(x) Aᵀ, which is kept instead."""
+    return (weight is not None and weight.requires_grad) or any(
+        t.A.requires_grad or (t.gain is not None and t.gain.requires_grad) for t in terms
+    )
 
 
 def adapted_linear_reference(
@@ -144,6 +152,7 @@ class AdaptedLinear(torch.autograd.Function):
         plan: Plan,
         merge: bool,
         frozen: FrozenProduct | None,
+        keep: bool,
         recipe: Recipe | None,
         sources: tuple[Tensor, ...],
         x: Tensor,
@@ -153,7 +162,7 @@ class AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         """`plan` and `tensors` are the packed terms; `merge` says whether gains and undropped factors are in W'.
 
-        `sources` is what `recipe` makes x again from.
+        `keep`: backward reads x. `sources` is what `recipe` makes it again from.
         """
         terms = unpack(plan, tensors)
         gain = None if merge else total_gain(terms)
@@ -173,13 +182,16 @@ class AdaptedLinear(torch.autograd.Function):
             if not t.merged:
                 h = project(t, flat(x))
                 add_(y, h, t)
+            elif not keep and t.B.requires_grad:
+                h = project(t, flat(x))
             products.append(h)
         y = torch.ops.aten._unsafe_view.default(y, result.shape)  # no view to autograd: `relu_(y)` is allowed
         kept = None  # y, from which ∂gain is read
         if any(t.gain is not None and t.gain.requires_grad for t in terms) and not torch.compiler.is_compiling():
             kept, ctx.witness = alias(y)
         ctx.plan, ctx.merge, ctx.frozen, ctx.recipe, ctx.sources = plan, merge, frozen, recipe, len(sources)
-        ctx.save_for_backward(kept, x if recipe is None else None, weight, bias, *tensors, *products, *sources)
+        ctx.columns = x.shape[-1]
+        ctx.save_for_backward(kept, x if keep and recipe is None else None, weight, bias, *tensors, *products, *sources)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -187,14 +199,15 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
         kept, x, weight, bias, *rest = ctx.saved_tensors
-        terms = unpack(ctx.plan, rest)
-        products = rest[TENSORS * len(terms) : len(rest) - ctx.sources]
         if ctx.recipe is not None:
             x = ctx.recipe.take(rest[len(rest) - ctx.sources :])
-        needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[5:]
+            del rest[len(rest) - ctx.sources :]  # over compact saves (compact.py) these were made for x alone
+        terms = unpack(ctx.plan, rest)
+        products = rest[TENSORS * len(terms) :]
+        needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[6:]
         needs_gain = any(needs[i] for i in range(2, len(needs), TENSORS))
         g = flat(grads[0]).contiguous()  # (T, out)
-        rows = flat(x)  # (T, in)
+        rows = g.new_empty(()).expand(g.shape[0], ctx.columns) if x is None else flat(x)  # (T, in); without x its shape
         gain = total_gain(terms)
         scaled = g
         if gain is not None and (needs_weight or (needs_x and not ctx.merge)):
@@ -228,8 +241,8 @@ class AdaptedLinear(torch.autograd.Function):
             dterms += dfactors[2 * i : 2 * i + 2]
             dterms += [dgain.to(t.gain.dtype) if wanted and dgain is not None and t.gain is not None else None, None]
         dweight = linear(scaled.t(), rows.t()) if needs_weight else None
-        dinput = None if dx is None else dx.view(x.shape)
-        return None, None, None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
+        dinput = None if dx is None else dx.view(*grads[0].shape[:-1], ctx.columns)
+        return None, None, None, None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
 
 
 def backward_factors(

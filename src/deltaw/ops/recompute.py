@@ -6,10 +6,12 @@ linear keeps what x's producer keeps already, and makes x again, one elementwise
 
     GELU, SiLU     x = f(z)                       to the bit
     product        x = a · b                      to the bit (where both are kept: the gate of a SwiGLU)
+    attention      x = o, heads side by side       to the bit (where that was a copy)
     LayerNorm      x = (z - mean) rstd γ + β      to a rounding or two: the kernel's order of operations is its own
 
 Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Left
-alone: graphs under saved-tensor hooks (checkpointing, offloading), compilers (they decide themselves), small inputs.
+alone: graphs under saved-tensor hooks (checkpointing, offloading; not compact.py's), compilers (they decide themselves),
+small inputs.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from deltaw.ops.compact import only_compact
 
 WORTH = 1 << 14
 """Below so many numbers x is simply kept."""
@@ -55,7 +59,7 @@ def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
         return None
     node: Any = x.grad_fn
     known = None if node is None else PRODUCERS.get(node.name())
-    if known is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+    if known is None or not only_compact(torch._C._autograd._top_saved_tensors_default_hooks(False)):  # type: ignore[attr-defined]
         return None
     try:
         found = known(node)
@@ -106,9 +110,21 @@ def layer_norm(node: Any) -> Found:
     return (*tensors, *(t for t in (gamma, beta) if t is not None)), make
 
 
+def attention(node: Any) -> Found:
+    """x = o.transpose(1, 2).contiguous().reshape(B, T, -1), if that copied attention's output o, which attention keeps."""
+    for name in ("CloneBackward0", "TransposeBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"):
+        node = node.next_functions[0][0]
+        if node is None or node.name() != name:
+            return None
+    output: Tensor = node._saved_output  # (B, H, T, D)
+    return (output,), lambda o: o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1)
+
+
 PRODUCERS: dict[str, Callable[[Any], Found]] = {
     "GeluBackward0": gelu,
     "SiluBackward0": silu,
     "MulBackward0": product,
     "NativeLayerNormBackward0": layer_norm,
+    "ViewBackward0": attention,
+    "UnsafeViewBackward0": attention,
 }

@@ -118,6 +118,24 @@ def test_saves_one_copy_of_x_and_little_else() -> None:
     assert extra == 3 * (4 * 64 + 1), "besides x and the weights: h (rank, T) and the dropout seed of each call"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [2, 64])
+def test_where_only_B_learns_x_is_not_kept(rows: int, dropout: float) -> None:
+    x, weight, A = torch.randn(rows, 32).requires_grad_(), torch.randn(48, 32), torch.randn(4, 32)
+    term = LowRank(A, torch.randn(48, 4, requires_grad=True), 1.5, None, dropout)
+    saved: list[int] = []
+    results = []
+    for op in (adapted_linear, adapted_linear_reference):
+        torch.manual_seed(0)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t):
+            y = op(x, weight, None, [term], training=True)
+        if op is adapted_linear:
+            assert x.data_ptr() not in saved
+        results.append(torch.autograd.grad(y.square().sum(), [x, term.B]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products."""
 

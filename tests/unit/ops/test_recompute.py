@@ -34,6 +34,14 @@ PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def attended(z: Tensor) -> Tensor:
+    heads = z.view(4, 200, 4, 8).transpose(1, 2).contiguous()  # contiguous heads: what attention gives must be copied
+    return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).contiguous().reshape(4, 200, 32)
+
+
+PRODUCERS["attention"] = attended
+
+
 def factors(dtype: torch.dtype = torch.float64) -> list[LowRank]:
     g = torch.Generator().manual_seed(2)
     return [
@@ -63,7 +71,7 @@ def test_the_gradients_are_those_of_a_kept_input(name: str) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu", "gate", "norm"])
+@pytest.mark.parametrize("name", ["gelu", "silu", "gate", "norm", "attention"])
 def test_what_is_made_again_is_the_input(name: str) -> None:
     x = PRODUCERS[name](torch.randn(SHAPE, requires_grad=True))
     recipe, tensors = recompute.recipe_of(x) or pytest.fail("no recipe")

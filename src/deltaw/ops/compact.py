@@ -1,0 +1,120 @@
+"""Compact saves: what a forward keeps for its backward is kept in 16 bit, a half of the activations' memory.
+
+Every 32-bit tensor that autograd saves inside `with compact(model):` is kept as bfloat16 and widened again when backward
+asks for it. The forward and its loss are untouched to the bit, and so are the gradients' own sums; only the activations
+that gradients are made of carry one rounding to 8 bits (relative 2⁻⁹ each, as in training in bfloat16, but the products
+stay in 32 bit). The gradient of a tensor is off by that order, relative to its size.
+
+Kept as they are: weights and buffers of the model (they are kept anyway), and small tensors, which hold statistics
+that an exponential follows (attention's log-sum-exp) or a variance, and cost no memory.
+
+A tensor that several operations save is packed once: packs are found by the storage they were made from, which a weak
+reference proves to be still the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+SMALL = 1 << 12
+"""Fewer numbers than this are kept as they are ..."""
+
+SHARE = 16
+"""... and so are tensors of less than one such part of the largest that this forward has saved (statistics per row)."""
+
+
+class Packed:
+    """One storage in 16 bit. `origins` are the 32-bit storages of these numbers, while they live."""
+
+    __slots__ = ("__weakref__", "numbers", "origins")
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self.origins: list[StorageWeakRef] = []
+
+
+View = tuple[Packed, torch.Size, tuple[int, ...], int]
+"""A pack with the shape, strides and offset of the tensor that was saved."""
+
+
+class Compact:
+    """The pair of saved-tensor hooks of one `with compact(model):`."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known = known
+        self.largest = 0
+        self.packs: weakref.WeakValueDictionary[tuple[int, int], Packed] = weakref.WeakValueDictionary()
+        self.thread = threading.get_ident()
+
+    def pack(self, saved: Tensor) -> Tensor | View:
+        """What is kept of `saved`."""
+        storage = saved.untyped_storage()
+        whole = storage.nbytes() == 4 * saved.numel()
+        if (
+            saved.dtype != torch.float32
+            or saved.layout != torch.strided
+            or type(saved) is not Tensor
+            or not whole
+            or storage._cdata in self.known
+            or torch.compiler.is_compiling()
+        ):
+            return saved
+        self.largest = max(self.largest, saved.numel())
+        if saved.numel() < max(SMALL, self.largest // SHARE):
+            return saved
+        key = storage._cdata, saved._version
+        found = self.packs.get(key)
+        if found is None or all(o.cdata != key[0] or o.expired() for o in found.origins):
+            flat = saved.detach().as_strided((saved.numel(),), (1,), 0)
+            found = Packed(flat.to(torch.bfloat16))
+            self.note(found, saved)
+        return found, saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(self, kept: Tensor | View) -> Tensor:
+        """The tensor again, in 32 bit."""
+        if isinstance(kept, Tensor):
+            return kept
+        found, shape, stride, offset = kept
+        again = found.numbers.float()
+        if self.thread == threading.get_ident():  # read in forward (recompute.py), to be saved once more
+            self.note(found, again)
+        return again.as_strided(shape, stride, offset)
+
+    def note(self, found: Packed, origin: Tensor) -> None:
+        """`origin` holds the numbers of `found`."""
+        storage = origin.untyped_storage()
+        found.origins = [o for o in found.origins if not o.expired()] + [StorageWeakRef(storage)]
+        self.packs[storage._cdata, origin._version] = found
+
+
+class compact:
+    """`with compact(model): loss = model(...)`: what the forward keeps for backward is kept in 16 bit.
+
+    Around the forward only; `loss.backward()` may come after it. Nests with checkpointing, whose own choice of what to
+    keep wins inside of it. Not seen by compiled regions, which decide themselves what they keep.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        known = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers())}
+        both = Compact(known)
+        hooks = torch.autograd.graph.saved_tensors_hooks(both.pack, both.unpack)
+        hooks.__enter__()
+        self.hooks.append(hooks)
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.pop().__exit__(*error)
+
+
+def only_compact(hooks: Any) -> bool:
+    """Whether the saved-tensor hooks in force (None: none) leave it to the operations what they save."""
+    return hooks is None or isinstance(getattr(hooks[0], "__self__", None), Compact)

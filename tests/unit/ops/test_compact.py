@@ -1,0 +1,128 @@
+"""Compact saves: the same loss to the bit, gradients within the stated rounding, half of what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deltaw as dw
+from deltaw.ops.compact import Compact, Packed, compact
+
+
+class Block(nn.Module):
+    """Norm, attention, norm, GELU: what a transformer's layer keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(2))
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.reshape(8, 100, 2, 32).transpose(1, 2) for t in self.qkv(self.norms[0](x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(8, 100, 64))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+def model(**options: object) -> nn.Module:
+    found = nn.Sequential(Block(), Block())
+    dw.attach(found, dw.LoRA(rank=4, **options), targets="all-linear")  # type: ignore[arg-type]
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in found.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=noise) * 0.1)
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_loss_to_the_bit_and_gradients_within_a_rounding_of_what_they_are_made_of(dropout: float) -> None:
+    net, x = model(dropout=dropout), torch.randn(8, 100, 64)
+    losses, grads = [], []
+    for kept in (False, True):
+        torch.manual_seed(5)
+        if kept:
+            with compact(net):
+                loss = net(x).square().mean()
+        else:
+            loss = net(x).square().mean()
+        losses.append(loss.detach())
+        grads.append(torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad]))
+    assert torch.equal(*losses)
+    for exact, rounded in zip(*grads):
+        assert 0 < (exact - rounded).norm() <= 2.0**-7 * exact.norm()
+
+
+def kept_bytes(net: nn.Module, x: Tensor, packed: bool) -> int:
+    """Bytes that live only for the backward, each storage once."""
+    own = {p.untyped_storage()._cdata for p in (*net.parameters(), *net.buffers(), x)}
+    found: dict[int, int] = {}
+    hooks = Compact(own) if packed else None
+
+    def pack(t: Tensor) -> object:
+        kept = t if hooks is None else hooks.pack(t)
+        storage = (kept if isinstance(kept, Tensor) else kept[0].numbers).untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage.nbytes()
+            held.append(storage)
+            held.append(kept)
+        return kept
+
+    held: list[object] = []
+    unpack = (lambda t: t) if hooks is None else hooks.unpack
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        net(x)
+    return sum(found.values())
+
+
+def test_about_half_is_kept() -> None:
+    net, x = model(), torch.randn(8, 100, 64)
+    assert kept_bytes(net, x, packed=True) <= 0.6 * kept_bytes(net, x, packed=False)
+
+
+def test_a_tensor_that_two_operations_save_is_packed_once_and_anew_after_it_was_written_to() -> None:
+    hooks, x = Compact(set()), torch.randn(100, 64)
+    first, second, view = hooks.pack(x), hooks.pack(x), hooks.pack(x.view(64, 100).t())
+    assert isinstance(first, tuple)
+    assert isinstance(second, tuple)
+    assert isinstance(view, tuple)
+    assert first[0] is second[0] is view[0]
+    assert torch.equal(hooks.unpack(view), x.bfloat16().float().view(64, 100).t())
+    again = hooks.unpack(first)
+    third = hooks.pack(again)
+    assert isinstance(third, tuple)
+    assert third[0] is first[0], "what was widened in forward is known"
+    x.add_(1)
+    written = hooks.pack(x)
+    assert isinstance(written, tuple)
+    assert written[0] is not first[0]
+
+
+def test_an_address_that_is_used_again_is_not_mistaken() -> None:
+    hooks = Compact(set())
+    packs: list[Packed] = []
+    for value in range(20):
+        kept = hooks.pack(torch.full((100, 64), float(value)))  # freed at once: the next one may lie in its place
+        assert isinstance(kept, tuple)
+        packs.append(kept[0])
+        assert torch.equal(hooks.unpack(kept), torch.full((100, 64), float(value)))
+    assert len({id(p) for p in packs}) == 20
+
+
+def test_what_is_kept_as_it_is() -> None:
+    weight = nn.Parameter(torch.randn(100, 100))
+    hooks = Compact({weight.untyped_storage()._cdata})
+    large = torch.randn(100, 1000)
+    assert isinstance(hooks.pack(large), tuple)
+    for same in (weight, weight.t(), torch.randn(60, 100), large.double(), large.long(), large[:50], torch.randn(3)):
+        assert hooks.pack(same) is same
+
+
+def test_the_hooks_end_with_the_context_also_after_an_error() -> None:
+    net = model()
+    with pytest.raises(RuntimeError), compact(net):
+        net(torch.randn(3, 3))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
