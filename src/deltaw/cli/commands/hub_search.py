@@ -74,8 +74,9 @@ def add(app: typer.Typer) -> None:
         )
         plot(found, folder / "trace.png")
         values = [get(model, name) for name in names]
-        kept = combine(values, list(found.best.weights), base=model, rank=rank, how="svd" if rank else "cat")
-        write(kept, folder / "adapter")
+        if any(found.best.weights):
+            kept = combine(values, list(found.best.weights), base=model, rank=rank, how="svd" if rank else "cat")
+            write(kept, folder / "adapter")
 
         split = "test" if "test" in problem.splits else "validation"
         held_out: dict[str, Any] = {}
@@ -102,7 +103,9 @@ def add(app: typer.Typer) -> None:
             return
         typer.echo(f"on the {len(chosen)} examples: {found.verdict}")
         typer.echo(said)
-        typer.echo(f"kept in {folder} (adapter/, trace.jsonl, trace.png, results.json)")
+        if not any(found.best.weights):
+            typer.echo("nothing was better than the base alone: no adapter is kept")
+        typer.echo(f"kept in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def few(problem: Any, count: int, seed: int) -> list[int]:
