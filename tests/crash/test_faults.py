@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from deltaw.errors import ConfigError, NonFinite, OutOfMemory
 from deltaw.training import checkpoint
 from deltaw.training.run import status
+from tests.crash.faults import trials
 
 
 class Disturbed:
@@ -110,13 +111,20 @@ def test_a_full_disk_keeps_the_old_checkpoint(run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_flushed", full)
-        with pytest.raises(OSError, match="No space left") as error:
+        with pytest.raises(OSError, match=r"No space left .* checkpoint of step 6 needs [\d,]+ bytes") as error:
             run(tmp_path / "run")
     assert error.value.errno == errno.ENOSPC
     assert steps(tmp_path / "run") == ["step-3"]
     run(tmp_path / "calm")
     run(tmp_path / "run", resume=True)
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "calm"))
+
+
+def test_faults_at_random_steps_end_as_promised():
+    """The short version of R11: `python -m tests.crash.faults --trials 100`."""
+    found = trials(6, seed=4)
+    assert found["wrong"] == []
+    assert found["as promised"] == 6
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(run, tmp_path, capsys):

@@ -57,9 +57,9 @@ def write(
     final = folder / f"step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"step-{step}.tmp-{uuid.uuid4().hex[:8]}"
+    files: dict[str, bytes] = {}
     try:
         aside.mkdir()
-        files = {}
         for name, group in tensors.items():
             plain = {k: v.detach().to("cpu").contiguous() for k, v in group.items()}
             files[f"{name}.safetensors"] = save(plain)
@@ -75,8 +75,15 @@ def write(
             shutil.rmtree(final)
         os.rename(aside, final)
         flush_folder(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            needed, free = sum(map(len, files.values())), shutil.disk_usage(folder).free
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: the checkpoint of step {step} needs {needed:,} bytes in {folder}, "
+                f"{free:,} are free on its disk; earlier checkpoints stay: make room, then resume",
+            ) from error
         raise
     for _, old in _by_step(folder)[keep:]:
         shutil.rmtree(old)

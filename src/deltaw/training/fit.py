@@ -101,6 +101,8 @@ class Fit:
         self.adapters = names(model)
         self.kernels = kernel_choices(model)
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        if self.sharded and isinstance(orthogonality_loss(model), Tensor):
+            raise ConfigError("adalora ranks whole directions and cannot be sharded: train it without FSDP")
 
     # ---- resume
 
