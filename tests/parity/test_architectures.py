@@ -46,7 +46,7 @@ def again(base: nn.Module, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("kind", [k if k == "lora" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_peft_and_back(tmp_path: Path, name: str, kind: str) -> None:
     base, inputs = build(name)
-    names = repeated_layers(base)
+    names = [n for n in repeated_layers(base) if n != "router"]  # PhiMoE's gives a tuple, on which PEFT's LoRA fails
     if name.startswith("Deepseek"):  # PEFT takes gate_proj and its like for the experts
         names = [n for n in names if n.endswith(("q_a_proj", "q_b_proj", "o_proj"))]
     config = peft.LoraConfig(
