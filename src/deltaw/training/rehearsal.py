@@ -21,6 +21,7 @@ from deltaw.training.fit import to_device
 from deltaw.training.memory import MIB
 from deltaw.training.methods import check_method, prepare, quantize_base
 from deltaw.training.order import batches, generator, in_order
+from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Batch, Task
 
 SHOWN = 3
@@ -39,6 +40,8 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     quantize_base(model, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
+    if prepared.trains:
+        start_from_data(model, task, config, device, task.notes.append)
     count, size = len(task.splits["train"]), config.batch_size * config.accumulate
     peak, step_seconds = _training(model, task, config, device) if prepared.trains else (0, 0.0)
     evaluated, batch_seconds, rounds = _evaluation(model, task, config, device)

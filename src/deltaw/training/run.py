@@ -35,6 +35,7 @@ from deltaw.training.prefix import frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
 from deltaw.training.signals import Interrupted, Stop
+from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task
 from deltaw.training.trackers import Trackers, chosen
 
@@ -185,6 +186,8 @@ def _fit(
     checkpoints: Path,
 ) -> tuple[Fit, float]:
     """The loop, its optimizer, and the recorded frozen prefix; also the seconds that recording the training examples took."""
+    if prepared.trains:
+        start_from_data(model, task, config, accelerator.device, progress.say)
     body_path = task.prefix(model)
     body = model.get_submodule(body_path) if body_path is not None and prepared.trains else None
     if body is not None and any(p.requires_grad for p in body.parameters()):

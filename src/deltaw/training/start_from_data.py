@@ -1,0 +1,78 @@
+"""Adapters whose start looks at data (init=eva, corda, lora-ga): the first training examples, in the order of epoch 0.
+
+A pure function of seed and data, so that a run that is resumed starts from the same values before its own are restored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.starting import Waiting
+from deltaw.model.initialize import initialize
+from deltaw.training.config import RunConfig
+from deltaw.training.fit import to_device
+from deltaw.training.order import batches, generator
+from deltaw.training.task import Batch, Task
+
+EXAMPLES = 256
+"""Training examples that are looked at, at most."""
+
+
+class Call(dict[str, Any]):
+    """The keyword arguments with which a task calls its model for `batch`."""
+
+    batch: Batch
+
+
+class _Seen(Exception):
+    """The model was called; it need not run."""
+
+
+def start_from_data(
+    model: nn.Module, task: Task, config: RunConfig, device: torch.device, say: Callable[[str], object]
+) -> None:
+    """Start what waits for data, if anything does. Errors as `dw.initialize`."""
+    if not any(isinstance(m, Waiting) and m.waiting for m in model.modules()):
+        return
+    lengths = task.lengths("train") if config.bucket else None
+    order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
+    chosen = order[: -(-EXAMPLES // config.batch_size)]
+    calls = [call_of(model, task, _batch(task, config, some, device)) for some in chosen]
+
+    def loss(_model: nn.Module, call: Call) -> Tensor:
+        return task.loss(model, dict(call.batch))[0] / task.weight(call.batch)
+
+    initialize(model, calls, loss=loss)
+    say(f"the adapter starts from what its layers see in {sum(map(len, chosen)):,} training examples")
+
+
+def _batch(task: Task, config: RunConfig, chosen: Sequence[int], device: torch.device) -> Batch:
+    draw = [generator("example", config.seed, 0, i) if task.augments else None for i in chosen]
+    return to_device(task.collate([task.example("train", i, random) for i, random in zip(chosen, draw)]), device)
+
+
+def call_of(model: nn.Module, task: Task, batch: Batch) -> Call:
+    """How `task` calls `model` for a batch."""
+    found = Call()
+    found.batch = batch
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            many = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            found.update(value if many else {name: value})
+        raise _Seen
+
+    handle = model.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        task.loss(model, dict(batch))
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found
