@@ -70,11 +70,11 @@ class Compact:
             return saved
         key = storage._cdata, saved._version
         found = self.packs.get(key)
-        if found is None or all(o.cdata != key[0] or o.expired() for o in found.origins):
+        if found is None or all(o.cdata != key[0] or o.expired() for o in found.origins):  # type: ignore[no-untyped-call]
             flat = saved.detach().as_strided((saved.numel(),), (1,), 0)
             found = Packed(flat.to(torch.bfloat16))
             self.note(found, saved)
-        return found, saved.shape, saved.stride(), saved.storage_offset()
+        return found, saved.shape, saved.stride(), int(saved.storage_offset())
 
     def unpack(self, kept: Tensor | View) -> Tensor:
         """The tensor again, in 32 bit."""
@@ -89,7 +89,7 @@ class Compact:
     def note(self, found: Packed, origin: Tensor) -> None:
         """`origin` holds the numbers of `found`."""
         storage = origin.untyped_storage()
-        found.origins = [o for o in found.origins if not o.expired()] + [StorageWeakRef(storage)]
+        found.origins = [o for o in found.origins if not o.expired()] + [StorageWeakRef(storage)]  # type: ignore[no-untyped-call]
         self.packs[storage._cdata, origin._version] = found
 
 

@@ -24,7 +24,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.reshape(8, 100, 2, 32).transpose(1, 2) for t in self.qkv(self.norms[0](x)).chunk(3, -1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(8, 100, 64))
-        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+        y: Tensor = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return y
 
 
 def model(**options: object) -> nn.Module:
