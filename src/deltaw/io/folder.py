@@ -33,7 +33,10 @@ class Folder:
     """The regular files of one folder, opened relative to it. `names` are its entries; `path` is for messages."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        try:
+            self.path = Path(path)
+        except TypeError as error:
+            raise AdapterError(f"a folder is named by a text or a path, found {type(path).__name__}") from error
         try:
             with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as handle:
                 self.names = sorted(os.listdir(handle))
@@ -41,6 +44,8 @@ class Folder:
             raise AdapterError(f"{self.path} is a file; give the folder that holds {CONFIG} and {WEIGHTS}") from error
         except FileNotFoundError as error:
             raise AdapterError(f"there is no folder {self.path}") from error
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"the folder {str(self.path)[:200]!r} cannot be opened: {error}") from error
 
     def read(self, name: str, max_bytes: int = MAX_TOTAL) -> bytearray:
         """The content of a file directly inside the folder.
@@ -60,6 +65,9 @@ class Folder:
                         f"copy the folder with its links resolved (cp -rL)"
                     ) from error
                 raise AdapterError(f"{self.path / name} cannot be opened: {error.strerror}") from error
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                os.close(file)
+                raise AdapterError(f"{self.path / name} is not a regular file")
             with os.fdopen(file, "rb") as stream:
                 return _read_all(stream, self.path / name, max_bytes)
 

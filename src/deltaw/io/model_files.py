@@ -149,8 +149,10 @@ def found(source: str | os.PathLike[str] | Folder, revision: str | None = None, 
     """The folder that a path or a hub id means. A local folder goes first; the hub is asked only for "user/repo"."""
     if isinstance(source, Folder):
         return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise AdapterError(f"load takes a folder, a hub id or an Adapter; found {type(source).__name__}")
     path = Path(source)
-    if not path.exists() and isinstance(source, str) and hub.is_id(source):
+    if isinstance(source, str) and hub.is_id(source) and not path.exists():
         return hub.fetch(source, revision=revision, token=token)
     if revision is not None:
         raise AdapterError(f"revision={revision!r} is for the hub, and {path} is a local folder")

@@ -36,6 +36,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 100_000
 MAX_NAME = 1024
+FOREIGN = {
+    b"version https://git-lfs": "a pointer of git LFS: fetch the file itself (git lfs pull)",
+    b"PK\x03\x04": "a zip or a pickle of PyTorch under this name, which is never read",
+    b"\x80\x02": "a pickle, which can run code and is never read",
+    b"\x80\x04": "a pickle, which can run code and is never read",
+    b"<": "a page of HTML or XML: the download went wrong",
+    b"GGUF": "a GGUF file",
+}
+"""How files begin that are often found in the place of one, and what to say of them."""
 CHECKSUM = "deltaw_checksum"
 
 
@@ -66,6 +75,9 @@ def read_header(buffer: memoryview, what: str) -> Header:
     """
     if len(buffer) < 8:
         raise AdapterError(f"{what} is cut off: {len(buffer)} bytes, not even a header length")
+    for start, kind in FOREIGN.items():
+        if bytes(buffer[: len(start)]) == start:
+            raise AdapterError(f"{what} is no safetensors file, but {kind}")
     length = int.from_bytes(buffer[:8], "little")
     if length > MAX_HEADER:
         raise AdapterError(f"{what}: a header of {length:,} bytes; at most {MAX_HEADER:,} are read")

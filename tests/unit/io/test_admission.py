@@ -278,6 +278,30 @@ def test_no_link_is_followed(folder: Path, tmp_path: Path, name: str) -> None:
         admit(folder)
 
 
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_folder_in_the_place_of_a_file(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    assert refused(net(), folder)
+
+
+@pytest.mark.parametrize("source", ["a\0b", "x" * 5000, b"abc", 3, None, "/dev/null"])
+def test_what_is_no_folder(source: Any) -> None:
+    with pytest.raises(AdapterError):
+        dw.load(net(), source)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"<html>404", "HTML"), (b"PK\x03\x04", "zip")],
+)
+def test_what_often_lies_in_the_place_of_weights(folder: Path, start: bytes, message: str) -> None:
+    (folder / WEIGHTS).write_bytes(start + b"0" * 64)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    with pytest.raises(AdapterError, match=message):
+        admit(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "x\x00y", "\u202ereversed", "", "a" * 5000]
 )

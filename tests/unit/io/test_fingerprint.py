@@ -124,3 +124,32 @@ def test_the_sketch_is_the_same_everywhere() -> None:
     assert found[0] == pytest.approx(573.0183, abs=1e-3)
     assert all(abs(v) < 5 for v in found[1:])
     assert sketch(torch.arange(100.0).half()) == found
+
+
+def test_a_large_base_is_completed_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaw.io import known_weights
+
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    monkeypatch.setattr(known_weights, "LARGE", 0)
+    before = fingerprint(wide())
+    (file,) = (tmp_path / "fingerprints").iterdir()
+    made: list[object] = []
+    monkeypatch.setattr(known_weights, "derived", lambda *args: made.append(args) or {"sketch": []})
+    assert fingerprint(wide()) == before  # another model object, the same bytes
+    assert not made
+    fingerprint(wide(1))  # other bytes
+    assert made
+    whole = file.read_bytes()
+    for damage in (b"", whole[:-9], whole.replace(b"sketch", b"sketck", 1), b"[]"):
+        made.clear()
+        file.write_bytes(damage)
+        fingerprint(wide())
+        assert made
+
+
+def test_a_replaced_parameter_is_read_again() -> None:
+    model = wide()
+    before = fingerprint(model)
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
+    model[2].weight.data.mul_(2)  # a write that PyTorch does not count
+    assert set(compare(model, before).other) == {"0.weight", "2.weight"}

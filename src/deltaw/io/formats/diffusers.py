@@ -44,6 +44,10 @@ class Diffusers(Format):
     def read(self, path: Path, hints: Hints) -> Adapter:
         tensors, metadata = shared.open_tensors(path)
         parts = sorted({n.partition(".")[0] for n in tensors})
+        if METADATA in metadata and not any(p in PARTS for p in parts):  # of one model, as `save_lora_adapter` writes
+            config = {**strict_json.parse(metadata[METADATA].encode(), METADATA, 1 << 20)}
+            config["peft_type"] = config.get("peft_type") or "LORA"
+            return grammar_for(config).read(config, {PREFIX + n: t for n, t in tensors.items()}, hints.shapes).adapter
         if any(p not in PARTS for p in parts):
             raise AdapterError(f"tensors of diffusers start with {', '.join(PARTS)}; found {parts[0]!r}")
         part = hints.component or (parts[0] if len(parts) == 1 else None)
