@@ -121,3 +121,14 @@ def test_masks_are_given_as_each_attention_takes_them(chat):
     for kind, dtype in (("sdpa", torch.bool), ("eager", torch.float32)):
         model = AutoModelForCausalLM.from_pretrained(chat / "model", attn_implementation=kind)
         assert _as_mask(allowed, model).dtype == dtype
+
+
+def test_a_dry_run_shows_which_tokens_the_loss_counts(chat):
+    from deltaw.recipes.recipe import recipes
+    from deltaw.training.rehearsal import rehearse, text
+
+    config = configured(chat, sft={"before": False})
+    facts = rehearse(lambda: recipes["sft"].task(config), config)
+    assert all("[[" in sample and "<|end|>]]" in sample for sample in facts["samples"])
+    assert facts["peak_bytes"] > facts["gradient_bytes"] + facts["optimizer_bytes"] > 0
+    assert "at its peak about" in text(facts)
