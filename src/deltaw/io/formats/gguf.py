@@ -24,8 +24,18 @@ from deltaw.io.folder import Folder
 from deltaw.io.formats import format as shared
 from deltaw.io.formats.format import Format, Hints
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi3": "phi3"}
-PERMUTED = ("llama", "mistral", "mixtral")
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "phi3": "phi3",
+}
+"""Model type -> llama.cpp's name, of the models whose linear layers llama.cpp keeps as they are, but for the order of q
+and k. Others (fused q, k and v taken apart, experts stacked) would be misread without a word, and are refused."""
+PERMUTED = ("llama", "mistral")
 """Model types whose q and k rows llama.cpp reorders."""
 NAMES = "deltaw.names"
 
@@ -119,12 +129,12 @@ def names(hints: Hints) -> dict[str, tuple[str, int]]:
     gguf = library()
     base: Mapping[str, Any] = hints.base
     kind, blocks = base.get("model_type"), base.get("num_hidden_layers")
-    architecture = ARCHITECTURES.get(str(kind), str(kind))
+    architecture = ARCHITECTURES.get(str(kind))
     number = next((n for n, a in gguf.MODEL_ARCH_NAMES.items() if a == architecture), None)
     if not hints.shapes or not isinstance(blocks, int) or number is None:
         raise AdapterError(
-            "GGUF has llama.cpp's names of the weights: give the base (--base), a model that llama.cpp knows"
-            + (f"; found model_type {kind!r}" if kind else "")
+            "GGUF has llama.cpp's names and order of the weights: give the base (--base), a model whose order is known "
+            f"here ({', '.join(ARCHITECTURES)})" + (f"; found model_type {kind!r}" if kind else "")
         )
     table = gguf.get_tensor_name_map(number, blocks)
     heads = int(base.get("num_attention_heads") or 0)
