@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from deltaw.recipes.configure import build
-from deltaw.recipes.mnist import perceptron
 from deltaw.recipes.recipe import recipes
 from deltaw.training import checkpoint
 from deltaw.training.config import RunConfig
 from deltaw.training.pictures import Pictures
 from deltaw.training.run import status, train
+from deltaw.training.small_networks import perceptron
 from deltaw.training.task import Task
 from deltaw.training.tasks.image_classification import ImageClassification
 from tests.tiny_chat import make_chat_model, make_talks

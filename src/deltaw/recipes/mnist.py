@@ -15,8 +15,6 @@ from deltaw.recipes.recipe import Recipe, register
 from deltaw.training.config import RunConfig, Section
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from deltaw.training.task import Task
 
 
@@ -31,22 +29,12 @@ class Options(Section):
     scratch: bool = Field(False, description="train the network from nothing (how the base is made)")
 
 
-def perceptron(features: int, hidden: list[int], classes: int) -> nn.Module:
-    """Linear layers with ReLU between them, over the flattened picture."""
-    from torch import nn
-
-    sizes = [features, *hidden, classes]
-    layers: list[nn.Module] = []
-    for i in range(len(sizes) - 1):
-        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
-    return nn.Sequential(nn.Flatten(), *layers[:-1])
-
-
 def task(config: RunConfig) -> Task:
     """The task with its data."""
     import numpy as np
 
     from deltaw.training.pictures import read_pictures, split
+    from deltaw.training.small_networks import perceptron
     from deltaw.training.tasks.image_classification import ImageClassification
 
     options = Options.model_validate(config.options)
@@ -69,6 +57,7 @@ def task(config: RunConfig) -> Task:
 
 def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
     """The task of a kept run, without data."""
+    from deltaw.training.small_networks import perceptron
     from deltaw.training.tasks.image_classification import ImageClassification
 
     options = Options.model_validate(config.options)

@@ -33,7 +33,7 @@ class DataConfig(Section):
     path: str | None = Field(
         None, description="jsonl, csv, tsv, json or parquet file, folder with train/validation/test files, or hub id"
     )
-    text: str = Field("text", description="column of the text")
+    text: str = Field("text", description="column of the text, or of the picture")
     label: str = Field("label", description="column of the class")
     split: str | None = Field(None, description="take only this split of the source and split it ourselves")
     revision: str | None = Field(None, description="revision of a hub data set")

@@ -28,11 +28,12 @@ class Pictures:
         return Pictures(self.images[chosen], self.labels[chosen])
 
 
-def read_pictures(source: str | None) -> tuple[dict[str, Pictures], str]:
+def read_pictures(source: str | None, colour: bool = False) -> tuple[dict[str, Pictures], str]:
     """ "train" and, where the source has it, "test"; and a phrase that says where they are from.
 
     source: an npz with x_train, y_train (x_test, y_test); a folder with MNIST's IDX files, gzipped or not; a hub id;
         None for the 1,797 real 8x8 digits that come with scikit-learn.
+    colour: an npz may also hold (count, height, width, 3).
 
     Raises:
         DataError: the source is missing, unreadable, empty or of one class only.
@@ -45,7 +46,7 @@ def read_pictures(source: str | None) -> tuple[dict[str, Pictures], str]:
     elif Path(source).expanduser().is_dir():
         found, where = idx_folder(Path(source).expanduser()), source
     elif Path(source).expanduser().is_file():
-        found, where = npz(Path(source).expanduser()), source
+        found, where = npz(Path(source).expanduser(), colour), source
     elif source.endswith(".npz") or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"source={source}: no such file or folder")
     else:
@@ -81,16 +82,16 @@ def sklearn_digits() -> dict[str, Pictures]:
     return {"train": Pictures((digits.images / 16.0).astype(np.float32), digits.target.astype(np.int64))}
 
 
-def npz(path: Path) -> dict[str, Pictures]:
+def npz(path: Path, colour: bool = False) -> dict[str, Pictures]:
     """x_train, y_train and maybe x_test, y_test of an npz; no pickled content is read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             lacking = {"x_train", "y_train"} - set(arrays.files)
             if lacking:
                 raise DataError(f"{path}: no {' and no '.join(sorted(lacking))} among {', '.join(arrays.files)}")
-            found = {"train": _pictures(arrays["x_train"], arrays["y_train"], path)}
+            found = {"train": _pictures(arrays["x_train"], arrays["y_train"], path, colour)}
             if "x_test" in arrays.files:
-                found["test"] = _pictures(arrays["x_test"], arrays["y_test"], path)
+                found["test"] = _pictures(arrays["x_test"], arrays["y_test"], path, colour)
             return found
     except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
@@ -173,8 +174,9 @@ def _grey(image: Any) -> Array:
     return np.asarray(image.convert("L"), dtype=np.float32) / 255.0
 
 
-def _pictures(images: Array, labels: Array, where: Path) -> Pictures:
-    if images.ndim != 3 or labels.ndim != 1:
+def _pictures(images: Array, labels: Array, where: Path, colour: bool = False) -> Pictures:
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if not (images.ndim == 3 or (colour and images.ndim == 4 and images.shape[-1] == 3)) or labels.ndim != 1:
         raise DataError(
             f"{where}: pictures must be (count, height, width) and labels (count,); found {images.shape} and {labels.shape}"
         )

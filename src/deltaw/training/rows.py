@@ -83,6 +83,9 @@ def from_hub(data: DataConfig) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for name, part in loaded.items():
         names = getattr(part.features.get(data.label), "names", None)
+        for column, kind in part.features.items():
+            if isinstance(kind, datasets.Image):  # as its bytes: decoded when an example is needed
+                part = part.cast_column(column, datasets.Image(decode=False))
         rows: list[Row] = [dict(r) for r in part]
         if names:
             rows = [{**r, data.label: _class_name(names, r[data.label])} for r in rows]
@@ -143,8 +146,13 @@ class LabelledText:
                 f"{name}: {len(rows):,} examples ({', '.join(f'{self.labels[i]} {counts[i]:,}' for i in range(len(self.labels)))})"
             )
         if self.dropped:
-            lines.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in self.dropped.items()))
+            lines.append(_told(self.dropped))
         return lines
+
+
+def _told(dropped: Mapping[str, int]) -> str:
+    """ "dropped: 3 duplicate, 1 without label"."""
+    return "dropped: " + ", ".join(f"{n:,} {why}" for why, n in dropped.items())
 
 
 def labelled_text(
@@ -159,6 +167,18 @@ def labelled_text(
         DataError: a column is missing, nothing is left, there is one class only, or a split lacks a class of another.
     """
     source, where = read_source(data)
+    return labelled(source, where, data, seed, label_names), where
+
+
+def labelled(
+    source: Mapping[str, Sequence[Row]],
+    where: str,
+    data: DataConfig,
+    seed: int,
+    label_names: Mapping[str, str] | None = None,
+    dropped: Mapping[str, int] | None = None,
+) -> LabelledText:
+    """Clean and split the rows of `source` as `labelled_text` does. dropped: what the reader has dropped already."""
     if data.split is not None:
         if data.split not in source:
             raise DataError(
@@ -170,12 +190,12 @@ def labelled_text(
     }  # a test text is never trained on: test goes first
     if "train" not in source:
         raise DataError(f"{where}: no train split; choose one with data.split=")
-    dropped: Counter[str] = Counter()
+    gone = Counter(dropped or {})
     claimed: set[str] = set()
     clean: dict[str, list[tuple[str, str]]] = {}
     for name, part in source.items():
         _check_columns(part, data, f"{where} ({name})")
-        usable = _clean(part, data, claimed, dropped)
+        usable = _clean(part, data, claimed, gone)
         if usable or name == "train":
             clean[name] = usable
     rows = sorted(clean.pop("train"))
@@ -185,19 +205,21 @@ def labelled_text(
             clean[name], rows = _cut(rows, share)
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
+    why = f" ({_told(gone)})" if gone else ""
     if len(labels) < 2:
         raise DataError(
-            f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}; a classifier needs at least two classes"
+            f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}{why}; "
+            "a classifier needs at least two classes"
         )
     missing = set(labels) - {label for _, label in clean["train"]}
     if missing:
-        raise DataError(f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}")
+        raise DataError(f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}{why}")
     if not clean["validation"]:
-        raise DataError(f"{where}: {len(rows)} usable rows are too few to hold any out for validation")
+        raise DataError(f"{where}: {len(rows)} usable rows are too few to hold any out for validation{why}")
     index = {label: i for i, label in enumerate(labels)}
     names = [str((label_names or {}).get(label, label)) for label in labels]
     splits = {name: [(t, index[label]) for t, label in clean[name]] for name in reversed(SPLITS) if clean.get(name)}
-    return LabelledText(splits, names, dict(dropped)), where
+    return LabelledText(splits, names, dict(gone))
 
 
 def _cut(rows: Sequence[tuple[str, str]], share: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -223,7 +245,20 @@ def all_rows(
         DataError: a column is missing, nothing is usable, or a class is unknown.
     """
     source, where = read_source(data)
-    rows = source[data.split] if data.split in source else source.get("test") or source["train"]
+    return labelled_whole(source, where, data, labels, label_names), where
+
+
+def labelled_whole(
+    source: Mapping[str, Sequence[Row]],
+    where: str,
+    data: DataConfig,
+    labels: Sequence[str],
+    label_names: Mapping[str, str] | None = None,
+) -> list[tuple[str, int]]:
+    """The usable rows of `source` as `all_rows` gives them."""
+    rows = (
+        source[data.split] if data.split is not None and data.split in source else source.get("test") or source["train"]
+    )
     _check_columns(rows, data, where)
     dropped: Counter[str] = Counter()
     index = {name: i for i, name in enumerate(labels)}
@@ -236,8 +271,8 @@ def all_rows(
             )
         found.append((text, index[name]))
     if not found:
-        raise DataError(f"{where}: no usable row ({', '.join(f'{n} {why}' for why, n in dropped.items())})")
-    return found, where
+        raise DataError(f"{where}: no usable row ({_told(dropped)})")
+    return found
 
 
 def _check_columns(rows: Sequence[Row], data: DataConfig, where: str) -> None:
