@@ -36,8 +36,9 @@ Maker = Callable[..., Tensor]
 class Recipe:
     """How x is made again from `tensors`; shared by all layers that read the same x."""
 
-    def __init__(self, make: Maker) -> None:
+    def __init__(self, make: Maker, shape: torch.Size) -> None:
         self.make = make
+        self.shape = shape
         self.readers = 0
         self.left = 0
         self.made: Tensor | None = None
@@ -46,7 +47,7 @@ class Recipe:
         """x, made by the first reader, forgotten after the last."""
         made = self.made
         if made is None:
-            made = self.make(*tensors)
+            made = self.make(*tensors).view(self.shape)
             self.left = self.readers
         self.left -= 1
         self.made = made if self.left > 0 else None
@@ -68,7 +69,7 @@ def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
     if found is None:
         return None
     tensors, make = found
-    recipe = node.metadata.setdefault(KEY, Recipe(make))
+    recipe = node.metadata.setdefault(KEY, Recipe(make, x.shape))
     recipe.readers += 1
     return recipe, tensors
 
@@ -111,20 +112,34 @@ def layer_norm(node: Any) -> Found:
 
 
 def attention(node: Any) -> Found:
-    """x = o.transpose(1, 2).contiguous().reshape(B, T, -1), if that copied attention's output o, which attention keeps."""
-    for name in ("CloneBackward0", "TransposeBackward0", "ScaledDotProductFlashAttentionForCpuBackward0"):
+    """x = o.transpose(1, 2).contiguous().reshape(B, T, -1), if that copied attention's output o, which attention keeps.
+
+    `node` is the reshape's. Between o and the transposition transformers puts a reshape that changes nothing.
+    """
+    inside = tuple(int(n) for n in node._saved_self_sym_sizes)  # (B, T, H, D)
+    for name in ("CloneBackward0", "TransposeBackward0"):
         node = node.next_functions[0][0]
         if node is None or node.name() != name:
             return None
+    if (node._saved_dim0, node._saved_dim1) != (1, 2):
+        return None
+    node = node.next_functions[0][0]
+    if node is not None and node.name() in VIEWS:
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "ScaledDotProductFlashAttentionForCpuBackward0":
+        return None
     output: Tensor = node._saved_output  # (B, H, T, D)
-    return (output,), lambda o: o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1)
+    if inside != output.transpose(1, 2).shape:  # a reshape that did change something
+        return None
+    return (output,), lambda o: o.transpose(1, 2).contiguous()
 
+
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 
 PRODUCERS: dict[str, Callable[[Any], Found]] = {
     "GeluBackward0": gelu,
     "SiluBackward0": silu,
     "MulBackward0": product,
     "NativeLayerNormBackward0": layer_norm,
-    "ViewBackward0": attention,
-    "UnsafeViewBackward0": attention,
+    **dict.fromkeys(VIEWS, attention),
 }

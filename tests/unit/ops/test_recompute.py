@@ -42,6 +42,22 @@ def attended(z: Tensor) -> Tensor:
 PRODUCERS["attention"] = attended
 
 
+def attended_as_transformers(z: Tensor) -> Tensor:
+    heads = z.view(4, 200, 4, 8).transpose(1, 2).contiguous()
+    out = F.scaled_dot_product_attention(heads, heads, heads)
+    return out.reshape(4, -1, 200, 8).transpose(1, 2).contiguous().reshape(4, 200, 32)
+
+
+def attended_otherwise(z: Tensor) -> Tensor:
+    heads = z.view(4, 200, 4, 8).transpose(1, 2).contiguous()
+    out = F.scaled_dot_product_attention(heads, heads, heads)  # (4, 4, 200, 8)
+    return out.reshape(4, 2, 400, 8).transpose(1, 2).contiguous().reshape(4, 200, 32)  # other rows side by side
+
+
+PRODUCERS["attention with an idle reshape"] = attended_as_transformers
+PRODUCERS["kept: other heads than attention's"] = attended_otherwise
+
+
 def factors(dtype: torch.dtype = torch.float64) -> list[LowRank]:
     g = torch.Generator().manual_seed(2)
     return [
@@ -71,7 +87,7 @@ def test_the_gradients_are_those_of_a_kept_input(name: str) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu", "gate", "norm", "attention"])
+@pytest.mark.parametrize("name", ["gelu", "silu", "gate", "norm", "attention", "attention with an idle reshape"])
 def test_what_is_made_again_is_the_input(name: str) -> None:
     x = PRODUCERS[name](torch.randn(SHAPE, requires_grad=True))
     recipe, tensors = recompute.recipe_of(x) or pytest.fail("no recipe")
