@@ -80,6 +80,9 @@ class RunConfig(Section):
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     evaluations: int = Field(1, gt=0, description="evaluations per epoch")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+    compact: bool = Field(
+        False, description="keep what the forward saves for backward in 16 bit: the same loss, less memory"
+    )
     bucket: bool = Field(True, description="batches of similar length: the same result for less padding")
     cache_prefix: bool = Field(True, description="compute what is frozen below every trained weight once per example")
     workers: int = Field(0, ge=0, description="processes that load examples")

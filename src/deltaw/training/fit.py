@@ -25,6 +25,7 @@ from deltaw.model.groups import after_step
 from deltaw.model.quantize import kernel_choices
 from deltaw.model.state import names
 from deltaw.ops.choices import Choices
+from deltaw.ops.compact import compact
 from deltaw.training import checkpoint, trained
 from deltaw.training.config import RunConfig
 from deltaw.training.loader import ROWS, Epoch, micro_batches
@@ -103,6 +104,10 @@ class Fit:
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
         if self.sharded and isinstance(orthogonality_loss(model), Tensor):
             raise ConfigError("adalora ranks whole directions and cannot be sharded: train it without FSDP")
+        if self.sharded and config.compact:
+            raise ConfigError(
+                "compact=true cannot tell gathered weights from activations, and would round them: train without FSDP"
+            )
 
     # ---- resume
 
@@ -277,7 +282,8 @@ class Fit:
             for i, (batch, counts) in enumerate(micros):
                 last = i == len(micros) - 1
                 with self._synced(last=last):
-                    loss, _ = self._loss(batch)
+                    with self._saves():
+                        loss, _ = self._loss(batch)
                     loss = loss if counts else loss * 0.0
                     # DDP averages over processes; the sum over all examples divided by their number is wanted
                     objective = loss * (self.accelerator.num_processes / total)
@@ -322,6 +328,10 @@ class Fit:
             assert self.prefix is not None
             with self.prefix.playing(rows):
                 return self.task.loss(self.model, batch)
+
+    def _saves(self) -> Any:
+        """How a training forward keeps what its backward needs."""
+        return compact(self.bare) if self.config.compact else contextlib.nullcontext()
 
     def _synced(self, *, last: bool) -> Any:
         """Processes exchange gradients at the last micro-batch only."""

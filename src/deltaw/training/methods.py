@@ -59,6 +59,12 @@ def check_method(config: RunConfig) -> None:
         )
     if config.quantize is not None and name == "full":
         raise ConfigError(f"quantize={config.quantize} with method 'full': every weight is trained, none is frozen")
+    if config.compact and name == "base":
+        raise ConfigError("compact=true with method 'base': nothing is trained, so nothing is saved for a backward")
+    if config.compact and config.precision != "no":
+        raise ConfigError(
+            f"compact=true with precision={config.precision}: what is saved is 16 bit already; choose one of the two"
+        )
     if name in WHOLE:
         if rank:
             raise ConfigError(f"method {config.method!r}: {name!r} has no rank")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.model.peak import Peak, measured
 from deltaw.model.summary import summary, training_peak
+from deltaw.ops.compact import compact
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import to_device
 from deltaw.training.memory import MIB
@@ -76,8 +77,8 @@ def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.dev
     widths = task.widths("train")
     heaviest = max(order, key=lambda some: len(some) * (1 if widths is None else max(widths[i] for i in some)))
     model.train()
-    peak = measured(model, _loss(model, task, config, heaviest, device))
-    usual = _loss(model, task, config, order[len(order) // 2], device)
+    peak = measured(model, _saving(model, config, _loss(model, task, config, heaviest, device)))
+    usual = _saving(model, config, _loss(model, task, config, order[len(order) // 2], device))
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
@@ -121,6 +122,16 @@ def _loss(
             return task.loss(model, dict(batch))[0]
 
     return loss
+
+
+def _saving(model: nn.Module, config: RunConfig, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`loss` as a training step calls it."""
+
+    def inner() -> Tensor:
+        with compact(model):
+            return loss()
+
+    return inner if config.compact else loss
 
 
 def text(facts: dict[str, Any]) -> str:
