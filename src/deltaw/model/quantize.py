@@ -7,7 +7,7 @@ are kept only if asked for: without them there is a way back to the weights that
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,12 +108,14 @@ def quantize(
     state.unmerged(root, "quantize")
     state.unsharded(root, "quantize")
     layers = wanted(root, targets, exclude)
+    tied = ties.shared(targeting.layers_of(root))
+    trains = bool(state.names(root))
     skipped: dict[str, str] = {}
     ready: list[tuple[str, nn.Module, type[Host], FrozenWeight]] = []
     lines: list[QuantizedWeight] = []
     for path, layer in layers.items():
         key = join_key(path, "weight")
-        why = left_alone(root, layer)
+        why = left_alone(layer, tied, trains)
         if why is not None:
             skipped[key] = why
             continue
@@ -179,8 +181,12 @@ def wanted(root: nn.Module, targets: Any, exclude: Any) -> dict[str, nn.Module]:
     return {path: known[path] for path in found.values()}
 
 
-def left_alone(root: nn.Module, layer: nn.Module) -> str | None:
-    """Why the weight of `layer` is not to be quantised, or None."""
+def left_alone(layer: nn.Module, tied: Mapping[Hashable, list[ties.Place]], trains: bool) -> str | None:
+    """Why the weight of `layer` is not to be quantised, or None.
+
+    tied: the parameters that several layers of the model share. trains: the model has adapters, so that what requires a
+    gradient is trained.
+    """
     if isinstance(layer, Host):
         if layer.form("weight") is not None:
             return "quantised already"
@@ -190,11 +196,11 @@ def left_alone(root: nn.Module, layer: nn.Module) -> str | None:
     weight = weight_of(layer)
     if foreign_dense(layer, weight) is not None:
         return "another library keeps it quantised"
-    if weight.requires_grad and state.names(root):
+    if weight.requires_grad and trains:
         return "it is trained"
     if not weight.is_floating_point():
         return f"it is {weight.dtype} already"
-    if ties.others(ties.shared(targeting.layers_of(root)), layer, "weight"):
+    if ties.others(tied, layer, "weight"):
         return "another layer shares it"
     return None
 

@@ -8,7 +8,10 @@ for each segment (as in linear.py) would cut that product into pieces, which cos
 without adapters cost nothing more. No row is ever multiplied with another row's adapter, not even by zero, so an adapter
 full of NaN changes its own rows only.
 
-The plain twin is `grouped_linear_reference`. For very many very short segments see stacked.py.
+Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, whose
+bookkeeping for every factor would cost as much as the thin products do.
+
+The plain twin is `grouped_linear_reference`.
 """
 
 from __future__ import annotations
@@ -75,20 +78,23 @@ def grouped_linear(
     """
     check(segments, x.shape[0])
     x, weight, bias = as_autocast(x, weight, bias)
-    per_row = math.prod(x.shape[1:-1])
-    spans: list[Span] = []
-    tensors: list[Tensor | None] = []
-    parts: list[tuple[int, int, list[Term]]] = []
-    for start, stop, adapters in segments:
-        if not adapters or start == stop:
-            continue
-        terms = [in_force(a, training, False, x.device) for a in adapters]
-        plan, own = pack(terms)
-        spans.append((start * per_row, stop * per_row, plan))
-        parts.append((start, stop, terms))
-        tensors += own
+    parts = [
+        (start, stop, [in_force(a, training, False, x.device) for a in adapters])
+        for start, stop, adapters in segments
+        if adapters and start < stop
+    ]
     if transformed():
         return grouped_plain(x, weight, bias, parts, frozen)
+    per_row = math.prod(x.shape[1:-1])
+    by_token = [(start * per_row, stop * per_row, terms) for start, stop, terms in parts]
+    if not torch.is_grad_enabled():
+        return grouped_values(x, weight, bias, by_token, frozen)[0]
+    spans: list[Span] = []
+    tensors: list[Tensor | None] = []
+    for start, stop, terms in by_token:
+        plan, own = pack(terms)
+        spans.append((start, stop, plan))
+        tensors += own
     y: Tensor = GroupedLinear.apply(tuple(spans), frozen, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
     return y
 
@@ -154,28 +160,10 @@ class GroupedLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         """`spans` are (first token, last token, plan) of each segment; `tensors` their packed terms in turn."""
-        rows = flat(x)
-        segments = unpack_spans(spans, tensors)
-        products: list[Tensor] = []
-        if weight is None:
-            assert frozen is not None
-            y = flat(frozen.matmul(x))
-            if bias is not None:
-                y.add_(bias)
-        else:
-            y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
-        for start, stop, terms in segments:
-            part = y[start:stop]
-            gain = total_gain(terms)
-            if gain is not None:
-                scale_and_shift_(part, gain, None if bias is None else -gain * bias)
-            for t in terms:
-                h = project(t, rows[start:stop])
-                add_(part, h, t)
-                products.append(h)
+        y, products = grouped_values(x, weight, bias, unpack_spans(spans, tensors), frozen)
         ctx.spans, ctx.frozen = spans, frozen
         ctx.save_for_backward(x, weight, *tensors, *products)
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -217,6 +205,35 @@ class GroupedLinear(torch.autograd.Function):
         dweight = scaled.t() @ rows if needs_weight else None
         dbias = g.sum(0) if needs_bias else None
         return None, None, None if dx is None else dx.view(x.shape), dweight, dbias, *out
+
+
+def grouped_values(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    segments: Sequence[tuple[int, int, Sequence[Term]]],
+    frozen: FrozenProduct | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """y (rows, ..., out), and hᵀ = A drop(x)ᵀ of every term in turn. `segments`: first token, last token, terms."""
+    rows = flat(x)
+    products: list[Tensor] = []
+    if weight is None:
+        assert frozen is not None
+        y = flat(frozen.matmul(x))
+        if bias is not None:
+            y.add_(bias)
+    else:
+        y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
+    for start, stop, terms in segments:
+        part = y[start:stop]
+        gain = total_gain(terms)
+        if gain is not None:
+            scale_and_shift_(part, gain, None if bias is None else -gain * bias)
+        for t in terms:
+            h = project(t, rows[start:stop])
+            add_(part, h, t)
+            products.append(h)
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
 
 
 def unpack_spans(spans: Sequence[Span], tensors: Sequence[Any]) -> list[tuple[int, int, list[Term]]]:

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from deltaw.core.variant import LowRank
-from deltaw.errors import ConfigError, NonFinite
+from deltaw.errors import ConfigError
 from deltaw.ops import adapted_linear
 from deltaw.ops.grouped import Segment, grouped_linear, grouped_linear_reference
-from deltaw.ops.stacked import stack, stacked_linear
 from tests.unit.ops.test_linear import Doubled
 
 
@@ -106,22 +105,14 @@ def test_segments_that_do_not_fit_are_refused(spans: list[tuple[int, int]]) -> N
         grouped_linear(x, weight, bias, [Segment(a, b, (adapter(2),)) for a, b in spans], training=False)
 
 
-@pytest.mark.parametrize("lead", [(), (3,)])
-def test_the_stack_is_the_grouped_operation(lead: tuple[int, ...]) -> None:
-    x, weight, bias, _ = batch(*lead)
-    adapters = [adapter(2), adapter(3), adapter(1)]
-    owners = torch.tensor([0, 2, -1, 1, 0, -1, 2, 2, 1, 0])
-    y = stacked_linear(x, weight, bias, stack(adapters), owners)
-    for row, owner in enumerate(owners.tolist()):
-        own = adapters[owner : owner + 1] if owner >= 0 else []
-        torch.testing.assert_close(
-            y[row : row + 1], adapted_linear(x[row : row + 1], weight, bias, own, training=False)
-        )
-
-
-def test_only_finite_factors_without_gains_are_stacked() -> None:
-    bad = adapter(2)._replace(B=torch.full((4, 2), float("inf"), dtype=torch.float64))
-    with pytest.raises(NonFinite, match="adapter 1"):
-        stack([adapter(1), bad])
-    with pytest.raises(ConfigError, match="gain"):
-        stack([adapter(1, gain=True)])
+@pytest.mark.parametrize("lead", [(), (40,)])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_same_bits_with_and_without_gradients(lead: tuple[int, ...], training: bool) -> None:
+    x, weight, bias, segments = batch(*lead, gain=True, dropout=0.3)
+    torch.manual_seed(1)
+    recorded = grouped_linear(x, weight, bias, segments, training=training)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        bare = grouped_linear(x, weight, bias, segments, training=training)
+    assert recorded.requires_grad and not bare.requires_grad
+    assert torch.equal(recorded, bare)
