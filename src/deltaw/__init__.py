@@ -75,9 +75,16 @@ __all__ = ["__version__", *_WHERE]
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
-        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}{_nearest(name)}")
     module = import_module(_WHERE[name])
     return module if name == "errors" else getattr(module, name)
+
+
+def _nearest(name: str) -> str:
+    from deltaw.errors import did_you_mean
+
+    same = [known for known in _WHERE if known.lower() == name.lower()]
+    return "" if name.startswith("_") else did_you_mean(same[0] if same else name, same or _WHERE)
 
 
 def __dir__() -> list[str]:

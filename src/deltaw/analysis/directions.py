@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.core.adapter import Adapter, Change, split_key
+from deltaw.core.adapter import Adapter, Change, check_adapter, split_key
 from deltaw.core.base_weights import Base, dense_base, has_weight
 from deltaw.core.true_change import Matrix, any_shape, true_changes
 from deltaw.errors import ConfigError
@@ -81,6 +81,7 @@ def directions(adapter: Adapter, base: Base | None = None) -> Found:
 
 def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> Iterator[tuple[Matter, Matrix]]:
     """Every changed matrix with its true change, one at a time; what has none is added to `skipped`."""
+    check_adapter(adapter, "the analysis")
     for key, change in adapter.changes.items():
         try:
             found = true_changes(key, change)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaw.analysis.by_weight import ByWeight
 from deltaw.analysis.directions import Directions, Found, Matter, directions, without_noise
-from deltaw.core.adapter import Adapter
+from deltaw.core.adapter import Adapter, check_adapter
 from deltaw.core.base_weights import Base
 from deltaw.core.options import one_of
 from deltaw.core.true_change import as_product
@@ -162,6 +162,8 @@ def compare(
 
 
 def _in_common(a: Adapter, b: Adapter) -> list[str]:
+    for adapter in (a, b):
+        check_adapter(adapter, "similarity")
     common = [key for key in a.changes if key in b.changes]
     if not common:
         raise ConfigError(

@@ -84,7 +84,13 @@ def _other(error: Exception, debug: bool) -> int:
     """Errors that are not ours: usage errors of typer, signals of a run, full disks, and the unexpected."""
     usage = getattr(error, "format_message", None)
     if usage is not None:
-        return _told(UsageText(usage()), debug, 2)
+        text = usage()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(text)
+            return 2
+        if type(error).__name__ == "NoSuchOption":
+            text += "; settings of a run are written key=value, without dashes"
+        return _told(UsageText(text), debug, 2)
     code = getattr(error, "code", None)
     if type(error).__name__ == "Interrupted" and isinstance(code, int):
         print(f"stopped by {error}", file=sys.stderr)

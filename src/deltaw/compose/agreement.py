@@ -55,6 +55,8 @@ def agreed_base(adapters: Sequence[Adapter], allow_mismatch: bool = False) -> di
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The parameters whose fingerprints are those of different weights, whatever the precision and form."""
     mine, theirs = one.get("parameters", {}), other.get("parameters", {})
+    if mine and theirs and mine.keys().isdisjoint(theirs):
+        return [f"they have no parameter in common ({next(iter(mine))!r} and {next(iter(theirs))!r}, for example)"]
     return [f"{name} has other values" for name in mine if name in theirs and not _same(mine[name], theirs[name])]
 
 

@@ -16,7 +16,7 @@ from deltaw.compose.combiner import Combiner, combiners
 from deltaw.compose.one_weight import OneWeight, Part
 from deltaw.compose.weights import Weights, weights_by_parameter
 from deltaw.core import options as check
-from deltaw.core.adapter import Adapter, Change
+from deltaw.core.adapter import Adapter, Change, check_adapter
 from deltaw.core.base_weights import Base
 from deltaw.errors import ConfigError, did_you_mean
 
@@ -64,10 +64,7 @@ def combine(
     if not adapters:
         raise ConfigError("combine needs at least one adapter")
     for adapter in adapters:
-        if not isinstance(adapter, Adapter):
-            raise ConfigError(
-                f"combine works on adapters as values, not on {type(adapter).__name__}: use dw.read(path)"
-            )
+        check_adapter(adapter, "combine")
     known = agreed_base(adapters, allow_base_mismatch)
 
     keys = list(dict.fromkeys(key for adapter in adapters for key in adapter.changes))

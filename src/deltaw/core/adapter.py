@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.variant import Variant
+from deltaw.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,18 @@ class Adapter:
     def __repr__(self) -> str:
         kinds = sorted({c.variant.kind for c in self.changes.values()})
         return f"Adapter({len(self.changes)} weights, {'+'.join(kinds) or 'empty'}, {self.numel:,} values)"
+
+
+def check_adapter(found: object, verb: str) -> None:
+    """Refuse what is not an `Adapter`. verb: who asks, for the message.
+
+    Raises:
+        ConfigError: it is a path, a model or anything else.
+    """
+    if not isinstance(found, Adapter):
+        raise ConfigError(
+            f"{verb} works on adapters as values, not on {type(found).__name__}: use dw.read(path) or dw.get(model, name)"
+        )
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import AdapterError
+from deltaw.errors import AdapterError, ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,18 @@ class Variant(ABC):
     """Options that do not show in what a trained change computes."""
 
     bias: bool = False
+
+    def __new__(cls, *given: Any, **options: Any) -> Self:
+        known = [f.name for f in fields(cls)]
+        if given:
+            name = "rank" if "rank" in known else known[-1]
+            raise ConfigError(f"{cls.__name__} takes its options by name, as in {cls.__name__}({name}={given[0]!r})")
+        for name in options:
+            if name not in known:
+                raise ConfigError(
+                    f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
+                )
+        return super().__new__(cls)
 
     @abstractmethod
     def create(self, site: Site, shared: dict[str, Any]) -> Delta:

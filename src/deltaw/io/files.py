@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from deltaw.core.adapter import Adapter, Change
+from deltaw.core.adapter import Adapter, Change, check_adapter
 from deltaw.errors import AdapterError
 from deltaw.io import manifest, strict_json, tensor_file
 from deltaw.io.admission import admit, check_values, over_any_base
@@ -48,6 +48,7 @@ def write(
         AdapterError: the adapter cannot be said in the grammar asked for, or `path` is something else.
         NonFinite: a tensor holds NaN or infinity.
     """
+    check_adapter(adapter, "write")
     if not adapter.changes:
         raise AdapterError("the adapter is empty: there is nothing to write")
     check_values(adapter.tensors())

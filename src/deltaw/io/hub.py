@@ -33,6 +33,8 @@ def fetch(repo: str, *, revision: str | None = None, token: str | None = None) -
         except missing as error:
             if name == MANIFEST:
                 continue
+            if isinstance(error, hub.errors.LocalEntryNotFoundError):  # offline, and not in the cache
+                raise AdapterError(f"{repo!r} is no folder here, and the hub cannot be reached: {error}") from error
             raise AdapterError(f"{repo} on the hub is no adapter that can be read: it has no {name}") from error
         except Exception as error:
             raise AdapterError(f"{repo!r} is no folder here, and the hub has no such adapter: {error}") from error
@@ -64,6 +66,7 @@ def push(folder: Path, repo: str, *, private: bool | None = None, token: str | N
 def _library() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.errors  # a lazy module: not an attribute until imported
     except ImportError as error:
         raise MissingExtra("the hub needs huggingface_hub: pip install 'deltaw[hub]'") from error
     return huggingface_hub

@@ -100,7 +100,8 @@ def pairs(
         return [(t, variants) for t in targeting.as_targets(targeting.ALL_LINEAR if chosen is None else chosen)]
     if not isinstance(variants, Mapping):
         raise ConfigError(
-            f"attach takes a variant such as dw.LoRA(rank=8), or {{target: variant}}; found {type(variants).__name__}"
+            "attach takes a variant such as dw.LoRA(rank=8), or {target: variant}; found "
+            + (f"the class {variants.__name__}" if isinstance(variants, type) else type(variants).__name__)
         )
     if chosen is not None:
         raise ConfigError("attach(model, {target: variant}) names its targets in the mapping: leave `targets` out")
@@ -169,6 +170,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 def get(model: nn.Module, name: str = "default") -> Adapter:
     """The adapter `name` of `model` as a value: its tensors are detached copies.
 
+    Of a sharded model (FSDP2, DTensor) they are gathered: every process must call it.
+
     Raises:
         UnknownName: there is no such adapter.
     """
@@ -185,7 +188,7 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
         notes = host.roster.notes.get(name, notes)
         for site, delta in host.deltas(name).items():
             variant, tensors = delta.kept()
-            copies = {k: t.detach().clone() for k, t in tensors.items()}
+            copies = {k: state.whole(t).clone() for k, t in tensors.items()}
             shape = tuple(host.parameter(site).shape)
             key = join_key(path, site)
             changes[key] = Change(

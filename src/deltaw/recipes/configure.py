@@ -108,6 +108,7 @@ ELSEWHERE = {
     "optimizer": "the optimizer is AdamW; lr=, weight_decay=, clip= and schedule= are its settings",
     "gradient_checkpointing": "it is not needed for the batch to fit: a micro-batch that does not is halved by itself",
     "datasets": "give one source: data=FILE, FOLDER or hub id",
+    "device": "the first GPU is taken if there is one; CUDA_VISIBLE_DEVICES= chooses, ACCELERATE_USE_CPU=1 takes none",
     "train_on_inputs": "the loss counts the answers only",
 }
 """Words that other trainers have a key for, and what takes their place here."""

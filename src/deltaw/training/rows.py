@@ -78,7 +78,7 @@ def from_hub(data: DataConfig) -> dict[str, list[Row]]:
     except Exception as error:  # whatever the hub client raises: one message for all of it
         raise DataError(
             f"data={data.path} is neither a file here nor reachable as a hub data set ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}); {how_to_get(data.path)}"
+            f"{str(error).splitlines()[0][:200]}); {how_to_get(data.path)}{did_you_mean(data.path, [p.name for p in Path().iterdir()])}"
         ) from error
     found: dict[str, list[Row]] = {}
     for name, part in loaded.items():
@@ -99,7 +99,23 @@ def _class_name(names: Sequence[str], label: int | None) -> str | None:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """The rows of one file, by its ending."""
+    """The rows of one file, by its ending.
+
+    Raises:
+        DataError: the file cannot be read, or a row is no mapping of column names, or has more values than columns.
+    """
+    for number, row in enumerate(_rows(path), 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: {str(row)[:60]!r} is no object with named columns")
+        if None in row:  # where csv.DictReader puts what is left over
+            raise DataError(
+                f"{path}, row {number}: {len(row) - 1 + len(row[None])} values for {len(row) - 1} columns; "
+                "a value that holds the separator must stand in double quotes"
+            )
+        yield row
+
+
+def _rows(path: Path) -> Iterator[Any]:
     if path.suffix not in READABLE:
         raise DataError(
             f"{path}: cannot read {path.suffix or 'a file without ending'}; readable: {', '.join(READABLE)}"
@@ -123,7 +139,9 @@ def read_file(path: Path) -> Iterator[Row]:
             csv.field_size_limit(1 << 30)
             with path.open(encoding="utf-8-sig", newline="") as file:
                 yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({error}): save it as UTF-8") from error
+    except (json.JSONDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
     except ImportError as error:
         raise MissingExtra("parquet files need pyarrow: pip install 'deltaw[train]'") from error
@@ -213,7 +231,10 @@ def labelled(
         )
     missing = set(labels) - {label for _, label in clean["train"]}
     if missing:
-        raise DataError(f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}{why}")
+        raise DataError(
+            f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}, which other splits have: "
+            f"mend the label there, or add examples of it to train{why}"
+        )
     if not clean["validation"]:
         raise DataError(f"{where}: {len(rows)} usable rows are too few to hold any out for validation{why}")
     index = {label: i for i, label in enumerate(labels)}
