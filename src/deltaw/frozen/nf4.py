@@ -21,6 +21,8 @@ from deltaw.core import options
 from deltaw.core.frozen import Form, FrozenWeight
 from deltaw.core.registry import form
 from deltaw.errors import ConfigError
+from deltaw.ops.matmul import linear
+from deltaw.ops.terms import flat
 
 DELTA = 0.9677083
 """1 - (1/32 + 1/30) / 2, as the authors' code rounds it: the probability up to which quantiles are taken."""
@@ -113,7 +115,7 @@ class NF4Weight(FrozenWeight):
         return whole[: math.prod(self.shape)].reshape(self.shape).to(self.dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype))
+        return linear(flat(x), self.dense().to(x.dtype)).view(*x.shape[:-1], self.shape[0])
 
     def matmul_grad(self, g: Tensor) -> Tensor:
-        return g @ self.dense().to(g.dtype)
+        return linear(flat(g), self.dense().to(g.dtype).t()).view(*g.shape[:-1], self.shape[1])

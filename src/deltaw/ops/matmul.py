@@ -49,6 +49,18 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def library(tokens: int, rows_out: int, columns_in: int) -> str:
+    """The library that multiplies plain fp32 tensors x (tokens, in) and W (out, in) here, outside a compiler, and why."""
+    if not mkl_is_slow():
+        return "MKL (torch's own choice): this processor is Intel's or has no AVX-512, or torch has one library only"
+    if not torch.backends.mkldnn.enabled:
+        return "MKL: oneDNN is switched off"
+    work = tokens * rows_out * columns_in
+    if work < WORTH:
+        return f"MKL: {work:,} multiplications do not pay for oneDNN's longer call ({WORTH:,} would)"
+    return "oneDNN: MKL is slow on this processor (AVX-512, not Intel's)"
+
+
 PLAIN = (Tensor, torch.nn.Parameter)
 
 

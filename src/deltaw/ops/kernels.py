@@ -1,0 +1,152 @@
+"""Which kernels a shape runs on, by which rule, and how long each takes here: what `deltaw ops` prints.
+
+The rules are those that run: select.py (merged or added), matmul.py (oneDNN or MKL), choices.py (8 bit or dense).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaw.ops.choices import Choices
+from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
+from deltaw.ops.linear import AdaptedLinear, plain
+from deltaw.ops.matmul import library, linear
+from deltaw.ops.select import Explanation, explain
+from deltaw.ops.terms import FrozenProduct, Term, pack
+
+DROPOUT = 0.05
+REPEATS = 5
+
+
+class Shape(NamedTuple):
+    """x (tokens, columns_in), W (rows_out, columns_in), and an adapter of `rank`."""
+
+    tokens: int
+    columns_in: int
+    rows_out: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.columns_in} -> {self.rows_out}, rank {self.rank}"
+
+
+TYPICAL = (
+    Shape(128, 384, 384, 8),
+    Shape(1024, 384, 384, 8),
+    Shape(1024, 384, 1536, 8),
+    Shape(3200, 384, 1536, 8),
+    Shape(512, 576, 1536, 8),
+    Shape(2048, 1024, 4096, 16),
+)
+"""Layers of MiniLM, whisper-tiny, SmolLM2 and DeBERTa-v3-large, with few and with many rows."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The rules for one shape in fp32. `int8`: forward and input gradient on an 8-bit base."""
+
+    shape: Shape
+    products: str
+    adapter: Explanation
+    dropped: Explanation
+    int8: tuple[bool, bool]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        words = ["8 bit" if narrow else "on the dense weight, formed from its codes" for narrow in self.int8]
+        return [
+            f"{self.shape}",
+            f"  fp32 products     {self.products}",
+            f"  adapter           {self.adapter}",
+            f"  with dropout      {self.dropped}",
+            f"  on an int8 base   forward {words[0]}, input gradient {words[1]}",
+        ]
+
+
+def kernels(shape: Shape, choices: Choices) -> Kernels:
+    """The rules for one shape; `choices` is the record (or, if it is timed, the judge) of 8-bit kernels."""
+    tokens, columns_in, rows_out, rank = shape
+    return Kernels(
+        shape,
+        library(tokens, rows_out, columns_in),
+        explain(rows_out, columns_in, tokens, rank),
+        explain(rows_out, columns_in, tokens, rank, dropout=DROPOUT),
+        choices.choose(rows_out, columns_in, tokens),
+    )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A W (out, in) whose products run on what `weight` gives: a dense weight that is kept, or formed at every call."""
+
+    weight: Callable[[], Tensor]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ."""
+        return linear(x, self.weight())
+
+    def matmul_grad(self, g: Tensor) -> Tensor:
+        """g W."""
+        return linear(g, self.weight().t())
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A W (out, in) in 8 bit."""
+
+    weight: Int8Weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ."""
+        return int8_matmul(x, self.weight)
+
+    def matmul_grad(self, g: Tensor) -> Tensor:
+        """g W."""
+        return int8_matmul_grad(g, self.weight)
+
+
+def measure(shape: Shape, repeats: int = REPEATS) -> dict[str, float]:
+    """Milliseconds of forward and backward (∂x, ∂A, ∂B) of one adapted layer, medians, taken in turns.
+
+    merged, added: the fused operation either way, of which the rule takes one. plain: its twin of separate operations,
+    as autograd runs them on MKL. int8: the fused operation on 8-bit codes; dequantised: on the same codes made dense
+    for each product, which is what an 8-bit weight falls back to.
+    """
+    tokens, columns_in, rows_out, rank = shape
+    noise = torch.Generator().manual_seed(0)
+    W, x, A, B = (
+        torch.randn(*size, generator=noise)
+        for size in ((rows_out, columns_in), (tokens, columns_in), (rank, columns_in), (rows_out, rank))
+    )
+    g = torch.randn(tokens, rows_out, generator=noise)
+    inputs = [t.requires_grad_() for t in (x, A, B)]
+
+    def fused(merge: bool, frozen: FrozenProduct | None = None) -> Tensor:
+        plan, tensors = pack([Term(A, B, None, None, 2.0, 0.0, False, merge)])
+        weight = W if frozen is None else None
+        y: Tensor = AdaptedLinear.apply(plan, merge, frozen, True, None, (), x, weight, None, *tensors)  # type: ignore[no-untyped-call]
+        return y
+
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "merged": lambda: fused(True),
+        "added": lambda: fused(False),
+        "plain": lambda: plain(x, W, None, [Term(A, B, None, None, 2.0, 0.0, False, False)], None),
+    }
+    if int8_available():
+        codes = quantize_int8(W)
+        contenders["int8"] = lambda: fused(False, Narrow(codes))
+        contenders["dequantised"] = lambda: fused(False, Dense(codes.dense))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats + 1):
+        for name, forward in contenders.items():
+            start = time.perf_counter()
+            torch.autograd.grad(forward(), inputs, g)
+            times[name].append(time.perf_counter() - start)
+    return {name: round(1e3 * statistics.median(spent[1:]), 3) for name, spent in times.items()}

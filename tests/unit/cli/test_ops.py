@@ -1,0 +1,41 @@
+"""`deltaw ops`: the rules for shapes, for a model's layers, and what a run has recorded."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_the_rules_of_a_shape_are_those_that_run(deltaw) -> None:
+    many, few = (deltaw("ops", "--shape", f"{tokens},384,384,8").out for tokens in (1024, 20))
+    assert "adapter           merged: 1024 rows > in·out/(in+out) = 192" in many
+    assert "adapter           added: 20 rows <= in·out/(in+out) = 192" in few
+    assert all("with dropout      added: dropout 0.05" in out for out in (many, few))
+
+
+def test_measured_shapes_come_as_json(deltaw) -> None:
+    found = json.loads(deltaw("ops", "--shape", "40,32,48,2", "--time", "--json").out)
+    (row,) = found["shapes"]
+    assert row["shape"] == {"tokens": 40, "columns_in": 32, "rows_out": 48, "rank": 2}
+    assert {"merged", "added", "plain"} <= row["milliseconds"].keys()
+    assert all(spent > 0 for spent in row["milliseconds"].values())
+    assert found["threads"] >= 1
+
+
+def test_a_models_distinct_shapes_once_each(deltaw, tiny) -> None:
+    rows = json.loads(deltaw("ops", tiny / "model", "--tokens", 64, "--rank", 4, "--json").out)["shapes"]
+    shapes = [tuple(row["shape"].values()) for row in rows]
+    assert shapes
+    assert len(set(shapes)) == len(shapes)
+    assert all(tokens == 64 and rank == 4 for tokens, _, _, rank in shapes)
+
+
+def test_a_run_shows_what_it_chose(deltaw, tmp_path) -> None:
+    kernels = {"choices": 1, "timed": True, "looks": {}, "kernels": [{"shape": [48, 32, 64], "int8": [True, False]}]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"state": "finished", "kernels": kernels}))
+    assert "48 x 32, up to 64 rows: forward 8 bit, gradient dense (timed)" in deltaw("ops", "run").out
+
+
+def test_what_makes_no_sense_is_refused(deltaw) -> None:
+    assert "four whole numbers" in deltaw("ops", "--shape", "3,4", code=2).err
+    assert "not both" in deltaw("ops", "some/model", "--shape", "1,2,3,4", code=2).err
