@@ -25,6 +25,7 @@ from deltaw.recipes.start import PRETRAINED
 from deltaw.training.checkpoint import write_atomic
 from deltaw.training.config import RunConfig
 from deltaw.training.methods import check_method
+from deltaw.training.place import check_place
 from deltaw.training.plots import draw
 from deltaw.training.record import read_record
 from deltaw.training.report import page, report, results_json
@@ -71,6 +72,7 @@ def compare(configs: dict[str, RunConfig], folder: Path, command: str) -> tuple[
         RunFailed: a run ended with an error, whose exit code this error carries.
         Interrupted, KeyboardInterrupt: a signal came; the comparison can be resumed.
     """
+    check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(
         folder / PLAN,

@@ -100,6 +100,15 @@ def prepare(model: nn.Module, task: Task, config: RunConfig, world: int = 1) -> 
     return Prepared("default", True)
 
 
+def parameters(model: nn.Module, *, trained: bool = False) -> int:
+    """Numbers in the parameters of `model`, or in those that are trained.
+
+    Asked of the plain model, before adapters and copies of trained modules join it, this is what `full` trains, and
+    what a run's share of trained parameters is a share of.
+    """
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
 def quantize_base(model: nn.Module, config: RunConfig) -> QuantizeReport | None:
     """Keep the frozen weights of a prepared model in the form that the run asks for; kernels are timed and recorded."""
     if config.quantize is None:

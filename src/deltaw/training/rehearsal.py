@@ -20,7 +20,7 @@ from deltaw.ops.compact import compact
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import to_device
 from deltaw.training.memory import MIB
-from deltaw.training.methods import check_method, prepare, quantize_base
+from deltaw.training.methods import check_method, parameters, prepare, quantize_base
 from deltaw.training.order import batches, generator, in_order
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Batch, Task
@@ -37,6 +37,7 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     check_method(config)
     task = make_task()
     model = task.build()
+    plain = parameters(model)
     prepared = prepare(model, task, config)
     quantize_base(model, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,8 +55,8 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     return {
         "notes": task.notes,
         "trainable": found.trainable,
-        "total": found.total,
-        "share": found.share,
+        "total": plain,
+        "share": found.trainable / plain,
         "weight_bytes": found.weight_bytes,
         "gradient_bytes": found.gradient_bytes,
         "optimizer_bytes": found.optimizer_bytes,
@@ -139,7 +140,7 @@ def text(facts: dict[str, Any]) -> str:
     above = facts["weight_bytes"] + facts["peak_bytes"]
     lines = [
         *facts["notes"],
-        f"trainable: {facts['trainable']:,} of {facts['total']:,} parameters ({facts['share']:.2%})",
+        f"trainable: {facts['trainable']:,} parameters ({facts['share']:.2%} of the {facts['total']:,} of the plain model)",
         f"memory: weights {facts['weight_bytes'] / MIB:,.1f} MiB, gradients {facts['gradient_bytes'] / MIB:,.1f} MiB, Adam "
         f"{facts['optimizer_bytes'] / MIB:,.1f} MiB; at its peak about {facts['peak_bytes'] / MIB:,.0f} MiB above the "
         f"loaded model, {above / MIB:,.0f} with it (data and program not counted)",

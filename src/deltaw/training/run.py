@@ -30,7 +30,8 @@ from deltaw.ops.choices import Choices
 from deltaw.training import checkpoint, memory, trained
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
-from deltaw.training.methods import Prepared, check_method, prepare, quantize_base
+from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
+from deltaw.training.place import check_place
 from deltaw.training.prefix import frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
@@ -62,6 +63,7 @@ def train(
     from accelerate import Accelerator
 
     check_method(config)
+    check_place(folder)
     trackers = chosen(config.report_to)
     progress = Progress(config.method, quiet=quiet or int(os.environ.get("RANK", "0")) > 0)
     stop = Stop()
@@ -73,6 +75,7 @@ def train(
         for note in task.notes:
             progress.say(note)
         model = task.build()
+        plain = parameters(model)
         prepared = prepare(model, task, config, accelerator.num_processes)
         if (quantized := quantize_base(model, config)) is not None:
             progress.say(str(quantized))
@@ -82,9 +85,9 @@ def train(
         torch.manual_seed(config.seed + accelerator.process_index)  # dropout differs between processes
         earlier, loaded = memory.peak_bytes(), memory.resident_bytes()
         memory.reset_peak()
-        size = counts(model)
+        size = {"trainable": parameters(model, trained=True), "total": plain}
         progress.say(
-            f"{size['trainable']:,} of {size['total']:,} parameters are trained ({size['trainable'] / size['total']:.2%})"
+            f"{size['trainable']:,} parameters are trained ({size['trainable'] / plain:.2%} of the {plain:,} of the plain model)"
         )
         stop.check()
         main = accelerator.is_main_process
@@ -310,12 +313,6 @@ def keep_adapter(model: nn.Module, name: str, folder: Path) -> int:
 def best_row(history: list[dict[str, Any]], task: Task) -> dict[str, Any]:
     """The epoch with the best score."""
     return (max if task.higher_is_better else min)(history, key=lambda row: row[task.metric])
-
-
-def counts(model: nn.Module) -> dict[str, int]:
-    """Trained parameters, and the parameters of the model as it is used: adapters included, frozen originals of trained copies not."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trainable": trainable, "total": sum(p.numel() for p in model.parameters())}
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

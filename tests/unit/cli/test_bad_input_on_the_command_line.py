@@ -148,6 +148,46 @@ def test_an_output_that_exists_is_left_alone(train, deltaw, kept_run, tiny, tmp_
     assert "exists" in deltaw("compare", "mnist", "--out", "run", code=2).err
 
 
+PLACES = {
+    "a file": "mine.txt",
+    "under a file": "mine.txt/run",
+    "a name that no disk takes": "deep/" + "x" * 300,
+    "a dangling link": "away/run",
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_a_place_where_nothing_can_be_kept_is_told_before_anything_is_read(deltaw, tmp_path, what):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "away").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    place = tmp_path / PLACES[what]
+    # the data do not exist either: exit code 3, had they been looked for
+    for call in (
+        ["train", "text-classification", "model=nothing"],
+        ["compare", "text-classification", "model=nothing"],
+    ):
+        err = deltaw(*call, "data=nothing.csv", "--out", place, code=2).err
+        assert str(place) in err
+        assert "choose another" in err
+        assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_only_what_a_command_of_ours_has_written_is_overwritten(train, deltaw, kept_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert "no command of ours has written it" in train("--overwrite", code=2).err
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(kept_run, tmp_path / "run")
+    assert "unknown method" in train("--overwrite", "--method", "lara", code=2).err
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file(), "taken away for a method that does not exist"
+    train("--overwrite", code=0)
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["history"]) == 1
+
+
 def damaged(kept_run, tmp_path, change):
     folder = tmp_path / "adapter"
     shutil.copytree(kept_run, folder)

@@ -132,7 +132,10 @@ def test_a_yaml_file_of_init_runs(deltaw, tiny, tmp_path):
     ).out
     results = json.loads(out)
     assert results["method"] == "head"
-    assert results["parameters"]["trainable"] == 66
+    from transformers import AutoModelForSequenceClassification
+
+    whole = sum(p.numel() for p in AutoModelForSequenceClassification.from_pretrained(tiny / "model").parameters())
+    assert results["parameters"] == {"trainable": 66, "total": whole, "share": 66 / whole}, "the head counts once"
     assert json.loads(deltaw("config", "schema", "mnist").out)["properties"]["mnist"]["properties"]["source"]
     assert "sentiment" in json.loads(deltaw("recipes", "--json").out)["recipes"]
     assert "text-classification" in deltaw("inspect", "run").out
@@ -145,5 +148,5 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(deltaw, tiny, tmp_path)
     assert facts["steps"] == 15
     assert len(facts["samples"]) == 3
     assert facts["samples"][0].split()[0] in ("good", "bad")
-    assert "7,746 of 28,900" in deltaw(*arguments).out
+    assert "trainable: 7,746 parameters (36.61% of the 21,154" in deltaw(*arguments).out
     assert list(tmp_path.iterdir()) == []

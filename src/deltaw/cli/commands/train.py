@@ -30,6 +30,7 @@ def add(app: typer.Typer) -> None:
         from deltaw.cli.outputs import new_folder
         from deltaw.recipes.configure import load
         from deltaw.recipes.start import start
+        from deltaw.training.methods import check_method
 
         config = load(source, overrides or (), {"method": method})
         if dry_run:
@@ -39,6 +40,7 @@ def add(app: typer.Typer) -> None:
             facts = rehearse(lambda: recipe_of(config).task(config), config)
             typer.echo(json.dumps(facts, indent=2) if as_json else text(facts))
             return
+        check_method(config)  # before --overwrite takes away what is there
         folder = new_folder(out, f"{config.recipe}-{config.method.replace(':', '')}", overwrite)
         results = start(config, folder, quiet=as_json)
         if not results:
