@@ -101,7 +101,7 @@ def test_resume_through_the_command_line_is_bit_identical(tiny, tmp_path):
         ).stdout
 
     killed, calm = tmp_path / "killed", tmp_path / "calm"
-    process = start(tiny, killed, "epochs=40")
+    process = start(tiny, killed, "epochs=12")
 
     def whole():
         return [p for p in killed.glob("checkpoints/step-*/MANIFEST.json") if "tmp" not in p.parent.name]
@@ -111,7 +111,7 @@ def test_resume_through_the_command_line_is_bit_identical(tiny, tmp_path):
     process.wait()
     assert "resumed at step" in call("resume", killed)
     assert "is finished" in call("resume", killed)
-    process = start(tiny, calm, "epochs=40")
+    process = start(tiny, calm, "epochs=12")
     assert process.wait(timeout=120) == 0
     one, other = load_file(killed / "adapter_model.safetensors"), load_file(calm / "adapter_model.safetensors")
     assert all(torch.equal(one[k], other[k]) for k in {**one, **other})
