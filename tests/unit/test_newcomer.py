@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -116,3 +117,13 @@ def test_the_command_line(monkeypatch, capsys, line, words):
     said = capsys.readouterr()
     assert end.value.code == 2
     assert words in (said.err if line else said.out)
+
+
+def test_the_documentation_lists_every_name_and_every_command():
+    root = Path(__file__).resolve().parents[2]
+    text = "".join(page.read_text() for page in [root / "README.md", *(root / "docs").rglob("*.md")])
+    assert [name for name in dw.__all__ if name != "__version__" and f"dw.{name}" not in text] == []
+    for name in set(dw.__all__) - {"__version__", "errors"}:
+        assert (getattr(dw, name).__doc__ or "").strip(), f"dw.{name} has no docstring"
+    commands = {p.stem.replace("_", "-") for p in (root / "src/deltaw/cli/commands").glob("[a-z]*.py")}
+    assert [name for name in sorted(commands) if f"deltaw {name}" not in text] == []
