@@ -94,6 +94,6 @@ def text(answer: dict[str, Any]) -> str:
     for name, said in answer["readers"].items():
         lines.append(f"{name}: {'reads it' if said['reads'] else 'refuses it' if said['refuses'] else 'misreads it'}")
         lines += [f"  {why}" for why in (*said["refuses"], *said["misreads"])]
-        lines += [f"  start it with {need}" for need in said["needs"]]
+        lines += [f"  give it {need}" for need in said["needs"]]
         lines += [f"  {said['cure']}"] if said["cure"] else []
     return "\n".join(lines)

@@ -29,6 +29,8 @@ TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
 )
+OTHER = ("full", "rows", "diff")
+"""Kinds of changes that the config accounts for in other ways than by its targets."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """What PEFT refuses to save as a module."""
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -53,6 +55,17 @@ def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
             f"the config targets {len(empty)} modules of {type(base.model).__name__} for which the file has no tensors "
             f"({', '.join(empty[:4])}{' ...' if len(empty) > 4 else ''}): the file is incomplete, or for another model"
         )
+    odd = [
+        key
+        for key, change in adapter.changes.items()
+        if change.variant.kind not in OTHER and not within(key, base, claims)
+    ]
+    if odd:
+        raise AdapterError(
+            f"the file holds tensors for {odd[0]!r}{' and others' if len(odd) > 1 else ''}, which its config does not target "
+            f"(target_modules is {str(claims.target_modules)[:80]}): PEFT would leave them out without a word. If they are "
+            f"meant, add the module to target_modules"
+        )
     for name in claims.expected:
         for path, module in modules.items():
             if path != name and not path.endswith("." + name):
@@ -63,6 +76,15 @@ def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
                 raise AdapterError(
                     f"{name!r} is trained in full by this adapter, but the file has no tensor {missing[0]!r}: incomplete"
                 )
+
+
+def within(key: str, base: Inventory, claims: Claims) -> bool:
+    """Whether the config of a file accounts for a change of `key`; PEFT adapts an attention's `out_proj` with it."""
+    path, site = split_key(key)
+    module, outer = base.modules.get(path), path.removesuffix(".out_proj")
+    if module is None or not _adaptable(module) or claims.adapts(key):
+        return True
+    return isinstance(base.modules.get(outer), nn.MultiheadAttention) and claims.adapts(join_key(outer, site))
 
 
 def check_names(base: Inventory, adapter: Adapter) -> None:

@@ -18,7 +18,7 @@ from deltaw.errors import AdapterError, did_you_mean
 from deltaw.io.peft import grammar_of
 
 READERS = ("peft", "vllm", "sglang", "ollama")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def verdict(adapter: Adapter, reader: str, config: Mapping[str, Any] | None = No
             refuses.append(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}")
         else:
             needs = (f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}",)
+    if reader == "ollama":
+        needs = ("a GGUF file: deltaw convert ADAPTER --to gguf --base MODEL --out FILE.gguf",)
     cure = ""
     if refuses:
         cure = "merge it (deltaw merge), or approximate it by a plain LoRA with a stated error (deltaw extract of the merged model)"

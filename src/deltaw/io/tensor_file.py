@@ -86,6 +86,8 @@ def read_header(buffer: memoryview, what: str) -> Header:
     raw = bytes(buffer[8 : 8 + length])
     if not raw.startswith(b"{"):
         raise AdapterError(f"{what} is not a safetensors file: its header does not start with '{{'")
+    if raw.count(b'":') > 5 * MAX_TENSORS:  # four for every tensor, before any of them is looked at
+        raise AdapterError(f"{what} holds more than {MAX_TENSORS:,} tensors, or as many facts: refused")
     parsed = strict_json.parse(raw, f"the header of {what}", MAX_HEADER)
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

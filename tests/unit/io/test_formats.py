@@ -159,7 +159,12 @@ def test_mlx_layout(tmp_path: Path) -> None:
     made = adapter(dw.LoRA(rank=2, alpha=6), ["q_proj"])
     convert(made, "mlx", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["lora_parameters"] == {"rank": 2, "scale": 3.0, "dropout": 0.0, "keys": ["q_proj"]}
+    assert config["lora_parameters"] == {
+        "rank": 2,
+        "scale": 3.0,
+        "dropout": 0.0,
+        "keys": ["layers.0.q_proj", "layers.1.q_proj"],
+    }
     a, b = (load_file(tmp_path / "a" / "adapters.safetensors")[f"layers.0.q_proj.lora_{n}"] for n in "ab")
     assert (a.shape, b.shape) == ((8, 2), (2, 8))
     assert torch.allclose(3 * (a @ b).T, made.changes["layers.0.q_proj.weight"].delta_weight())

@@ -17,18 +17,21 @@ from tests.unit.io.adapter_folders import shaken
 
 PROMPT = [1, 70, 12, 200, 33, 91, 150, 5, 77]
 VOCABULARY = 3 + 256  # <unk>, <s>, </s> and one token per byte
-SIZES: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    head_dim=16,
-    tie_word_embeddings=False,
-)
-TARGETS = {"q_proj|k_proj": dw.LoRA(rank=2, alpha=6), "v_proj|o_proj|up_proj|down_proj": dw.LoRA(rank=3, alpha=24)}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+TARGETS: dict[Any, Any] = {
+    "q_proj|k_proj": dw.LoRA(rank=2, alpha=6),
+    "v_proj|o_proj|up_proj|down_proj": dw.LoRA(rank=3, alpha=24),
+}
 
 
 def model_of(kind: str) -> Any:

@@ -1,13 +1,12 @@
 """MLX (mlx-lm): a folder with `adapters.safetensors`, factors the other way round, and one rank and scale for all.
 
-`lora_a` is (in, r), `lora_b` (r, out), DoRA's `m` (out,); the change is scale · (x a) b. The config's `keys` are the names
-inside a block, `num_layers` counts blocks from the end.
+`lora_a` is (in, r), `lora_b` (r, out), DoRA's `m` (out,); the change is scale · (x a) b. The config's `keys` are names inside
+the last `num_layers` blocks, or of whole paths: those are written, which say exactly what changes, in any blocks.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +20,6 @@ from deltaw.io.formats import format as shared
 from deltaw.io.formats.format import Format, Hints
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-BLOCK = re.compile(r"(?P<before>.*?\blayers)\.(?P<index>\d+)\.(?P<inside>.+)")
 
 
 class Mlx(Format):
@@ -70,32 +68,24 @@ class Mlx(Format):
             reason = "one file is either LoRA or DoRA"
         if reason is None and len({(v.rank, v.scale) for v in every}) > 1:
             reason = "one rank and one scale for all weights; `--uniform` pads and scales a LoRA to that"
-        if reason is None:
-            odd = [k for k in adapter.changes if BLOCK.fullmatch(k) is None]
-            reason = f"{odd[0]} is in no numbered block ('layers.N.')" if odd else None
         return reason
 
     def write(self, adapter: Adapter, path: Path, hints: Hints) -> None:
         path.mkdir(exist_ok=True)
         tensors: dict[str, Tensor] = {}
-        inside: set[str] = set()
-        blocks: set[int] = set()
         change: Change | None = None
         for key, change in adapter.changes.items():
             module = shared.module_of(key)
-            found = BLOCK.fullmatch(module)
-            assert found is not None
-            inside.add(found.group("inside"))
-            blocks.add(int(found.group("index")))
             tensors |= {f"{module}.lora_a": change.tensors["A"].T, f"{module}.lora_b": change.tensors["B"].T}
             if "m" in change.tensors:
                 tensors[f"{module}.m"] = change.tensors["m"]
         assert change is not None
         v: Any = change.variant
+        paths = sorted(map(shared.module_of, adapter.changes))
         config = {
             "fine_tune_type": v.kind,
-            "num_layers": -1 if min(blocks) == 0 else len(blocks),
-            "lora_parameters": {"rank": v.rank, "scale": v.scale, "dropout": v.dropout, "keys": sorted(inside)},
+            "num_layers": -1,
+            "lora_parameters": {"rank": v.rank, "scale": v.scale, "dropout": v.dropout, "keys": paths},
         }
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         with (path / WEIGHTS).open("wb") as stream:

@@ -7,6 +7,7 @@ those that can take exponential time are refused.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Claims:
     layers_pattern: tuple[str, ...] = ()
     expected: tuple[str, ...] = ()
     """Modules to save that must be there if the model has them, named by the config or implied by the task type."""
+    parameters: tuple[str, ...] = ()
+    """`target_parameters`: parameters that are adapted wherever their module is."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Claims:
@@ -58,9 +61,18 @@ class Claims:
         for text in patterns:
             if not pattern(text).simple:
                 raise AdapterError(f"layers_pattern {text[:80]!r} in the config: too many repeats for a name")
+        parameters = names(config, "target_parameters")
+        if isinstance(parameters, str):
+            raise AdapterError(f"target_parameters={parameters!r} in the config must be a list")
         heads = HEADS.get(str(config.get("task_type")), ())
         return Claims(
-            targets, exclude, save or (), tuple(layers) if layers else None, patterns, (*(save or ()), *heads)
+            targets,
+            exclude,
+            save or (),
+            tuple(layers) if layers else None,
+            patterns,
+            (*(save or ()), *heads),
+            parameters or (),
         )
 
     @property
@@ -72,6 +84,12 @@ class Claims:
         """Whether a module on the way to `path` is saved in full (as PEFT: any whose path ends with the name)."""
         parts = path.split(".")
         return any(".".join(parts[:n]).endswith(name) for n in range(1, len(parts) + 1) for name in self.expected)
+
+    def adapts(self, key: str) -> bool:
+        """Whether the config accounts for a change of the parameter `key`, or does not say what it targets."""
+        unsaid = not self.target_modules or str(self.target_modules).lower() == "all-linear"
+        named = any(key == name or key.endswith(f".{name}") for name in self.parameters)
+        return unsaid or named or self.targets(key.rpartition(".")[0])
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, given a class that it can adapt."""
@@ -118,9 +136,14 @@ def checked_pattern(text: str) -> str:
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> tuple[Any, list[str]]:
     """PEFT's rule: the first pattern (in the file's order) that matches a dotted end of `path`; and all that match."""
-    hits = [key for key in patterns if key in path or not PLAIN.fullmatch(key)]
-    hits = [key for key in hits if pattern(key).matches_end(path)]
+    hits = [key for key in patterns if path.endswith(ending(key)) and pattern(key).matches_end(path)]
     return (patterns[hits[0]] if hits else default), hits
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def ending(text: str) -> str:
+    """What every path that the pattern matches ends with, as far as it is plain to see."""
+    return text.rpartition(".")[2] if PLAIN.fullmatch(text.replace(".", "")) else ""
 
 
 def pattern_keys(wanted: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:

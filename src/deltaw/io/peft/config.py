@@ -85,7 +85,23 @@ KNOWN = frozenset(
     ]
 )
 """Fields of PEFT's configs. The others are named in a notice: nobody can say here what they mean."""
-NUMBERS = ("r", "lora_alpha", "lora_dropout", "alpha")
+NUMBERS = ("r", "lora_alpha", "lora_dropout", "alpha", "rank_dropout", "module_dropout", "vera_dropout", "d_initial")
+FLAGS = (
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "ensure_weight_tying",
+    "merge_weights",
+    "use_effective_conv2d",
+    "decompose_both",
+    "rank_dropout_scale",
+    "save_projection",
+    "init_ia3_weights",
+)
+TEXTS = ("bias", "base_model_name_or_path", "revision", "task_type", "peft_version")
+MAX_PATTERNS = 10_000
 
 
 def check(config: Mapping[str, Any], unsupported: Mapping[str, str]) -> list[str]:
@@ -101,6 +117,15 @@ def check(config: Mapping[str, Any], unsupported: Mapping[str, str]) -> list[str
         value = config.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise AdapterError(f"{field}={value!r} in the config is no number")
+    for fields, kind, word in ((FLAGS, bool, "neither true nor false"), (TEXTS, str, "no text")):
+        for field in fields:
+            if config.get(field) is not None and not isinstance(config[field], kind):
+                raise AdapterError(f"{field}={config[field]!r} in the config is {word}")
+    modes = ("none", "all", "lora_only", f"{str(config.get('peft_type')).lower()}_only")
+    if config.get("bias") is not None and config["bias"] not in modes:
+        raise AdapterError(f"bias={config['bias']!r} in the config is none of {', '.join(dict.fromkeys(modes))}")
+    if not isinstance(config.get("init_lora_weights"), (bool, str, type(None))):
+        raise AdapterError(f"init_lora_weights={config['init_lora_weights']!r} in the config is no name of a start")
     for field in ("rank_pattern", "alpha_pattern"):
         check_patterns(config, field)
     start = start_of(config)
@@ -133,6 +158,8 @@ def check_patterns(config: Mapping[str, Any], field: str) -> None:
         isinstance(v, bool) or not isinstance(v, (int, float)) for v in value.values()
     ):
         raise AdapterError(f"{field} in the config must map patterns to numbers")
+    if len(value) > MAX_PATTERNS:
+        raise AdapterError(f"{field} in the config holds {len(value):,} patterns; at most {MAX_PATTERNS:,} are read")
     for pattern in value:
         checked_pattern(pattern)
 
