@@ -221,6 +221,8 @@ def labelled(
     for name, share in (("test", data.test), ("validation", data.validation)):
         if name not in clean and share > 0:
             clean[name], rows = _cut(rows, share)
+    if data.limit is not None:  # cutting took from the front, and left it with more of some classes than of others
+        generator("limit", seed).shuffle(rows)  # type: ignore[arg-type]
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
     why = f" ({_told(gone)})" if gone else ""

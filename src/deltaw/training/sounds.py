@@ -63,6 +63,7 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
         if len(part) == 0 or (name == "train" and len(counts) < 2):
             raise DataError(
                 f"{folder}: {name} has {len(part):,} examples of {len(counts)} classes; two classes are needed"
+                + "".join(f" ({note})" for note in notes if note.startswith("dropped"))
             )
     order = [name for name in ("train", "validation", "test") if name in found]
     for name in order:

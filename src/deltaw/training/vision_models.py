@@ -51,6 +51,9 @@ class VisionModel:
         first = name.partition(":")[0]
         if first in (*SMALL, *LIBRARIES):
             return str(first)
+        near = "" if "/" in name or Path(name).is_dir() else did_you_mean(name, SMALL)
+        if near:
+            raise DataError(f"model={name}: no such network{near} (known: {KINDS})")
         if ":" in name and not Path(name).exists():
             raise DataError(f"model={name}: no such kind of network{did_you_mean(first, LIBRARIES)} (known: {KINDS})")
         return "transformers"
@@ -214,6 +217,10 @@ def _timm(name: str, classes: int, pretrained: bool) -> nn.Module:
         if own.partition(".")[0] not in timm.list_models():
             raise DataError(f"model={name}: timm knows no such model{did_you_mean(own, timm.list_models())}") from None
         raise DataError(_unreachable(name, error)) from error
+    if not pretrained:  # timm switches residual branches off at random starts: nothing in them would get a gradient
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and not bool(module.weight.any()):
+                nn.init.ones_(module.weight)
     return model
 
 

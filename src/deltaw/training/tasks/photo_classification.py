@@ -86,15 +86,17 @@ class PhotoClassification(Task):
             ) from error
         if out.shape != (1, len(self.labels)):
             raise DataError(f"model={self.model_name} answers {tuple(out.shape)}, wanted (1, {len(self.labels)})")
-        linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._convolutions = ["torch.nn.Conv2d"] if len(linear) < 2 else None
+        layers = dict(model.named_modules())
+        linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
+        whole = [path for path, layer in layers.items() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+        self._convolutions = whole if whole and len(linear) < 2 else None
         return model
 
     def new_modules(self, model: nn.Module) -> list[str]:
         return self._new
 
     def targets(self) -> list[str] | None:
-        """Every convolution, where all Linear layers but the head are missing; else the configuration's choice."""
+        """Every convolution (depthwise ones left out), where all Linear layers but the head are missing; else the configuration's choice."""
         return self._convolutions
 
     def keep_model(self, model: nn.Module, folder: Path) -> None:
