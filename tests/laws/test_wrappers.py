@@ -106,7 +106,7 @@ def test_every_verb_accepts_a_wrapped_model(wrapper, tmp_path):
 
 
 @pytest.mark.usefixtures("one_process")
-def test_fsdp2_shards_an_adapted_model():
+def test_fsdp2_shards_an_adapted_model(tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     model = dw.attach(plain(), dw.LoRA(rank=2), targets=["0", "2"])
@@ -132,6 +132,14 @@ def test_fsdp2_shards_an_adapted_model():
     with pytest.raises(ModelError, match="FSDP"):
         dw.attach(model, dw.LoRA(rank=2), targets=["0"], name="late")
     torch.testing.assert_close(model(X), expected)
+    for key, change in dw.get(model).changes.items():
+        for name, tensor in dw.get(reference).changes[key].tensors.items():
+            assert type(change.tensors[name]) is torch.Tensor
+            assert torch.equal(change.tensors[name], tensor), (key, name)
+    dw.save(model, tmp_path / "sharded")
+    dw.save(reference, tmp_path / "whole")
+    for file in sorted(p.name for p in (tmp_path / "whole").iterdir()):
+        assert (tmp_path / "sharded" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
 def test_attach_on_the_meta_device_then_load(tmp_path):

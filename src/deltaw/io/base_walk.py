@@ -16,6 +16,7 @@ from deltaw.core.adapter import join_key
 from deltaw.core.frozen import FrozenWeight, foreign_dense
 from deltaw.core.host import CHILD, FORMS, Host
 from deltaw.errors import ModelError
+from deltaw.model.state import sharded, whole
 
 PLAIN = (Tensor, nn.Parameter, nn.parameter.Buffer)
 
@@ -83,6 +84,8 @@ class Kept(NamedTuple):
 def kept_weights(model: nn.Module) -> Iterator[Kept]:
     """Parameters and persistent float buffers of the base, each storage once, merged changes looked through.
 
+    Those that are sharded are gathered one after the other, by all processes together.
+
     Raises:
         ModelError: adapters were merged for good.
     """
@@ -113,6 +116,8 @@ def kept_weights(model: nn.Module) -> Iterator[Kept]:
                     yield _formed(name, host, site, forms[name])
                     continue
                 tensor = originals.get(name, tensor)
+                if sharded(tensor):
+                    tensor = whole(tensor)
                 if type(tensor) in PLAIN and tensor.is_floating_point():
                     yield Kept(name, (tensor,), "dense", tensor.dtype, tensor.detach)
                 elif type(tensor) not in PLAIN:

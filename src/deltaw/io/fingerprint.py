@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, join_key
 from deltaw.io.base_walk import Kept, kept_weights
-from deltaw.io.known_weights import Known, complete_all, completed, derived, looked_at, sha
+from deltaw.io.known_weights import Known, complete_all, completed, derived, entry_now, looked_at, sha
 from deltaw.io.sketch import distance
 from deltaw.io.tensor_file import NAMES
-from deltaw.model.state import layers_of
+from deltaw.model.state import is_sharded, layers_of
 
 VERSION = 1
 TOLERANCE = {"float": 0.01, "int8": 0.05, "other": 0.25}
@@ -53,6 +53,9 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     Raises:
         ModelError: the model is on the meta device, or merged for good (its base is gone).
     """
+    if is_sharded(model):  # one weight at a time is whole, and nothing is remembered of it
+        taken = (w for w in kept_weights(model) if w.name not in without)
+        return {"version": VERSION, "parameters": {w.name: e for w in taken if (e := entry_now(w)) is not None}}
     found = looked_at(model, without)
     earlier = {name: known.original for name, (_, known) in found.items() if known.original is not None}
     return {"version": VERSION, "parameters": originals_of(complete_all(found), earlier)}

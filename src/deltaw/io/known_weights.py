@@ -154,6 +154,12 @@ def completed(weight: Kept, known: Known) -> dict[str, Any]:
     return known.full
 
 
+def entry_now(weight: Kept) -> dict[str, Any] | None:
+    """The full entry of a weight that is not remembered; None for whole numbers."""
+    brief, tensor = brief_of(weight), weight.dense()
+    return None if brief is None or tensor is None else {**brief, **derived(tensor, weight.form)}
+
+
 def derived(tensor: Tensor, form: str = "dense") -> dict[str, Any]:
     """The hashes of an fp32 weight's 16-bit roundings, and the sketch."""
     found: dict[str, Any] = {}

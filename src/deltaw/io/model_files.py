@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from deltaw.core.adapter import Adapter, split_key
@@ -43,8 +44,10 @@ def save(
 ) -> Path:
     """Save the adapter `name` of `model` as the folder `path`, which PEFT reads where its grammar can say it.
 
-    The manifest records the fingerprint of the base. push_to_hub: a repository id (True: the folder's name) to upload
-    to as well, with a model card; nothing is asked of a network otherwise.
+    The manifest records the fingerprint of the base. Of a sharded model (FSDP2), every process must call it: the
+    tensors are gathered, the first process writes, and all return when the folder is there.
+    push_to_hub: a repository id (True: the folder's name) to upload to as well, with a model card; nothing is asked of a
+    network otherwise.
 
     Raises:
         UnknownName: the model has no adapter of that name.
@@ -54,17 +57,44 @@ def save(
     root = state.unwrap(model)
     adapter = in_order(described(root, get(root, name)), stored_shapes(root))
     check_values(adapter.tensors())
+    asked = grammar
     if grammar is None and (not peft_can_place(root, adapter) or peft_means_experts(root, adapter)):
         grammar = "DELTAW"
     chosen = grammar_of(adapter, grammar)
+    if asked is None and chosen.peft_type == "DELTAW":
+        warnings.warn(
+            f"saved in deltaw's own words, which PEFT refuses: {own_words(adapter)}", AdapterNotice, stacklevel=2
+        )
     config, tensors = chosen.write(adapter, stored_shapes(root))
     if chosen.peft_type != "DELTAW":
         config = tighten(config, root)
     text = model_card(adapter, config) if push_to_hub else None
-    folder = write_parts(adapter, config, tensors, path, text)
-    if push_to_hub:
-        hub.push(folder, folder.name if push_to_hub is True else push_to_hub, private=private, token=token)
+    sharded = state.is_sharded(root)
+    if sharded and dist.get_rank() > 0:
+        dist.barrier()
+        return Path(path)
+    try:
+        folder = write_parts(adapter, config, tensors, path, text)
+        if push_to_hub:
+            hub.push(folder, folder.name if push_to_hub is True else push_to_hub, private=private, token=token)
+    finally:
+        if sharded:
+            dist.barrier()
     return folder
+
+
+def own_words(adapter: Adapter) -> str:
+    """Why PEFT's words do not say `adapter`."""
+    try:
+        grammar_of(adapter, "PEFT")
+    except AdapterError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        kinds = {c.variant.kind for c in adapter.changes.values()}
+        own = [r for r in reasons if r.partition(":")[0].lower() in kinds]
+        return next((r for r in [*own, *reasons] if r.startswith("LORA: ") or r in own), reasons[0])
+    return (
+        "it would take a part of a module, or a module with adapted layers inside it, for something else in this model"
+    )
 
 
 def in_order(adapter: Adapter, shapes: Mapping[str, Any]) -> Adapter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from deltaw.core.host import CHILD, FORMS, Host
@@ -123,6 +123,26 @@ def rosters(model: nn.Module) -> list[Roster]:
 def unsharded(model: nn.Module, verb: str) -> None:
     """`Layout.unsharded` of a model."""
     Layout(model).unsharded(verb)
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of the tensor (a DTensor: FSDP2, tensor parallelism)."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor  # only where something odd is met: this import is not quick
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, detached; of one that is sharded, all of it, gathered: every process must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some parameter of `model` is sharded."""
+    return any(map(sharded, model.parameters()))
 
 
 def names(model: nn.Module) -> list[str]:

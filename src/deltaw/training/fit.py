@@ -23,7 +23,7 @@ from deltaw.errors import ConfigError, ModelError, NonFinite, OutOfMemory
 from deltaw.model.gradients import check_gradients
 from deltaw.model.groups import after_step
 from deltaw.model.quantize import kernel_choices
-from deltaw.model.state import names
+from deltaw.model.state import names, whole
 from deltaw.ops.choices import Choices
 from deltaw.ops.compact import compact
 from deltaw.training import checkpoint, trained
@@ -144,7 +144,7 @@ class Fit:
         if self.checkpoints is None or self.config.keep_checkpoints == 0:
             return
         world = self.accelerator.num_processes
-        now = {name: trained.whole(t) for name, t in trained.trained_tensors(self.bare).items()}
+        now = {name: whole(t) for name, t in trained.trained_tensors(self.bare).items()}
         tensors, plain = trained.pack_optimizer(self.optimizer)
         generators = [trained.random_state()]
         if world > 1:
@@ -350,7 +350,7 @@ class Fit:
     def _clip(self) -> float:
         limit = math.inf if self.config.clip is None else self.config.clip
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        return float(trained.whole(norm)) if norm is not None else 0.0
+        return float(whole(norm)) if norm is not None else 0.0
 
     def _refuse_non_finite(self, loss: Tensor, norm: float) -> None:
         if not math.isfinite(loss.item()):

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deltaw.core.host import CHILD
+from deltaw.model.state import whole
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -33,12 +34,6 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained tensors, whole and on the CPU. Under FSDP every process must call it."""
     return {name: whole(t).to("cpu", copy=True) for name, t in trained_tensors(model).items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or, of one that FSDP has sharded, all of it gathered (every process must call it)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_as(full: Tensor, live: Tensor) -> Tensor:

@@ -61,6 +61,17 @@ for name, given in json.loads(sys.argv[1]).items():
     torch.distributed.barrier()
     start(config, again, resume=True, quiet=True)
     torch.distributed.barrier()
+if "SHARD" in os.environ:  # a model that the user has sharded: every process saves, one writes
+    import deltaw as dw
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    dw.attach(model, dw.DoRA(rank=1), targets=["0", "2"])  # one row over two processes: one of them holds nothing
+    dw.save(model, f"whole-{torch.distributed.get_rank()}")
+    for part in (model[0], model[2], model):
+        fully_shard(part)
+    assert (dw.save(model, "sharded") / "adapter_config.json").is_file()
 if torch.distributed.get_rank() == 0:
     Path("seen.json").write_text(json.dumps(seen))
 """
@@ -74,7 +85,8 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow  # test_two_processes.py and tests/laws/test_wrappers.py are the short forms
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(tmp_path, launcher):
     make_model(tmp_path / "model")
     make_data(tmp_path / "data.csv", 83)  # 83: the last batch of an epoch is uneven
@@ -109,6 +121,9 @@ def test_two_processes(tmp_path, launcher):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) for k in one), f"{name}: resumed to other bits"
         assert all(t.numel() for t in one.values())
+    if launcher == "fsdp2":
+        for file in (tmp_path / "whole-0").iterdir():
+            assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes(), file.name
     start(build({**plain, "batch_size": 8}), tmp_path / "alone", quiet=True)
     alone, two = weights("alone"), weights("plain")
     assert alone.keys() == two.keys()
