@@ -74,7 +74,8 @@ class Adapter:
     error: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        json.dumps([dict(self.base), dict(self.extra)])  # JSON values only: fails here, not at save
+        facts = {k: v for k, v in self.base.items() if k != "fingerprint"}  # that one is long, and made or read as JSON
+        json.dumps([facts, dict(self.extra)])  # JSON values only: fails here, not at save
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its full name, "encoder.0.query.weight.A"."""
