@@ -58,7 +58,6 @@ def save(
     adapter = in_order(described(root, get(root, name)), stored_shapes(root))
     check_values(adapter.tensors())
     asked = grammar
-    asked = grammar
     if grammar is None and (not peft_can_place(root, adapter) or peft_means_experts(root, adapter)):
         grammar = "DELTAW"
     chosen = grammar_of(adapter, grammar)
@@ -82,20 +81,6 @@ def save(
         if sharded:
             dist.barrier()
     return folder
-
-
-def own_words(adapter: Adapter) -> str:
-    """Why PEFT's words do not say `adapter`."""
-    try:
-        grammar_of(adapter, "PEFT")
-    except AdapterError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]]
-        kinds = {c.variant.kind for c in adapter.changes.values()}
-        own = [r for r in reasons if r.partition(":")[0].lower() in kinds]
-        return next((r for r in [*own, *reasons] if r.startswith("LORA: ") or r in own), reasons[0])
-    return (
-        "it would take a part of a module, or a module with adapted layers inside it, for something else in this model"
-    )
 
 
 def own_words(adapter: Adapter) -> str:
