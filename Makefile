@@ -41,6 +41,7 @@ check: $(TEST_STAMP)
 	$(BIN)/ruff format --check src tests examples
 	$(BIN)/ruff check src tests examples
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_source_lint.py   # no pickle, eval, shell or unsafe loader
 
 bench: $(TEST_STAMP) $(DEMO_STAMP)
 	@test -f benchmarks/__main__.py || { echo "no benchmarks here"; exit 1; }

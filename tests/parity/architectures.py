@@ -122,7 +122,26 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
 
 Entry = tuple[str, str, dict[str, Any], Callable[[], Inputs]]
 ALL: dict[str, Entry] = {}
-for _n in ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "Phi", "StableLm", "Olmo2", "Cohere", "Starcoder2", "Granite", "GPTNeoX", "Glm", "SmolLM3", "Nemotron", "Persimmon"]:
+for _n in [
+    "Llama",
+    "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "Gemma",
+    "Gemma2",
+    "Phi3",
+    "Phi",
+    "StableLm",
+    "Olmo2",
+    "Cohere",
+    "Starcoder2",
+    "Granite",
+    "GPTNeoX",
+    "Glm",
+    "SmolLM3",
+    "Nemotron",
+    "Persimmon",
+]:
     ALL[_n] = (f"{_n}Config", f"{_n}ForCausalLM", DECODER, text)
 for _n in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Phimoe", "GraniteMoe"):
     ALL[_n] = (f"{_n}Config", f"{_n}ForCausalLM", MIXTURE, text)

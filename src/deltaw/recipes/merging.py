@@ -25,6 +25,7 @@ from deltaw.core.registry import hosts
 from deltaw.core.true_change import delta_of, true_change
 from deltaw.errors import ConfigError, DataError, ModelError, NonFinite
 from deltaw.io import load, read
+from deltaw.io.base_walk import inventory
 from deltaw.io.model_files import check_base
 from deltaw.model.attach import detach
 from deltaw.model.merge import MergeReport, merge
@@ -75,7 +76,7 @@ def merge_folder(base: str, adapter: Path, out: Path, *, allow_base_mismatch: bo
         if tensors is None:
             return _merge_transformers(base, adapter, draft, allow_base_mismatch)
         found = read(adapter)
-        check_base(tree(tensors), found, allow_base_mismatch)
+        check_base(inventory(tree(tensors)), found, allow_base_mismatch)
         merged = merged_tensors(tensors, found)
         save_file(merged, draft / WEIGHTS, metadata={"format": "pt"})
         return f"merged {len(found.changes)} changes into {len(tensors)} tensors: {out / WEIGHTS}"
