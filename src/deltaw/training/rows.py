@@ -221,7 +221,7 @@ def labelled(
     for name, share in (("test", data.test), ("validation", data.validation)):
         if name not in clean and share > 0:
             clean[name], rows = _cut(rows, share)
-    if data.limit is not None:  # cutting took from the front, and left it with more of some classes than of others
+    if data.limit is not None and _lopsided(rows[: data.limit], rows):
         generator("limit", seed).shuffle(rows)  # type: ignore[arg-type]
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
@@ -257,6 +257,12 @@ def _cut(rows: Sequence[tuple[str, str]], share: float) -> tuple[list[tuple[str,
         else:
             rest.append(row)
     return held, rest
+
+
+def _lopsided(front: Sequence[tuple[str, str]], rows: Sequence[tuple[str, str]]) -> bool:
+    """Whether a class has less than half of its share in `front`: of few rows, `_cut` may take all of a class at the front."""
+    here, all_of_it = Counter(label for _, label in front), Counter(label for _, label in rows)
+    return any(here[label] * len(rows) < 0.5 * count * len(front) for label, count in all_of_it.items())
 
 
 def all_rows(
