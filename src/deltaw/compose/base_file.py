@@ -14,8 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.errors import ConfigError, MissingExtra
+from deltaw.core.adapter import Adapter
+from deltaw.errors import BaseMismatch, ConfigError, MissingExtra
 from deltaw.io import hub
+from deltaw.io.fingerprint import entry_of, judge
 
 
 class BaseFile(Mapping[str, Tensor]):
@@ -78,6 +80,24 @@ def opened(source: str) -> BaseFile:
     else:
         files = [path]
     return BaseFile({name: file for file in files for name in _names(file)})
+
+
+def check(base: BaseFile, adapters: Mapping[str, Adapter]) -> None:
+    """Compare every weight that an adapter changes with the fingerprint that the adapter recorded, if it did.
+
+    Raises:
+        BaseMismatch: a weight is missing in `base` or has other values than the one the adapter was trained on.
+    """
+    for source, adapter in adapters.items():
+        recorded = (adapter.base.get("fingerprint") or {}).get("parameters", {})
+        changed = sorted({key.partition("[")[0] for key in adapter.changes} & set(recorded))
+        for name in changed:
+            verdict = judge(recorded[name], entry_of(base[name])) if name in base else "!missing in this base"
+            if verdict.startswith("!"):
+                raise BaseMismatch(
+                    f"{source} was trained on another base: {name}: {verdict[1:]}. Give the --base it was trained on, "
+                    "or --allow-base-mismatch if you know that these weights are meant"
+                )
 
 
 def _names(file: Path) -> list[str]:

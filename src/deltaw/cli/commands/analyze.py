@@ -25,6 +25,9 @@ def add(app: typer.Typer) -> None:
             "--intruders",
             help="Look among this many directions of W + ΔW (10 for weights up to 2048); 0 skips it.",
         ),
+        allow_base_mismatch: bool = typer.Option(
+            False, "--allow-base-mismatch", help="Look beside a base whose weights are not those trained on."
+        ),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace --out if it exists."),
         as_json: bool = typer.Option(False, "--json", help="Print all numbers as JSON."),
     ) -> None:
@@ -36,7 +39,9 @@ def add(app: typer.Typer) -> None:
 
         names = distinct(adapters)
         values = dict(zip(names, (read(source) for source in adapters)))
-        findings = look(values, base_weights(base), energy=energy, top=top, intruders_of=intruders)
+        findings = look(
+            values, base_weights(base, values, allow_base_mismatch), energy=energy, top=top, intruders_of=intruders
+        )
         folder = new_folder(out, "analysis", overwrite)
         write(findings, folder)
         if as_json:

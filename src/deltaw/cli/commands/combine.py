@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from deltaw.compose.base_file import BaseFile
+    from deltaw.core.adapter import Adapter
 
 
 def add(app: typer.Typer) -> None:
@@ -44,14 +50,15 @@ def add(app: typer.Typer) -> None:
         if Path(out).exists() and not overwrite:
             raise ConfigError(f"--out {out} exists: choose another folder, or give --overwrite to replace it")
         options = {name: value for name, value in (("density", density), ("then", then)) if value is not None}
+        values = [read(source) for source in adapters]
         result = blend(
-            [read(source) for source in adapters],
+            values,
             parse_weights(weights),
             how=how,
             rank=rank,
             energy=energy,
             seed=seed,
-            base=base_weights(base),
+            base=base_weights(base, dict(zip(adapters, values)), allow_base_mismatch),
             allow_base_mismatch=allow_base_mismatch,
             **options,
         )
@@ -81,11 +88,16 @@ def read(source: str):  # type: ignore[no-untyped-def]
     return admitted.adapter
 
 
-def base_weights(source: str | None):  # type: ignore[no-untyped-def]
-    """The base's weights, read when needed; None if none was named."""
-    from deltaw.compose.base_file import opened
+def base_weights(source: str | None, adapters: Mapping[str, Adapter], allow_mismatch: bool) -> BaseFile | None:
+    """The base's weights, read when needed; None if none was named. Refused if `adapters` were trained on others."""
+    from deltaw.compose.base_file import check, opened
 
-    return None if source is None else opened(source)
+    if source is None:
+        return None
+    base = opened(source)
+    if not allow_mismatch:
+        check(base, adapters)
+    return base
 
 
 def parse_weights(text: str | None):  # type: ignore[no-untyped-def]
