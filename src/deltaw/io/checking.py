@@ -89,11 +89,15 @@ def text(answer: dict[str, Any]) -> str:
     """`check`'s answer for people."""
     lines = []
     if answer["fits"] is not None:
-        lines.append("fits the base" if answer["fits"] else "does not fit the base:")
+        lines.append(
+            "fits the base by names and shapes (doctor and load compare the weights themselves)"
+            if answer["fits"]
+            else "does not fit the base:"
+        )
         lines += [f"  {p}" for p in answer["problems"]]
     for name, said in answer["readers"].items():
         lines.append(f"{name}: {'reads it' if said['reads'] else 'refuses it' if said['refuses'] else 'misreads it'}")
         lines += [f"  {why}" for why in (*said["refuses"], *said["misreads"])]
-        lines += [f"  give it {need}" for need in said["needs"]]
+        lines += [f"  needs {need}" for need in said["needs"]]
         lines += [f"  {said['cure']}"] if said["cure"] else []
     return "\n".join(lines)
