@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.errors import ConfigError
+from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import (
     add_,
     as_autocast,
@@ -95,7 +96,7 @@ def grouped_linear(
         plan, own = pack(terms)
         spans.append((start, stop, plan))
         tensors += own
-    y: Tensor = GroupedLinear.apply(tuple(spans), frozen, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = GroupedLinear.apply(tuple(spans), frozen, x, *as_views((weight, bias, *tensors)))  # type: ignore[no-untyped-call]
     return y
 
 

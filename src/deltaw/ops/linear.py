@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import by_onednn, linear
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import use_merged
@@ -79,7 +80,8 @@ def adapted_linear(
     plan, tensors = pack(terms)
     keep = reads_x(weight, terms)
     recipe, sources = (recipe_of(x) if keep else None) or (None, ())
-    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, keep, recipe, sources, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    parameters = as_views((weight, bias, *tensors))
+    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, keep, recipe, sources, x, *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
