@@ -256,7 +256,7 @@ def backward_factors(
     """
     drop = t.output_mask(g)
     if drop is not None:
-        g = drop.mul_(g)
+        g = g * drop
     dA = dB = None
     if needs_B:
         h = project(t, x) if h is None else h
@@ -273,11 +273,11 @@ def backward_factors(
     else:
         dA = torch.zeros_like(A) if needs_A else None
         for part in blocks(x):
-            keep = mask.rows(part)
+            keep, here = mask.rows(part), u[:, part]
             if dA is not None:
-                dA.addmm_(u[:, part], x[part] * keep)
+                dA += linear(here, (x[part] * keep).t())
             if dx is not None:
-                dx[part].addcmul_(u[:, part].t() @ A, keep)
+                dx[part].addcmul_(linear(here.t(), A.t()), keep)
     return None if dA is None else dA.to(t.A.dtype), dB
 
 
@@ -287,7 +287,7 @@ def project(t: Term, x: Tensor) -> Tensor:
     mask = t.input_mask(x)
     if mask is None:
         return linear(A, x)
-    parts = [linear(A, mask.rows(part).mul_(x[part])) for part in blocks(x)]
+    parts = [linear(A, x[part] * mask.rows(part)) for part in blocks(x)]
     return torch.cat(parts, dim=1) if parts else x.new_empty(A.shape[0], 0)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WORTH = 1 << 21
+WORTH = 1 << 19
 """Multiplications below which oneDNN's longer call costs more than its kernel gains."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.ops.dropout import Mask, draw_seed, keep_mask
+from deltaw.ops.dropout import Mask, draw_seed, keep_mask, rows_per_block
 
 
 class Factors(Protocol):
@@ -131,15 +131,12 @@ def added_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight, B, A, alpha=scale)
 
 
-BLOCK = 1 << 18
-"""Numbers per block of rows on a CPU: a block stays in the second-level cache through the passes over it."""
-
-
 def blocks(x: Tensor) -> list[slice]:
-    """Consecutive rows of x (T, k), few enough to stay in a CPU's cache; all of them elsewhere and under a compiler."""
+    """The blocks of rows of x (T, k) that a mask is made in, few enough to stay in a CPU's second-level cache through
+    several passes; all rows at once elsewhere and under a compiler."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
-    step = max(1, BLOCK // max(1, x.shape[1]))
+    step = rows_per_block(x.shape[1])
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 

@@ -22,7 +22,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from deltaw.ops.dropout import END, TAPE, keep_mask
+from deltaw.ops.dropout import TAPE, keep_mask, rows_per_block
 
 ROWS = 32
 """Rows per tile."""
@@ -39,10 +39,13 @@ def hashed(k):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def keep(seed, rows, columns, threshold, END: tl.constexpr, TAPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the entries (rows, columns) are kept. seed and threshold are uint32; see dropout.py."""
-    start = hashed(seed + END - rows.to(tl.uint32)) % TAPE
-    bits = hashed(seed + start[:, None] + columns.to(tl.uint32)[None, :])
+def keep(seed, rows, columns, width, height, threshold, TAPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether the entries (rows, columns) of a mask `width` wide are kept, in blocks of `height` rows; see dropout.py.
+
+    seed and threshold are uint32.
+    """
+    start = hashed(seed + (rows // height).to(tl.uint32)) % TAPE + ((rows % height) * width).to(tl.uint32)
+    bits = hashed(start[:, None] + columns.to(tl.uint32)[None, :])
     return (bits ^ 0x80000000) >= threshold  # the signed order, as an unsigned one
 
 
@@ -57,9 +60,9 @@ def tile_of(tiles, rows_total, GROUPED: tl.constexpr, ROWS: tl.constexpr):  # ty
 
 @triton.jit
 def shrink_kernel(  # type: ignore[no-untyped-def]
-    x, A, h, tiles, seed, T, K, R, xs, threshold, inverse,
+    x, A, h, tiles, seed, T, K, R, xs, height, threshold, inverse,
     GROUPED: tl.constexpr, DROP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr, RANK: tl.constexpr,
-    END: tl.constexpr, TAPE: tl.constexpr,
+    TAPE: tl.constexpr,
 ):  # fmt: skip
     """One tile of h (T, R) from x (T, K) and A (G, R, K)."""
     first, stop, adapter = tile_of(tiles, T, GROUPED, ROWS)
@@ -72,7 +75,7 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
         inside = (rows < stop)[:, None] & (columns < K)[None, :]
         part = tl.load(x + rows[:, None] * xs + columns[None, :], mask=inside, other=0.0)
         if DROP:
-            kept = keep(tl.load(seed).to(tl.uint32), rows, columns, threshold, END, TAPE)
+            kept = keep(tl.load(seed).to(tl.uint32), rows, columns, K, height, threshold, TAPE)
             part = tl.where(kept, part * inverse, 0.0).to(part.dtype)
         narrow = tl.load(
             A + ranks[:, None] * K + columns[None, :], mask=(ranks < R)[:, None] & (columns < K)[None, :], other=0.0
@@ -83,9 +86,9 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def expand_kernel(  # type: ignore[no-untyped-def]
-    y, h, B, gain, shift, tiles, seed, T, N, R, scale, threshold, inverse,
+    y, h, B, gain, shift, tiles, seed, T, N, R, scale, height, threshold, inverse,
     GROUPED: tl.constexpr, DROP: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
-    ROWS: tl.constexpr, SIDE: tl.constexpr, RANK: tl.constexpr, END: tl.constexpr, TAPE: tl.constexpr,
+    ROWS: tl.constexpr, SIDE: tl.constexpr, RANK: tl.constexpr, TAPE: tl.constexpr,
 ):  # fmt: skip
     """One tile of y (T, N) from h (T, R) and B (G, R, N)."""
     first, stop, adapter = tile_of(tiles, T, GROUPED, ROWS)
@@ -103,7 +106,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
     )
     change = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee") * scale
     if DROP:
-        kept = keep(tl.load(seed).to(tl.uint32), rows, columns, threshold, END, TAPE)
+        kept = keep(tl.load(seed).to(tl.uint32), rows, columns, N, height, threshold, TAPE)
         change = tl.where(kept, change * inverse, 0.0)
     place = y + rows[:, None] * N + columns[None, :]
     base = tl.load(place, mask=inside, other=0.0)
@@ -117,9 +120,9 @@ def expand_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def outer_kernel(  # type: ignore[no-untyped-def]
-    u, x, out, seed, T, K, R, xs, threshold, inverse,
+    u, x, out, seed, T, K, R, xs, height, threshold, inverse,
     DROP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr, RANK: tl.constexpr,
-    END: tl.constexpr, TAPE: tl.constexpr,
+    TAPE: tl.constexpr,
 ):  # fmt: skip
     """One strip of columns of out (R, K) from u (T, R) and x (T, K); the rows in order, so that runs are repeatable."""
     columns = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
@@ -130,7 +133,7 @@ def outer_kernel(  # type: ignore[no-untyped-def]
         inside = (rows < T)[:, None] & (columns < K)[None, :]
         part = tl.load(x + rows[:, None] * xs + columns[None, :], mask=inside, other=0.0)
         if DROP:
-            kept = keep(tl.load(seed).to(tl.uint32), rows, columns, threshold, END, TAPE)
+            kept = keep(tl.load(seed).to(tl.uint32), rows, columns, K, height, threshold, TAPE)
             part = tl.where(kept, part * inverse, 0.0).to(part.dtype)
         thin = tl.load(
             u + rows[:, None] * R + ranks[None, :], mask=(rows < T)[:, None] & (ranks < R)[None, :], other=0.0
@@ -154,8 +157,8 @@ def shrink(x: Tensor, A: Tensor, *, seed: Tensor | None = None, p: float = 0.0, 
     if count and h.numel():
         shrink_kernel[(count,)](
             unit(x), A.contiguous(), h, h if tiles is None else tiles, h if seed is None else seed,
-            rows, width, rank, unit(x).stride(0), *dropping(p),
-            GROUPED=tiles is not None, DROP=seed is not None, ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), END=END, TAPE=TAPE,
+            rows, width, rank, unit(x).stride(0), *dropping(width, p),
+            GROUPED=tiles is not None, DROP=seed is not None, ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), TAPE=TAPE,
         )  # fmt: skip
     return h
 
@@ -179,9 +182,9 @@ def expand_(
     if count and y.numel():
         expand_kernel[(count, triton.cdiv(width, SIDE))](
             y, h.contiguous(), B.contiguous(), y if gain is None else gain, y if shift is None else shift,
-            h if tiles is None else tiles, h if seed is None else seed, rows, width, rank, scale, *dropping(p),
+            h if tiles is None else tiles, h if seed is None else seed, rows, width, rank, scale, *dropping(width, p),
             GROUPED=tiles is not None, DROP=seed is not None, GAIN=gain is not None, SHIFT=shift is not None,
-            ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), END=END, TAPE=TAPE,
+            ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), TAPE=TAPE,
         )  # fmt: skip
     return y
 
@@ -193,7 +196,7 @@ def outer(u: Tensor, x: Tensor, *, seed: Tensor | None = None, p: float = 0.0) -
     if rows and out.numel():
         outer_kernel[(triton.cdiv(width, SIDE),)](
             u.contiguous(), unit(x), out, out if seed is None else seed, rows, width, rank, unit(x).stride(0),
-            *dropping(p), DROP=seed is not None, ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), END=END, TAPE=TAPE,
+            *dropping(width, p), DROP=seed is not None, ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), TAPE=TAPE,
         )  # fmt: skip
     return out
 
@@ -230,9 +233,9 @@ def dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return x if seed is None else x * keep_mask(seed, x.shape[0], x.shape[1], p, x.dtype)
 
 
-def dropping(p: float) -> tuple[int, float]:
-    """The threshold that a hash must reach to be kept (uint32), and 1 / (1 - p)."""
-    return (int(p * 2**32), 1.0 / (1.0 - p)) if p < 1.0 else (2**32 - 1, 0.0)
+def dropping(width: int, p: float) -> tuple[int, int, float]:
+    """Rows per block of a mask so wide, the threshold that a hash must reach to be kept (uint32), and 1 / (1 - p)."""
+    return rows_per_block(width), *((int(p * 2**32), 1.0 / (1.0 - p)) if p < 1.0 else (2**32 - 1, 0.0))
 
 
 def padded(rank: int) -> int:
