@@ -107,7 +107,7 @@ class Host(nn.Module):
     def accepts(cls, layer: nn.Module) -> bool:
         """Whether this host computes exactly what `layer` does. Default: `layer`'s class is in `adapts` or inherits its forward."""
         return isinstance(layer, cls.adapts) and any(
-            isinstance(layer, a) and type(layer).forward is a.forward for a in cls.adapts
+            isinstance(layer, a) and own_class(layer).forward is a.forward for a in cls.adapts
         )
 
     @classmethod
@@ -165,11 +165,19 @@ class Host(nn.Module):
     @classmethod
     def of(cls, layer: nn.Module, roster: Roster) -> Self:
         """Turn `layer` into a host, in place. It computes exactly what it did until a delta is added."""
-        base = type(layer)
+        base = own_class(layer)
+        layer.__dict__.pop("told_by", None)
         object.__setattr__(layer, "roster", roster)
         layer._modules[CHILD] = Adapters()
         layer.__class__ = host_class(cls, base)
         return layer  # type: ignore[return-value]
+
+    def moved(self) -> bool:
+        """Whether a low-rank change that speaks here has left its start, B = 0. Rows with their own adapters do not ask."""
+        if getattr(self.roster.local, "rows", None) is not None:
+            return False
+        factors = [getattr(s.delta, "B", None) for s in self.speaking("weight")]
+        return any(isinstance(B, Tensor) and bool(B.any()) for B in factors)
 
     def release(self) -> None:
         """Change the class back. All deltas must have been removed."""
@@ -386,6 +394,12 @@ class Host(nn.Module):
         base_state = getattr(self.base_class, "__getstate__", None)
         state = base_state(self) if base_state not in (None, object.__getstate__) else self.__dict__
         return dict(state)
+
+
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """A layer's class, behind the one that it was given because layers beside it are adapted (model/beside.py)."""
+    kind = type(layer)
+    return getattr(kind, "stands_for", kind)
 
 
 def _blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:

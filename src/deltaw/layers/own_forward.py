@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.host import Example, Host, shell
+from deltaw.core.host import Example, Host, own_class, shell
 from deltaw.core.registry import host
 from deltaw.core.variant import LowRank
 from deltaw.layers.conv import ConvMatrix
@@ -44,7 +44,7 @@ def own_forwards(kind: type[nn.Module], plain: type[nn.Module]) -> list[Any]:
 
 def way_of(layer: nn.Module, plain: type[nn.Module]) -> Way | None:
     """How a change of `layer`'s weight is to be applied; None if its forward is `plain`'s."""
-    kind = layer.base_class if isinstance(layer, Host) else type(layer)
+    kind = layer.base_class if isinstance(layer, Host) else own_class(layer)
     if not issubclass(kind, plain):
         return None
     forwards = own_forwards(kind, plain)

@@ -16,7 +16,7 @@ from deltaw.core.part import parameter_of
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta
 from deltaw.errors import TargetError
-from deltaw.model import first_call, targeting
+from deltaw.model import beside, first_call, targeting
 from deltaw.model.planned import Planned, full_host
 from deltaw.model.quantizer_gate import close_gate, open_gate
 from deltaw.model.state import Layout
@@ -45,6 +45,7 @@ def place(
             host.add(name, item.site, delta)
             tie(item, host, name, roster)
         enter(layout, roster, name, [item.layer for item, _ in deltas], freeze=freeze, active=active)
+        beside.settle(layout)
         roster.notes[name] = notes
     except BaseException:
         forget(layout, roster, name)
@@ -168,6 +169,7 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
         stays = watches or has_statistics(host)
         if not changes and ((last and not (watches and quantised)) or not stays):
             host.release()
+    beside.settle(layout)
     if last:
         close_gate(layout.root)
         first_call.remove(layout, roster)

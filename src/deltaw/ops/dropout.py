@@ -23,8 +23,8 @@ from torch import Tensor
 TAPE = 1 << 20
 """Number of places a window can start at. A power of two: a start is the low bits of a hash."""
 
-BLOCK = 1 << 17
-"""Numbers per block: a block of x and its window of the tape stay in a CPU's second-level cache."""
+BLOCK = 1 << 19
+"""Numbers per block: a block of x stays near the CPU through the passes over it, and is worth a call of each."""
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -132,7 +132,7 @@ def added_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
 
 
 def blocks(x: Tensor) -> list[slice]:
-    """The blocks of rows of x (T, k) that a mask is made in, few enough to stay in a CPU's second-level cache through
+    """The blocks of rows of x (T, k) that a mask is made in, few enough to stay in a CPU's cache through
     several passes; all rows at once elsewhere and under a compiler."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
