@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,9 +36,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def net() -> Iterator[Net]:
+def net() -> Net:
     torch.manual_seed(0)
-    yield Net()
+    return Net()
 
 
 X = torch.randn(200, 96, generator=torch.Generator().manual_seed(1))
