@@ -41,10 +41,11 @@ class Adapters(nn.Module):
     """
 
     _modules: dict[str, Changes]  # type: ignore[assignment]
+    tied: dict[str, dict[str, tuple[Host, str]]]
 
     def __init__(self) -> None:
         super().__init__()
-        self.tied: dict[str, dict[str, tuple[Host, str]]] = {}
+        self.__dict__["tied"] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -106,9 +107,9 @@ class Host(nn.Module):
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
         """Whether this host computes exactly what `layer` does. Default: `layer`'s class is in `adapts` or inherits its forward."""
-        return isinstance(layer, cls.adapts) and any(
-            isinstance(layer, a) and own_class(layer).forward is a.forward for a in cls.adapts
-        )
+        return isinstance(layer, cls.adapts) and own_class(layer).forward in [
+            a.forward for a in cls.adapts if isinstance(layer, a)
+        ]
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -169,7 +170,7 @@ class Host(nn.Module):
         layer.__dict__.pop("told_by", None)
         object.__setattr__(layer, "roster", roster)
         layer._modules[CHILD] = Adapters()
-        layer.__class__ = host_class(cls, base)
+        object.__setattr__(layer, "__class__", host_class(cls, base))
         return layer  # type: ignore[return-value]
 
     def moved(self) -> bool:
@@ -183,7 +184,7 @@ class Host(nn.Module):
         """Change the class back. All deltas must have been removed."""
         del self._modules[CHILD]
         del self.__dict__["roster"]
-        self.__class__ = self.base_class  # type: ignore[assignment]
+        object.__setattr__(self, "__class__", self.base_class)
 
     def add(self, name: str, site: str, delta: Delta) -> None:
         """Give this layer's `site` the change `delta` under the adapter `name`."""
@@ -191,7 +192,9 @@ class Host(nn.Module):
         if changes is None:
             changes = Changes()
             self.adapters._modules[name] = changes
-        changes._modules[site] = delta.train(self.training)
+        changes._modules[site] = delta
+        if delta.training != self.training:
+            delta.train(self.training)
 
     def remove(self, name: str) -> None:
         """Take adapter `name` out of this layer, if it is there."""

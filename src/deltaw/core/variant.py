@@ -90,10 +90,12 @@ class Delta(nn.Module, ABC):
     Parameters and persistent buffers of this module are exactly what a file keeps of it.
     """
 
+    variant: Variant
+    site: Site
+
     def __init__(self, variant: Variant, site: Site) -> None:
         super().__init__()
-        self.variant = variant
-        self.site = site
+        self.__dict__.update(variant=variant, site=site)  # plain values: nn.Module need not look what they are
 
     @abstractmethod
     def delta_weight(self, weight: Tensor) -> Tensor:

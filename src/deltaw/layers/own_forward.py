@@ -44,9 +44,9 @@ def own_forwards(kind: type[nn.Module], plain: type[nn.Module]) -> list[Any]:
 
 def way_of(layer: nn.Module, plain: type[nn.Module]) -> Way | None:
     """How a change of `layer`'s weight is to be applied; None if its forward is `plain`'s."""
-    kind = layer.base_class if isinstance(layer, Host) else own_class(layer)
-    if not issubclass(kind, plain):
+    if type(layer) is plain or not isinstance(layer, plain):
         return None
+    kind = layer.base_class if isinstance(layer, Host) else own_class(layer)
     forwards = own_forwards(kind, plain)
     if not forwards:
         return None
@@ -267,10 +267,11 @@ class ChangedConvHost(ChangedHost, ConvMatrix):
     """A subclass of a convolution with a forward of its own (weight standardisation)."""
 
     family: ClassVar[str] = "convolution (on W + ΔW)"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return any(way_of(layer, plain) is not None for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return isinstance(layer, cls.adapts) and any(way_of(layer, plain) is not None for plain in cls.adapts)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -284,12 +285,11 @@ class ChangedConvTransposeHost(ChangedHost, ConvTransposeMatrix):
     """A subclass of a transposed convolution with a forward of its own."""
 
     family: ClassVar[str] = "transposed convolution (on W + ΔW)"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return any(
-            way_of(layer, plain) is not None for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        )
+        return isinstance(layer, cls.adapts) and any(way_of(layer, plain) is not None for plain in cls.adapts)
 
 
 # ---- examples

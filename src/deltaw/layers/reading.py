@@ -104,6 +104,8 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     inside = module._modules
     for read in reads_in(kind) if inside else ():
         layer = inside.get(read.path[0])
+        if layer is None:
+            continue
         for name in read.path[1:]:
             layer = None if layer is None else layer._modules.get(name)
         if isinstance(layer, Host) and read.path[0] not in (CHILD, FORMS) and is_read(layer, read):

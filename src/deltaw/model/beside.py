@@ -41,11 +41,11 @@ def settle(layout: Layout) -> None:
     for module in layout.modules:
         kind = type(module)
         if told_by is not None and (kind is nn.Linear or kind is FrozenLinear) and stays_frozen(module):
-            object.__setattr__(module, "told_by", told_by)  # no child of it
-            module.__class__ = FrozenLinear
+            module.__dict__["told_by"] = told_by  # no child of it
+            object.__setattr__(module, "__class__", FrozenLinear)
         elif kind is FrozenLinear:
             del module.__dict__["told_by"]
-            module.__class__ = nn.Linear
+            object.__setattr__(module, "__class__", nn.Linear)
 
 
 def stays_frozen(layer: nn.Module) -> bool:

@@ -88,19 +88,11 @@ def enter(
         roster.default = ((name, 1.0),)
     if freeze:
         keep_still(layout, roster)
-        for parameter, owner in base_parameters(layout):
-            if parameter.requires_grad:
-                roster.frozen.setdefault(owner, True)
-                parameter.requires_grad_(False)
-
-
-def base_parameters(layout: Layout) -> Iterable[tuple[nn.Parameter, str]]:
-    """(parameter, name) of the base model, without those of adapters."""
-    for path, module in layout.layers.items():
-        if module._parameters:
+        for path, module in layout.layers.items():
             for site, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield parameter, join_key(path, site)
+                if parameter is not None and parameter.requires_grad:
+                    roster.frozen.setdefault(join_key(path, site), True)
+                    parameter.requires_grad_(False)
 
 
 def keep_still(layout: Layout, roster: Roster) -> None:
@@ -174,7 +166,8 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
         close_gate(layout.root)
         first_call.remove(layout, roster)
         roster.merged = None
-        for parameter, key in base_parameters(layout):
-            if roster.frozen.get(key):
-                parameter.requires_grad_(True)
+        for path, module in layout.layers.items():
+            for site, parameter in module._parameters.items():
+                if parameter is not None and roster.frozen.get(join_key(path, site)):
+                    parameter.requires_grad_(True)
         roster.frozen.clear()

@@ -93,13 +93,16 @@ class Layout:
         Raises:
             ModelError: such a module, by its class.
         """
-        for module in self.modules:
+        for module in {type(m): m for m in reversed(self.modules)}.values():
             if isinstance(module, torch.jit.ScriptModule):
                 name = getattr(module, "original_name", type(module).__name__)
                 raise ModelError(
                     f"cannot {verb}: its {name} is scripted or traced (TorchScript); do so before torch.jit.script"
                 )
-            if module._parameters and any(p is not None and is_lazy(p) for p in module._parameters.values()):
+        for parameter, module in {
+            type(p): (p, m) for m in reversed(self.modules) for p in m._parameters.values()
+        }.values():
+            if parameter is not None and is_lazy(parameter):
                 raise ModelError(
                     f"cannot {verb}: the weights of a {type(module).__name__} have no shape yet; run the model once"
                 )

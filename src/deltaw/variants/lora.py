@@ -125,17 +125,19 @@ class LoRADelta(Delta, Waiting):
 
     fast = ("B",)
     variant: LoRA
+    A: Tensor
+    B: Tensor
     A0: Tensor | None
     B0: Tensor | None
 
     def __init__(self, variant: LoRA, site: Site) -> None:
         super().__init__(variant, site)
         *stack, out, columns = site.shape
-        self.A = nn.Parameter(torch.empty(*stack, variant.rank, columns, dtype=site.dtype, device=site.device))
-        self.B = nn.Parameter(torch.empty(*stack, out, variant.rank, dtype=site.dtype, device=site.device))
-        self.register_buffer("A0", None)
-        self.register_buffer("B0", None)
-        self.waiting = False
+        A = torch.empty(*stack, variant.rank, columns, dtype=site.dtype, device=site.device)
+        B = torch.empty(*stack, out, variant.rank, dtype=site.dtype, device=site.device)
+        self._parameters.update(A=nn.Parameter(A), B=nn.Parameter(B))
+        self._buffers.update(A0=None, B0=None)
+        self.__dict__["waiting"] = False
 
     # ---- the start
 
