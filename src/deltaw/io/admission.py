@@ -165,8 +165,8 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 def finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: a finite sum proves it, and only where that fails is every value looked at."""
-    total = tensor.detach().sum(dtype=torch.float64)
-    return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
+    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 
 def sha256(data: bytes | bytearray) -> str:

@@ -14,8 +14,11 @@ MAX_DEPTH = 32
 
 TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 """A JSON text, or one that never ends (so that no position is tried twice)."""
-LONG = re.compile(rb"\d{20}")
-NO_BRACKETS = bytes(c for c in range(256) if c not in b"[]{}")
+LONG = b"0" * 20
+ZEROS = bytes(48 if 48 <= c < 58 else 32 for c in range(256))
+"""A table in which every digit is a zero, everything else a space."""
+NO_MARKS = bytes(c for c in range(256) if c not in b'[]{}"')
+SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
 def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def parse(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
         return found
 
     try:
-        integers = whole if LONG.search(data) else None
+        integers = whole if LONG in data.translate(ZEROS) else None
         value = json.loads(
             text, parse_constant=no_constant, parse_float=finite, parse_int=integers, object_pairs_hook=once
         )
@@ -80,9 +83,13 @@ def pretty(value: Any) -> bytes:
 
 
 def _depth(data: bytes) -> int:
-    deepest = depth = 0
-    outside = TEXTS.sub(b"", data) if b"\\" in data else b"".join(data.split(b'"')[::2])
-    for c in outside.translate(None, NO_BRACKETS):
-        depth += 1 if c in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
+    """How deep `data` is nested, up to one more than allowed: how often the innermost brackets can be taken away."""
+    marks = (TEXTS.sub(b"", data) if b"\\" in data else data).translate(SQUARE, NO_MARKS)
+    brackets = b"".join(
+        marks.replace(b'""', b"").split(b'"')[::2]
+    )  # of pairs taken away, what is in a text stays in one
+    depth = 0
+    while depth <= MAX_DEPTH and b"[]" in brackets:
+        brackets = brackets.replace(b"[]", b"")
+        depth += 1
+    return depth + brackets.count(b"[")
