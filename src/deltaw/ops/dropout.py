@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TAPE = 1 << 20
+TAPE = 1 << 18
 """Number of places a window can start at. A power of two: a start is the low bits of a hash."""
 
 BLOCK = 1 << 19

@@ -28,6 +28,7 @@ from deltaw.errors import ConfigError
 from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import (
     add_,
+    add_input_gradient_,
     as_autocast,
     backward_factors,
     column_dots,
@@ -194,13 +195,14 @@ class GroupedLinear(torch.autograd.Function):
             base: Tensor | None = None
             for t in terms:
                 needs_A, needs_B, needs_gain, _ = next(needs_of)
-                part = None if dx is None else dx[start:stop]
-                dA, dB = backward_factors(t, g[start:stop], rows[start:stop], next(products), needs_A, needs_B, part)
+                own, h = rows[start:stop], next(products)
+                dA, dB, u = backward_factors(t, g[start:stop], own, h, needs_A, needs_B, needs_x)
+                if dx is not None and u is not None:
+                    add_input_gradient_(dx[start:stop], u, t)
                 dgain = None
                 if needs_gain and t.gain is not None:
                     if base is None:
-                        own_rows = rows[start:stop]
-                        base = linear(own_rows, weight) if weight is not None else ctx.frozen.matmul(own_rows)
+                        base = linear(own, weight) if weight is not None else ctx.frozen.matmul(own)
                     dgain = column_dots(g[start:stop], base).to(t.gain.dtype)
                 out += [dA, dB, dgain, None]
         dweight = scaled.t() @ rows if needs_weight else None

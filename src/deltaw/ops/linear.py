@@ -249,21 +249,17 @@ class AdaptedLinear(torch.autograd.Function):
         if gain is not None and (needs_weight or (needs_x and not ctx.merge)):
             scaled = (g * (1 + gain)).to(g.dtype)
 
-        dx: Tensor | None = None
-        if needs_x:
-            if weight is None:
-                dx = ctx.frozen.matmul_grad(scaled)
-            else:
-                dx = linear(g, merged_weight(weight, terms).t()) if ctx.merge else linear(scaled, weight.t())
         dfactors: list[Tensor | None] = []
+        thin: list[Tensor | None] = []  # uᵀ (r, T) of each term
         shares: list[Tensor] = []  # Σ_r B ⊙ ∂B of each term, (out,)
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
             needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or needs_gain
-            dA, dB = backward_factors(t, g, rows, h, needs_A, needs_B, None if t.merged else dx)
+            dA, dB, u = backward_factors(t, g, rows, h, needs_A, needs_B, needs_x and not t.merged)
             if needs_gain:
                 assert dB is not None
                 shares.append((t.B * dB).sum(1))
             dfactors += [dA, dB]
+            thin.append(u)
         sums = g.sum(0) if needs_bias or (needs_gain and bias is not None) else None
         dgain = None
         if needs_gain:
@@ -277,42 +273,59 @@ class AdaptedLinear(torch.autograd.Function):
             dterms += dfactors[2 * i : 2 * i + 2]
             dterms += [dgain.to(t.gain.dtype) if wanted and dgain is not None and t.gain is not None else None, None]
         dweight = linear(scaled.t(), rows.t()) if needs_weight else None
-        dinput = None if dx is None else dx.view(*grads[0].shape[:-1], ctx.columns)
-        return None, None, None, None, None, None, dinput, dweight, sums if needs_bias else None, *dterms
+        del x, rows  # before ∂x, which is as large, is made
+        dx: Tensor | None = None
+        if needs_x:
+            if weight is None:
+                dx = ctx.frozen.matmul_grad(scaled)
+            else:
+                dx = linear(g, merged_weight(weight, terms).t()) if ctx.merge else linear(scaled, weight.t())
+            for t, u in zip(terms, thin, strict=True):
+                if not t.merged:
+                    assert u is not None
+                    add_input_gradient_(dx, u, t)
+            dx = dx.view(*grads[0].shape[:-1], ctx.columns)
+        return None, None, None, None, None, None, dx, dweight, sums if needs_bias else None, *dterms
 
 
 def backward_factors(
-    t: Term, g: Tensor, x: Tensor, h: Tensor | None, needs_A: bool, needs_B: bool, dx: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """∂A and ∂B of one term from g (T, out) and x (T, in); its part of ∂x is added to `dx` (T, in) if that is given.
+    t: Term, g: Tensor, x: Tensor, h: Tensor | None, needs_A: bool, needs_B: bool, needs_u: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂A, ∂B and uᵀ of one term from g (T, out) and x (T, in).
 
-    h (r, T) and u (r, T) are kept transposed: with a short side r these are the fast orientations of all products.
+    hᵀ and uᵀ are kept transposed, (r, T): with a short side r these are the fast orientations of all products.
     """
     drop = t.output_mask(g)
     if drop is not None:
         g = g * drop
-    dA = dB = None
+    dA = dB = u = None
     if needs_B:
         h = project(t, x) if h is None else h
         dB = linear(h, g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
-    if not needs_A and dx is None:
-        return dA, dB
-    A = t.A.to(x.dtype)
-    u = linear(t.B.to(x.dtype).t() * t.scale, g)  # (r, T)
-    mask = t.input_mask(x)
+    if needs_A or needs_u:
+        u = linear(t.B.to(x.dtype).t() * t.scale, g)
+    if needs_A:
+        assert u is not None
+        mask = t.input_mask(x)
+        if mask is None:
+            dA = linear(u, x.t())
+        else:
+            dA = u.new_zeros(t.A.shape)
+            for part in blocks(x):
+                dA += linear(u[:, part], (x[part] * mask.rows(part)).t())
+        dA = dA.to(t.A.dtype)
+    return dA, dB, u
+
+
+def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
+    """dx += drop(u A) in place, for uᵀ (r, T) and dx (T, in)."""
+    A = t.A.to(dx.dtype)
+    mask = t.input_mask(dx)
     if mask is None:
-        dA = linear(u, x.t()) if needs_A else None
-        if dx is not None:
-            dx.addmm_(u.t(), A)
-    else:
-        dA = torch.zeros_like(A) if needs_A else None
-        for part in blocks(x):
-            keep, here = mask.rows(part), u[:, part]
-            if dA is not None:
-                dA += linear(here, (x[part] * keep).t())
-            if dx is not None:
-                dx[part].addcmul_(linear(here.t(), A.t()), keep)
-    return None if dA is None else dA.to(t.A.dtype), dB
+        dx.addmm_(u.t(), A)
+        return
+    for part in blocks(dx):
+        dx[part].addcmul_(linear(u[:, part].t(), A.t()), mask.rows(part))
 
 
 def project(t: Term, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ linear keeps what x's producer keeps already, and makes x again, one elementwise
 
     GELU, SiLU     x = f(z)                       to the bit
     product        x = a · b                      to the bit (where both are kept: the gate of a SwiGLU)
+    RMSNorm        x = γ · (z · rstd)             to the bit (where γ is frozen, so that nobody keeps z · rstd)
     attention      x = o, heads side by side       to the bit (where that was a copy)
     LayerNorm      x = (z - mean) rstd γ + β      to a rounding or two: the kernel's order of operations is its own
 
@@ -89,9 +90,16 @@ def silu(node: Any) -> Found:
 
 
 def product(node: Any) -> Found:
-    """x = a · b, if the producer keeps both."""
+    """x = a · b, if the producer keeps both; x = γ · (a · b), if it keeps γ and the producer of the product both."""
     a, b = node._saved_self, node._saved_other
-    return None if a is None or b is None else ((a, b), torch.mul)
+    if a is not None and b is not None:
+        return (a, b), torch.mul
+    gamma = b if a is None else a
+    inner = node.next_functions[0 if a is None else 1][0]
+    if gamma is None or inner is None or inner.name() != "MulBackward0":
+        return None
+    a, b = inner._saved_self, inner._saved_other
+    return None if a is None or b is None else ((gamma, a, b), lambda gamma, a, b: gamma * (a * b))
 
 
 def layer_norm(node: Any) -> Found:

@@ -25,6 +25,8 @@ PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
     "gate": lambda z: F.silu(z) * (z + 1),
+    "rms norm": lambda z: torch.linspace(-1, 1, 32, dtype=z.dtype) * (z * z.pow(2).mean(-1, keepdim=True).rsqrt()),
+    "rms norm, scale behind": lambda z: F.rms_norm(z, (32,), torch.linspace(-1, 1, 32, dtype=z.dtype)),
     "norm": norm,
     "norm without affine": lambda z: F.layer_norm(z, (32,)),
     "norm without shift": lambda z: F.layer_norm(z, (32,), torch.linspace(-1, 1, 32, dtype=z.dtype)),
@@ -87,7 +89,9 @@ def test_the_gradients_are_those_of_a_kept_input(name: str) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu", "gate", "norm", "attention", "attention with an idle reshape"])
+@pytest.mark.parametrize(
+    "name", ["gelu", "silu", "gate", "rms norm", "norm", "attention", "attention with an idle reshape"]
+)
 def test_what_is_made_again_is_the_input(name: str) -> None:
     x = PRODUCERS[name](torch.randn(SHAPE, requires_grad=True))
     recipe, tensors = recompute.recipe_of(x) or pytest.fail("no recipe")
