@@ -116,12 +116,12 @@ def kept_weights(model: nn.Module) -> Iterator[Kept]:
                     yield _formed(name, host, site, forms[name])
                     continue
                 tensor = originals.get(name, tensor)
-                if sharded(tensor):
+                if type(tensor) not in PLAIN and sharded(tensor):
                     tensor = whole(tensor)
-                if type(tensor) in PLAIN and tensor.is_floating_point():
-                    yield Kept(name, (tensor,), "dense", tensor.dtype, tensor.detach)
-                elif type(tensor) not in PLAIN:
+                if type(tensor) not in PLAIN:
                     yield Kept(name, (tensor,), _form_of(tensor), tensor.dtype, _foreign(module, tensor))
+                elif tensor.is_floating_point():
+                    yield Kept(name, (tensor,), "dense", tensor.dtype, tensor.detach)
 
 
 def _formed(name: str, host: Host, site: str, form: FrozenWeight) -> Kept:

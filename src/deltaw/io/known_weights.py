@@ -103,12 +103,12 @@ def samples(tensors: Sequence[Tensor]) -> list[bytes]:
         if tensor.numel() and not tensor.is_meta:
             groups.setdefault((tensor.device, tensor.dtype), []).append((i, spaced(tensor)))
     for group in groups.values():
-        raw = torch.cat([view for _, view in group]).cpu().view(torch.uint8).numpy().tobytes()
-        at = 0
+        values = torch.cat([view for _, view in group]).cpu()
+        raw, width, at = values.view(torch.uint8).numpy().tobytes(), values.element_size(), 0
         for i, view in group:
-            size = view.numel() * view.element_size()
-            found[i] = raw[at : at + size]
-            at += size
+            end = at + width * view.shape[0]
+            found[i] = raw[at:end]
+            at = end
     return found
 
 
@@ -118,7 +118,7 @@ def spaced(tensor: Tensor) -> Tensor:
     count = tensor.numel()
     number, step = (count, 1) if count < SAMPLES else (SAMPLES, count // SAMPLES)
     if tensor.is_contiguous():
-        return tensor.as_strided((number,), (step,), tensor.storage_offset())
+        return tensor.as_strided((number,), (step,))
     return tensor.reshape(-1)[::step][:number]
 
 

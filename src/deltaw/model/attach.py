@@ -238,10 +238,10 @@ def loaded(plan: Sequence[Planned], adapter: Adapter, trainable: bool) -> list[t
     """
     shared: dict[str, Any] = {}
     meta = torch.device("meta")
-    sites = [item.site_seen() for item in plan]
-    with meta:
-        deltas = [item.variant.create(replace(site, device=meta), shared) for item, site in zip(plan, sites)]
-    for item, site, delta in zip(plan, sites, deltas):
+    found = []
+    for item in plan:
+        site = item.site_seen()
+        delta = item.variant.create(replace(site, device=meta), shared)
         tensors = {
             k: t.detach().to(site.device, site.dtype if t.is_floating_point() else t.dtype, copy=True)
             for k, t in adapter.changes[item.key].tensors.items()
@@ -251,5 +251,5 @@ def loaded(plan: Sequence[Planned], adapter: Adapter, trainable: bool) -> list[t
         except AdapterError as error:
             raise AdapterError(f"{item.key!r}: {error}") from None
         delta.site = site
-        delta.requires_grad_(trainable)
-    return list(zip(plan, deltas))
+        found.append((item, delta.requires_grad_(trainable)))
+    return found

@@ -76,9 +76,10 @@ class LoraGrammar(Grammar):
             groups[path, style] |= groups.pop((path, "linear"), {})  # DoRA's vector, whose name does not tell
         places = read_places(groups, claims, names(config, "target_parameters") or (), shapes)
         changes: dict[str, Change] = {}
+        made: dict[str, Variant] = {}
         for at, parts in groups.items():
             place = places[at]
-            variant, warned = self._variant(config, place, parts)
+            variant, warned = self._variant(config, place, parts, made)
             notes += warned
             changes[place.key] = place.read(variant, parts)
             if "b" in parts:
@@ -100,9 +101,9 @@ class LoraGrammar(Grammar):
         )
 
     def _variant(
-        self, config: Mapping[str, Any], place: Place, parts: Mapping[str, Tensor]
+        self, config: Mapping[str, Any], place: Place, parts: Mapping[str, Tensor], made: dict[str, Variant]
     ) -> tuple[Variant, list[str]]:
-        """The variant of one place, with its own rank and alpha."""
+        """The variant of one place, with its own rank and alpha. made: those of earlier places, by rank and alpha."""
         dora = bool(config.get("use_dora"))
         needed = {"A", "B", "m"} if dora else {"A", "B"}
         if set(parts) - {"b"} != needed:
@@ -125,11 +126,14 @@ class LoraGrammar(Grammar):
                 f"several patterns of the config match {place.path!r}; the first, {(hits or rank_hits)[0]!r}, counts, as in PEFT"
             )
         scaling = "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"
-        try:
-            kind = variants["dora" if dora else "lora"]
-            return kind(rank=rank, alpha=alpha, scaling=scaling, dropout=config.get("lora_dropout") or 0.0), notes
-        except DeltawError as error:
-            raise AdapterError(f"{place.path!r}: {error}") from error
+        own = f"{rank!r} {alpha!r}"
+        if own not in made:
+            try:
+                kind = variants["dora" if dora else "lora"]
+                made[own] = kind(rank=rank, alpha=alpha, scaling=scaling, dropout=config.get("lora_dropout") or 0.0)
+            except DeltawError as error:
+                raise AdapterError(f"{place.path!r}: {error}") from error
+        return made[own], notes
 
     def cannot(self, adapter: Adapter) -> str | None:
         low = low_rank(adapter)
