@@ -103,13 +103,14 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     found: dict[tuple[str, ...], Host] = {}
     inside = module._modules
     for read in reads_in(kind) if inside else ():
-        layer = inside.get(read.path[0])
-        if layer is None:
+        path = read.path
+        if path[0] not in inside or path[0] in (CHILD, FORMS):
             continue
-        for name in read.path[1:]:
+        layer: nn.Module | None = module
+        for name in path:
             layer = None if layer is None else layer._modules.get(name)
-        if isinstance(layer, Host) and read.path[0] not in (CHILD, FORMS) and is_read(layer, read):
-            found[read.path] = layer
+        if isinstance(layer, Host) and is_read(layer, read):
+            found[path] = layer
     return found
 
 

@@ -52,7 +52,8 @@ def named(text: str) -> Callable[[str], object]:
         TargetError: it is no valid regular expression.
     """
     if PLAIN.fullmatch(text):
-        return lambda path: path == text or path.endswith("." + text)
+        end = "." + text
+        return lambda path: path.endswith(end) or path == text
     try:
         return re.compile(rf"(?:.*\.)?(?:{text})").fullmatch
     except re.error as error:

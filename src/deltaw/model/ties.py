@@ -32,20 +32,16 @@ def identity(tensor: Tensor) -> Hashable:
 
 def shared(layers: Mapping[str, nn.Module]) -> dict[Hashable, list[Place]]:
     """The parameters that more than one layer holds, by `identity`. A layer reached by two paths counts once."""
-    at_one_address: dict[int, list[tuple[Tensor, Place]]] = {}
-    seen: set[int] = set()
+    holders = {id(layer): layer for layer in layers.values() if layer._parameters}.values()
+    addresses = [address(p) for layer in holders for p in layer._parameters.values() if p is not None]
+    if len(set(addresses)) == len(addresses):
+        return {}
+    found: dict[Hashable, dict[tuple[int, str], Place]] = {}
     for path, layer in layers.items():
-        if layer._parameters and id(layer) not in seen:
-            seen.add(id(layer))
-            for site, parameter in layer._parameters.items():
-                if parameter is not None:
-                    at_one_address.setdefault(address(parameter), []).append((parameter, (path, layer, site)))
-    found: dict[Hashable, list[Place]] = {}
-    for together in at_one_address.values():
-        if len(together) > 1:
-            for tensor, place in together:
-                found.setdefault(identity(tensor), []).append(place)
-    return {key: places for key, places in found.items() if len(places) > 1}
+        for site, parameter in layer._parameters.items():
+            if parameter is not None:
+                found.setdefault(identity(parameter), {}).setdefault((id(layer), site), (path, layer, site))
+    return {key: list(places.values()) for key, places in found.items() if len(places) > 1}
 
 
 def address(tensor: Tensor) -> int:
