@@ -87,9 +87,9 @@ def check_free(path: str, layer: nn.Module) -> None:
     """Refuse a layer that has something of its own called `adapters` or `roster`."""
     if isinstance(layer, Host):
         return
-    own = (layer.__dict__, layer._modules, layer._parameters, layer._buffers)
+    own = {*layer.__dict__, *layer._modules, *layer._parameters, *layer._buffers}
     for attribute in (CHILD, FORMS, "roster"):
-        if any(attribute in names for names in own) or hasattr(type(layer), attribute):
+        if attribute in own or hasattr(type(layer), attribute):
             raise TargetError(
                 f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs"
             )
