@@ -83,18 +83,22 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive = {key: 0 for key in map(_key, known) if key is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._count(given, made=False)  # the batch, of which an operation may return a view
         out = func(*args, **(kwargs or {}))
         for found in tree_leaves(out):
             if isinstance(found, Tensor):
-                self._count(found)
+                self._count(found, made=True)
         return out
 
-    def _count(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor, made: bool) -> None:
         key = _key(tensor)
         if key is None or key in self._alive:
             return
         held: Any = tensor if key < 0 else tensor.untyped_storage()
-        self._alive[key] = tensor.numel() * tensor.element_size() if key < 0 else held.nbytes()
+        size = tensor.numel() * tensor.element_size() if key < 0 else held.nbytes()
+        self._alive[key] = size if made else 0
         self.now += self._alive[key]
         self.most = max(self.most, self.now)
         weakref.finalize(held, self._gone, key).atexit = False

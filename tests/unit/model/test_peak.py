@@ -27,6 +27,17 @@ def test_what_is_made_and_freed_is_counted_at_its_highest():
     del b, view, c
 
 
+def test_a_view_of_what_was_there_before_is_not_counted():
+    batch = torch.zeros(1000)
+    with Meter([]) as meter:
+        rows = batch.view(10, 100)
+        assert (meter.now, meter.most) == (0, 0)
+        del rows, batch
+        again = torch.zeros(1000)  # where the batch was, perhaps
+        assert meter.now == 4000
+    del again
+
+
 def test_a_step_is_activations_then_gradients():
     model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.ReLU(), nn.Linear(512, 256, bias=False))
     x = torch.randn(1024, 256)
