@@ -157,3 +157,22 @@ def test_attach_on_the_meta_device_then_load(tmp_path):
     model.load_state_dict(plain().state_dict())
     dw.load(model, tmp_path / "a", name="a")
     torch.testing.assert_close(model(X), full(X))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_compact_saves_under_ddp_give_the_gradients_of_compact_saves():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    shaken(dw.attach(net, dw.LoRA(rank=2, dropout=0.1), targets=["0", "2"]))
+    x = torch.randn(200, 64)
+    found = []
+    for wrapped in (net, ddp(net)):
+        torch.manual_seed(1)
+        with dw.compact(wrapped):
+            loss = wrapped(x).square().mean()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+        net.zero_grad()
+    assert len(found[0]) == 5
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
