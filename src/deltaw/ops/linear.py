@@ -88,7 +88,8 @@ def adapted_linear(
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, moved: Callable[[], bool]) -> Tensor:
     """`F.linear` with a W and b that nobody trains: ∂x, and y too if `moved()`, by the faster library (matmul.py)."""
     if (
-        not by_onednn(flat(x), weight)
+        not isinstance(x, Tensor)  # a tracer's stand-in
+        or not by_onednn(flat(x), weight)
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or torch.is_autocast_enabled(x.device.type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +127,21 @@ def test_second_derivatives_pass(net: Net) -> None:
     (g,) = torch.autograd.grad(net.head(h * h).sum(), h, create_graph=True)
     (second,) = torch.autograd.grad(g.sum(), h)
     torch.testing.assert_close(second, 2 * net.head.weight.sum(0).expand_as(h), rtol=1e-4, atol=1e-4)
+
+
+def test_compilers_and_traces_see_a_plain_layer(net: Net) -> None:
+    moved(dw.attach(net, dw.LoRA(rank=4), targets=["low"]))  # type: ignore[arg-type]
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), net(X), rtol=1e-4, atol=1e-5)
+    compiled(X).sum().backward()
+    traced = torch.fx.symbolic_trace(net.head)
+    torch.testing.assert_close(traced(torch.ones(3, 160)), net.head(torch.ones(3, 160)))
+
+
+def test_pickles(net: Net, tmp_path: Path) -> None:
+    moved(dw.attach(net, dw.LoRA(rank=4), targets=["low"]))  # type: ignore[arg-type]
+    torch.save(net, tmp_path / "net.pt")
+    again = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert torch.equal(again(X), net(X))
+    assert again.head.told_by is again.low
