@@ -112,3 +112,27 @@ def test_saving_in_our_own_words_is_said(tmp_path: Path) -> None:
     with pytest.warns(AdapterNotice, match="which PEFT refuses: LORA: "):
         dw.save(model, tmp_path / "a")
     dw.save(model, tmp_path / "b", grammar="DELTAW")  # asked for: nothing to say
+
+
+@pytest.mark.parametrize("text", ["", "[", "]]", '"', '"[', "\\", '\\"]', "[" * 40, "]" * 40])
+@pytest.mark.parametrize("levels", [30, 31, 32])
+def test_nesting_counts_brackets_outside_of_texts_only(text: str, levels: int) -> None:
+    value: Any = [text, {text: text}]
+    for n in range(levels - 2):
+        value = [text, value] if n % 2 else {text: value, "b": [text]}
+    raw = json.dumps({"a": value}).encode()  # as deep as `levels` + 1
+    if levels + 1 <= strict_json.MAX_DEPTH:
+        assert strict_json.parse(raw, "it", 1 << 20) == {"a": value}
+    else:
+        with pytest.raises(AdapterError, match="nested deeper"):
+            strict_json.parse(raw, "it", 1 << 20)
+
+
+@pytest.mark.parametrize(("digits", "taken"), [("1" * 20, True), ("1" * 21, False), ("-" + "9" * 21, False)])
+def test_whole_numbers_are_bounded_wherever_digits_stand(digits: str, taken: bool) -> None:
+    raw = f'{{"hash": "{"7" * 64}", "n": {digits}}}'.encode()
+    if taken:
+        assert strict_json.parse(raw, "it", 1 << 20)["n"] == int(digits)
+    else:
+        with pytest.raises(AdapterError, match="too large"):
+            strict_json.parse(raw, "it", 1 << 20)
