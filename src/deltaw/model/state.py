@@ -5,7 +5,7 @@ A verb that asks several questions walks the model once, into a `Layout`, and as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -119,8 +119,21 @@ def hosts(model: nn.Module) -> list[tuple[str, Host]]:
 
 
 def rosters(model: nn.Module) -> list[Roster]:
-    """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own."""
-    return Layout(model).rosters()
+    """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own. Switching asks no more."""
+    found: dict[int, Roster] = {}
+    seen: set[nn.Module] = set()
+    waiting = [unwrap(model)]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children: Iterable[nn.Module | None] = module._modules.values()
+        if isinstance(module, Host):
+            found.setdefault(id(module.roster), module.roster)
+            children = [child for name, child in module._modules.items() if name not in (CHILD, FORMS)]
+        waiting.extend(child for child in reversed(list(children)) if child is not None)
+    return list(found.values())
 
 
 def unsharded(model: nn.Module, verb: str) -> None:
