@@ -24,7 +24,7 @@ SEED = 0
 CLOCK = time.process_time if os.environ.get("DELTAW_BENCH_CLOCK") == "cpu" else time.perf_counter
 """Wall time; CPU time on request, for a machine that others use (then with OMP_NUM_THREADS=1)."""
 
-BUDGET = 20.0
+BUDGET = 12.0
 """Seconds after which no further round is begun, once there are `FEWEST`: all claims together take under 15 minutes."""
 FEWEST = 5
 

@@ -17,7 +17,6 @@ from benchmarks.measure import record, row
 
 METHODS = {
     "deltaw": "methods.deltaw(work, dropout=0.05)",
-    "deltaw without dropout": "methods.deltaw(work)",
     "deltaw compact": "compacted(methods.deltaw(work, dropout=0.05))",
     "deltaw DoRA": "methods.deltaw(work, dropout=0.05, dora=True)",
     "peft": "methods.peft(work, dropout=0.05)",
