@@ -18,7 +18,7 @@ from deltaw.training.schedule import factor
 from deltaw.training.task import Task
 
 Curve = list[dict[str, float]]
-"""One row per epoch: seconds (of this epoch's training steps), train_loss, loss, and the task's scores."""
+"""One row per epoch: seconds (of the training steps since the last row), train_loss (their sum, per example), loss, and the task's scores."""
 
 
 @dataclass

@@ -70,8 +70,8 @@ def main() -> None:
             for i in range(len(names)):
                 name = names[(i + turn) % len(names)]
                 runners[name].step(order[name][turn])
-        for runner in runners.values():
-            runner.validate("test")
+    for runner in runners.values():
+        runner.validate("test")
     spent = {name: sum(epoch["seconds"] for epoch in r.curve) for name, r in runners.items()}
     accuracy = {name: r.curve[-1]["accuracy"] for name, r in runners.items()}
     assert accuracy["deltaw"] >= accuracy["peft"] - NOISE, f"not the same accuracy: {accuracy}"
