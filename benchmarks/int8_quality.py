@@ -61,16 +61,30 @@ def compared(fp32: dict[int, dict[str, Any]], int8: dict[int, dict[str, Any]]) -
 
 
 def heard(claim: dict[str, Any]) -> str:
-    """The table of S6's seeds."""
+    """The table of S6's seeds that are whole. Both LoRAs have the same rank, layers, rate and batches."""
+    names = ("full", "peft", "deltaw")
     lines = [
         f"## gw: LoRA on whisper-tiny's encoder, {claim['epochs']} epochs, the runs of S6",
         "",
-        "| seed | epochs done | best validation AUC: full | PEFT's LoRA, fp32 | deltaw's LoRA, int8 |",
-        "|---|---:|---:|---:|---:|",
+        "| seed | best validation AUC: full | PEFT's LoRA, fp32 | deltaw's LoRA, int8 | AUC after the last epoch: full | PEFT's | deltaw's |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    found: dict[str, dict[str, list[float]]] = {"best": {n: [] for n in names}, "last": {n: [] for n in names}}
     for seed, curves in claim["seeds"].items():
-        best = [f"{max(epoch['auc'] for epoch in curves[name]):.4f}" for name in ("full", "peft", "deltaw")]
-        lines.append(f"| {seed} | {len(curves['deltaw'])} | {' | '.join(best)} |")
+        if any(len(curves[name]) < claim["epochs"] for name in names):
+            continue
+        for name in names:
+            auc = [epoch["auc"] for epoch in curves[name]]
+            found["best"][name].append(max(auc))
+            found["last"][name].append(auc[-1])
+        cells = [f"{found[part][name][-1]:.4f}" for part in found for name in names]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    lines.append("")
+    for part, values in found.items():
+        exact, narrow = values["peft"], values["deltaw"]
+        gap = statistics.mean(narrow) - statistics.mean(exact)
+        words = f"{summary('fp32 (PEFT)', exact)}, {summary('int8 (deltaw)', narrow)}"
+        lines.append(f"{part}: {words}, difference of means {gap:+.4f}.")
     return "\n".join([*lines, ""])
 
 
