@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaw.core.host import Host, written_out
+from deltaw.core.host import Host
+from deltaw.core.twin import written_out
 from tests.laws.conftest import adapted, built, cases, flat, shaken
 
 

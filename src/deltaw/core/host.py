@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.beside import own_class, plain_again
 from deltaw.core.frozen import FrozenWeight, foreign_dense
 from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
 from deltaw.core.recall import in_backward, note_silent_call, recall, remember
@@ -166,8 +167,8 @@ class Host(nn.Module):
     @classmethod
     def of(cls, layer: nn.Module, roster: Roster) -> Self:
         """Turn `layer` into a host, in place. It computes exactly what it did until a delta is added."""
-        base = own_class(layer)
-        layer.__dict__.pop("told_by", None)
+        plain_again(layer)
+        base = type(layer)
         object.__setattr__(layer, "roster", roster)
         layer._modules[CHILD] = Adapters()
         object.__setattr__(layer, "__class__", host_class(cls, base))
@@ -399,12 +400,6 @@ class Host(nn.Module):
         return dict(state)
 
 
-def own_class(layer: nn.Module) -> type[nn.Module]:
-    """A layer's class, behind the one that it was given because layers beside it are adapted (model/beside.py)."""
-    kind = type(layer)
-    return getattr(kind, "stands_for", kind)
-
-
 def _blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:
     cls = host_class(host, base, held)
     return cls.__new__(cls)
@@ -483,44 +478,3 @@ def dropped(delta: Delta, weight: Tensor) -> Tensor | None:
         if t.gain is not None:
             total = total + t.gain.unsqueeze(-1) * weight
     return total
-
-
-def shell(
-    module: nn.Module,
-    base: type[nn.Module],
-    tensors: dict[str, Tensor | None],
-    buffers: dict[str, Tensor | None] | None = None,
-) -> nn.Module:
-    """A shallow twin of `module`, of class `base`, whose own parameters (and buffers) are `tensors`: nothing shared is mutated.
-
-    `base.forward(shell(...), x)` computes the layer with changed weights, safely in any number of threads.
-    """
-    twin = base.__new__(base)
-    state = dict(module.__dict__)
-    state["_parameters"] = {**module._parameters, **tensors}
-    if buffers is not None:
-        state["_buffers"] = {**module._buffers, **buffers}
-    object.__setattr__(twin, "__dict__", state)
-    return twin
-
-
-def written_out(module: nn.Module) -> nn.Module:
-    """A twin of `module` and of all layers inside it without hosts: every active change is written into its weights.
-
-    What reads the weights of a layer inside without calling it (a fast path) thereby sees W + ΔW. Nothing is mutated.
-    """
-    tensors: dict[str, Tensor | None] = {}
-    buffers: dict[str, Tensor | None] = {}
-    base = type(module)
-    if isinstance(module, Host):
-        base = module.base_class
-        held = module._modules.get(FORMS)
-        for site in module.active_sites().union(() if held is None else held._modules):
-            (buffers if site in module._buffers else tensors)[site] = module.changed(site)
-    twin = shell(module, base, tensors, buffers)
-    twin.__dict__["_modules"] = {
-        name: None if child is None else written_out(child)
-        for name, child in module._modules.items()
-        if name not in (CHILD, FORMS)
-    }
-    return twin

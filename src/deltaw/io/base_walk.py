@@ -14,30 +14,11 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key
 from deltaw.core.frozen import FrozenWeight, foreign_dense
-from deltaw.core.host import CHILD, FORMS, Host
+from deltaw.core.host import Host
 from deltaw.errors import ModelError
-from deltaw.model.state import sharded, whole
+from deltaw.model.state import own_modules, sharded, whole
 
 PLAIN = (Tensor, nn.Parameter, nn.parameter.Buffer)
-
-
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the base in the order of `named_modules`, each once, without the modules of adapters."""
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        children = module._modules
-        if children:
-            skip = (CHILD, FORMS) if isinstance(module, Host) else ()
-            for name in reversed(children):
-                child = children[name]
-                if child is not None and name not in skip:
-                    waiting.append((f"{path}.{name}" if path else name, child))
 
 
 @dataclass(frozen=True)

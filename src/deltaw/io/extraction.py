@@ -18,7 +18,7 @@ from deltaw.core.registry import hosts, variants
 from deltaw.core.true_change import true_change
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.io import fingerprint as prints
-from deltaw.io.base_walk import own_modules
+from deltaw.model.state import own_modules
 from deltaw.ops.product import Product
 from deltaw.ops.truncated_svd import rank_for_energy, top_singular
 

@@ -19,8 +19,9 @@ from deltaw.core.host import CHILD
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io import fingerprint as prints
-from deltaw.io.base_walk import Inventory, own_modules
+from deltaw.io.base_walk import Inventory
 from deltaw.io.peft.claims import HEADS, Claims
+from deltaw.model.state import own_modules
 
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.host import Example, Host, shell
+from deltaw.core.host import Example, Host
 from deltaw.core.registry import host
+from deltaw.core.twin import shell
 from deltaw.layers.linear import LinearHost
 from deltaw.layers.weight import WeightHost
 

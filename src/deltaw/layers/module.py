@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltaw.core.host import Host, shell
+from deltaw.core.host import Host
 from deltaw.core.registry import host
+from deltaw.core.twin import shell
 from deltaw.layers.reading import read_hosts, written_in
 
 

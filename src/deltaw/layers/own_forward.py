@@ -19,8 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.host import Example, Host, own_class, shell
+from deltaw.core.beside import own_class
+from deltaw.core.host import Example, Host
 from deltaw.core.registry import host
+from deltaw.core.twin import shell
 from deltaw.core.variant import LowRank
 from deltaw.layers.conv import ConvMatrix
 from deltaw.layers.conv_transpose import ConvTransposeMatrix

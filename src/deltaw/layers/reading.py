@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from deltaw.core.host import CHILD, FORMS, Host, shell
+from deltaw.core.host import CHILD, FORMS, Host
+from deltaw.core.twin import shell
 
 FACTS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "nelement", "element_size"}
 FACTS |= {"requires_grad", "is_meta", "is_cuda", "is_floating_point"}

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltaw.core.host import CHILD, FORMS, Host, written_out
+from deltaw.core.host import CHILD, FORMS, Host
 from deltaw.core.registry import host
+from deltaw.core.twin import written_out
 
 
 class ReadingHost(Host):

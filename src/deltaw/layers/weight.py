@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.core.host import Host, shell
+from deltaw.core.host import Host
+from deltaw.core.twin import shell
 
 
 class WeightHost(Host):

@@ -88,11 +88,18 @@ def enter(
         roster.default = ((name, 1.0),)
     if freeze:
         keep_still(layout, roster)
-        for path, module in layout.layers.items():
-            for site, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    roster.frozen.setdefault(join_key(path, site), True)
-                    parameter.requires_grad_(False)
+        for parameter, path, site in base_parameters(layout):
+            if parameter.requires_grad:
+                roster.frozen.setdefault(join_key(path, site), True)
+                parameter.requires_grad_(False)
+
+
+def base_parameters(layout: Layout) -> Iterable[tuple[nn.Parameter, str, str]]:
+    """(parameter, path, site) of the base model, without those of adapters."""
+    for path, module in layout.layers.items():
+        for site, parameter in module._parameters.items():
+            if parameter is not None:
+                yield parameter, path, site
 
 
 def keep_still(layout: Layout, roster: Roster) -> None:
@@ -166,8 +173,7 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
         close_gate(layout.root)
         first_call.remove(layout, roster)
         roster.merged = None
-        for path, module in layout.layers.items():
-            for site, parameter in module._parameters.items():
-                if parameter is not None and roster.frozen.get(join_key(path, site)):
-                    parameter.requires_grad_(True)
+        for parameter, path, site in base_parameters(layout):
+            if roster.frozen.get(join_key(path, site)):
+                parameter.requires_grad_(True)
         roster.frozen.clear()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.core.adapter import join_key
+from deltaw.core.beside import own_class
 from deltaw.core.host import Host, parameter_names
 from deltaw.core.part import parameter_of
 from deltaw.core.registry import variants as variant_registry
@@ -198,7 +199,7 @@ def adapted(
 
 def kind_of(layer: nn.Module) -> str:
     """A layer's class, with its module where that is not the usual one."""
-    kind = type(layer)
+    kind = own_class(layer)
     return kind.__name__ if kind.__module__.startswith("torch.nn.modules") else f"{kind.__module__}.{kind.__name__}"
 
 

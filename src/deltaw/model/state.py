@@ -5,7 +5,7 @@ A verb that asks several questions walks the model once, into a `Layout`, and as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,22 +118,28 @@ def hosts(model: nn.Module) -> list[tuple[str, Host]]:
     return Layout(model).hosts()
 
 
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the base in the order of `named_modules`, each once, without the modules of adapters."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = module._modules
+        if children:
+            skip = (CHILD, FORMS) if isinstance(module, Host) else ()
+            for name in reversed(children):
+                child = children[name]
+                if child is not None and name not in skip:
+                    waiting.append((f"{path}.{name}" if path else name, child))
+
+
 def rosters(model: nn.Module) -> list[Roster]:
     """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own. Switching asks no more."""
-    found: dict[int, Roster] = {}
-    seen: set[nn.Module] = set()
-    waiting = [unwrap(model)]
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        children: Iterable[nn.Module | None] = module._modules.values()
-        if isinstance(module, Host):
-            found.setdefault(id(module.roster), module.roster)
-            children = [child for name, child in module._modules.items() if name not in (CHILD, FORMS)]
-        waiting.extend(child for child in reversed(list(children)) if child is not None)
-    return list(found.values())
+    return list({id(m.roster): m.roster for _, m in own_modules(unwrap(model)) if isinstance(m, Host)}.values())
 
 
 def unsharded(model: nn.Module, verb: str) -> None:

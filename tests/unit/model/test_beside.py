@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaw as dw
+from deltaw.core.beside import FrozenLinear
 from deltaw.core.host import Host
 from deltaw.model import beside
 from deltaw.ops import matmul
@@ -54,12 +55,12 @@ def moved(net: Net) -> Net:
 def test_only_large_frozen_layers_and_only_while_an_adapter_is_there(net: Net) -> None:
     before = str(net)
     dw.attach(net, dw.LoRA(rank=4), targets=["low"])
-    assert [type(m) for m in (net.up, net.head)] == [beside.FrozenLinear] * 2
+    assert [type(m) for m in (net.up, net.head)] == [FrozenLinear] * 2
     assert type(net.small) is nn.Linear
     dw.attach(net, dw.LoRA(rank=4), targets=["up", "low"], name="second")
     assert isinstance(net.up, Host)
     dw.detach(net, "second")
-    assert type(net.up) is beside.FrozenLinear
+    assert type(net.up) is FrozenLinear
     dw.detach(net)
     assert str(net) == before
     assert all(type(m) is nn.Linear and "told_by" not in m.__dict__ for m in (net.low, net.up, net.head))
@@ -70,7 +71,7 @@ def test_a_layer_that_trains_is_left_alone(net: Net) -> None:
     assert type(net.up) is nn.Linear
     net.up.requires_grad_(False)
     dw.attach(net, dw.LoRA(rank=4), targets=["low"], name="second", freeze=False)
-    assert type(net.up) is beside.FrozenLinear
+    assert type(net.up) is FrozenLinear
     net.up.requires_grad_(True)
     net(X).sum().backward()
     assert net.up.weight.grad is not None

@@ -12,19 +12,7 @@ from deltaw.recipes.configure import build
 from deltaw.recipes.recipe import recipes
 from deltaw.training.fit import Fit
 from deltaw.training.run import train
-from tests.tiny_text import make_data, make_model
-
-
-class PowerCut(BaseException):
-    """Nothing catches it on the way."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_data(folder / "data.csv", 80)
-    return folder
+from tests.unit.training.power_cut import power_cut
 
 
 def go(tiny, folder, *, resume=False, **changes):
@@ -96,17 +84,8 @@ def test_the_penalty_is_in_the_gradient(tiny, tmp_path, monkeypatch):
 
 def test_resumed_in_the_middle_it_ends_in_the_same_bits(tiny, tmp_path, monkeypatch):
     go(tiny, tmp_path / "calm")
-    real = Fit._after_step
-
-    def dying(fit, steps):
-        real(fit, steps)
-        if fit.state.step == 14:
-            raise PowerCut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_after_step", dying)
-        with pytest.raises(PowerCut):
-            go(tiny, tmp_path / "broken")
+    with power_cut(14):
+        go(tiny, tmp_path / "broken")
     go(tiny, tmp_path / "broken", resume=True)
     one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("calm", "broken"))
     assert one.keys() == other.keys()

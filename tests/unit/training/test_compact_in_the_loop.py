@@ -12,22 +12,9 @@ from deltaw.errors import ConfigError
 from deltaw.ops import compact
 from deltaw.recipes.configure import build
 from deltaw.recipes.recipe import recipes
-from deltaw.training.fit import Fit
 from deltaw.training.rehearsal import rehearse
 from deltaw.training.run import train
-from tests.tiny_text import make_data, make_model
-
-
-class PowerCut(BaseException):
-    """Nothing catches it on the way."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_data(folder / "data.csv", 80)
-    return folder
+from tests.unit.training.power_cut import power_cut
 
 
 def settings(tiny, **changes):
@@ -50,17 +37,8 @@ def weights(folder):
 def test_resume_is_identical_and_the_run_differs_from_an_exact_one_by_little(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(compact, "SMALL", 1)  # the model is tiny, and so are its activations
     go(tiny, tmp_path / "calm")
-    real = Fit._after_step
-
-    def dying(fit, steps):
-        real(fit, steps)
-        if fit.state.step == 11:
-            raise PowerCut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_after_step", dying)
-        with pytest.raises(PowerCut):
-            go(tiny, tmp_path / "broken")
+    with power_cut(11):
+        go(tiny, tmp_path / "broken")
     go(tiny, tmp_path / "broken", resume=True)
     one, other = weights(tmp_path / "calm"), weights(tmp_path / "broken")
     assert all(torch.equal(one[k], other[k]) for k in one)

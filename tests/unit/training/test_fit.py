@@ -14,17 +14,8 @@ from deltaw.recipes.kept import open_kept
 from deltaw.recipes.recipe import recipes
 from deltaw.training.fit import evaluate
 from deltaw.training.run import train
-from tests.tiny_text import make_data, make_model
 
 STEPS = 8  # an epoch's
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_data(folder / "data.csv", 80)
-    return folder
 
 
 class Scored:

@@ -13,22 +13,9 @@ from deltaw.ops import choices
 from deltaw.ops.int8 import int8_available
 from deltaw.recipes.configure import build
 from deltaw.recipes.recipe import recipes
-from deltaw.training.fit import Fit
 from deltaw.training.rehearsal import rehearse
 from deltaw.training.run import train
-from tests.tiny_text import make_data, make_model
-
-
-class PowerCut(BaseException):
-    """Nothing catches it on the way."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_data(folder / "data.csv", 80)
-    return folder
+from tests.unit.training.power_cut import power_cut
 
 
 def go(tiny, folder, *, resume=False, **changes):
@@ -54,17 +41,8 @@ def test_resume_takes_the_recorded_kernels_and_ends_in_the_same_bits(tiny, tmp_p
     assert [tuple(k["shape"]) for k in kernels["kernels"]] == sorted(first)
     assert kernels["looks"]
 
-    real = Fit._after_step
-
-    def dying(fit, steps):
-        real(fit, steps)
-        if fit.state.step == 11:
-            raise PowerCut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_after_step", dying)
-        with pytest.raises(PowerCut):
-            go(tiny, tmp_path / "broken")
+    with power_cut(11):
+        go(tiny, tmp_path / "broken")
     answer[0] = (False, True)  # whoever times again gets another answer
     timed.clear()
     go(tiny, tmp_path / "broken", resume=True)

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from deltaw.errors import NonFinite
 from deltaw.recipes.configure import build
 from deltaw.recipes.start import start
-from tests.tiny_text import make_data, make_model
 
 pytest.importorskip("transformers")
 
@@ -25,14 +24,6 @@ def configured(folder, init, **more):
         "checkpoint_every": 2,
     }
     return build({**given, **more})
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_data(folder / "data.csv", 80)
-    return folder
 
 
 @pytest.mark.parametrize("init", ["eva", "lora-ga"])

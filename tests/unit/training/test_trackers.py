@@ -12,23 +12,10 @@ from deltaw.errors import ConfigError, MissingExtra
 from deltaw.recipes.configure import build
 from deltaw.recipes.recipe import recipes
 from deltaw.training import trackers
-from deltaw.training.fit import Fit
 from deltaw.training.run import train
-from tests.tiny_text import make_data, make_model
+from tests.unit.training.power_cut import power_cut
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_data(folder / "data.csv", 80)
-    return folder
-
-
-class PowerCut(BaseException):
-    """Nothing catches it on the way."""
 
 
 @pytest.fixture
@@ -42,17 +29,8 @@ def broken_run(tiny, tmp_path, monkeypatch):
         }  # fmt: skip
         config = build(given)
         folder = tmp_path / "run"
-        real = Fit._after_step
-
-        def dying(fit, steps):
-            real(fit, steps)
-            if fit.state.step == 14:
-                raise PowerCut
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Fit, "_after_step", dying)
-            with pytest.raises(PowerCut):
-                train(lambda: recipes["text-classification"].task(config), config, folder, quiet=True)
+        with power_cut(14):
+            train(lambda: recipes["text-classification"].task(config), config, folder, quiet=True)
         train(lambda: recipes["text-classification"].task(config), config, folder, resume=True, quiet=True)
         return folder
 
