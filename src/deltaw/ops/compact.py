@@ -1,7 +1,7 @@
 """Compact saves: what a forward keeps for its backward is kept in 16 bit, a half of the activations' memory.
 
 Every 32-bit tensor that autograd saves inside `with compact(model):` is kept as bfloat16 and widened again when backward
-asks for it. The forward and its loss are untouched to the bit, and so are the gradients' own sums; only the activations
+asks for it (block by block where that can be, `ops/narrow.py`). The forward and its loss are untouched to the bit, and so are the gradients' own sums; only the activations
 that gradients are made of carry one rounding to 8 bits (relative 2⁻⁹ each, as in training in bfloat16, but the products
 stay in 32 bit). The gradient of a tensor is off by that order, relative to its size.
 
@@ -14,7 +14,6 @@ reference proves to be still the same.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
@@ -22,25 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from deltaw.ops.narrow import Narrow, Packed, View, reads_in_blocks
+
 SMALL = 1 << 12
 """Fewer numbers than this are kept as they are ..."""
 
 SHARE = 16
 """... and so are tensors of less than one such part of the largest that this forward has saved (statistics per row)."""
-
-
-class Packed:
-    """One storage in 16 bit. `origins` are the 32-bit storages of these numbers, while they live."""
-
-    __slots__ = ("__weakref__", "numbers", "origins")
-
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers
-        self.origins: list[StorageWeakRef] = []
-
-
-View = tuple[Packed, torch.Size, tuple[int, ...], int]
-"""A pack with the shape, strides and offset of the tensor that was saved."""
 
 
 class Compact:
@@ -50,10 +37,11 @@ class Compact:
         self.known = known
         self.largest = 0
         self.packs: weakref.WeakValueDictionary[tuple[int, int], Packed] = weakref.WeakValueDictionary()
-        self.thread = threading.get_ident()
 
     def pack(self, saved: Tensor) -> Tensor | View:
         """What is kept of `saved`."""
+        if isinstance(saved, Narrow):  # read in forward (recompute.py), to be saved once more
+            return saved.view_of
         storage = saved.untyped_storage()
         whole = storage.nbytes() == 4 * saved.numel()
         if (
@@ -70,27 +58,16 @@ class Compact:
             return saved
         key = storage._cdata, saved._version
         found = self.packs.get(key)
-        if found is None or all(o.cdata != key[0] or o.expired() for o in found.origins):  # type: ignore[no-untyped-call]
+        if found is None or found.origin.expired():  # type: ignore[no-untyped-call]
             flat = saved.detach().as_strided((saved.numel(),), (1,), 0)
-            found = Packed(flat.to(torch.bfloat16))
-            self.note(found, saved)
-        return found, saved.shape, saved.stride(), int(saved.storage_offset())
+            found = self.packs[key] = Packed(flat.to(torch.bfloat16), StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        return View(found, saved.shape, saved.stride(), int(saved.storage_offset()))
 
     def unpack(self, kept: Tensor | View) -> Tensor:
         """The tensor again, in 32 bit."""
         if isinstance(kept, Tensor):
             return kept
-        found, shape, stride, offset = kept
-        again = found.numbers.float()
-        if self.thread == threading.get_ident():  # read in forward (recompute.py), to be saved once more
-            self.note(found, again)
-        return again.as_strided(shape, stride, offset)
-
-    def note(self, found: Packed, origin: Tensor) -> None:
-        """`origin` holds the numbers of `found`."""
-        storage = origin.untyped_storage()
-        found.origins = [o for o in found.origins if not o.expired()] + [StorageWeakRef(storage)]  # type: ignore[no-untyped-call]
-        self.packs[storage._cdata, origin._version] = found
+        return Narrow(kept) if reads_in_blocks() else kept.widened()
 
 
 class compact:

@@ -77,8 +77,8 @@ class Mask:
         self.first = int(seed) if self.viewed else 0
 
     def tape(self) -> Tensor:
-        """All that a window can cover."""
-        return tape(TAPE + self.height * self.columns, self.p, self.dtype, self.seed.device)
+        """All that a window can cover: one tape for all widths up to `BLOCK`."""
+        return tape(TAPE + max(BLOCK, self.columns), self.p, self.dtype, self.seed.device)
 
     def rows(self, part: slice) -> Tensor:
         """Those rows of the mask, not to be written to: on a CPU, inside one block, a view of the tape."""

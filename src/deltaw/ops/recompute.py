@@ -136,8 +136,9 @@ def attention(node: Any) -> Found:
         node = node.next_functions[0][0]
     if node is None or node.name() != "ScaledDotProductFlashAttentionForCpuBackward0":
         return None
-    output: Tensor = node._saved_output  # (B, H, T, D)
-    if inside != output.transpose(1, 2).shape:  # a reshape that did change something
+    output: Tensor = node._saved_output
+    B, H, T, D = output.shape
+    if inside != (B, T, H, D):  # a reshape that did change something
         return None
     return (output,), lambda o: o.transpose(1, 2).contiguous()
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltaw as dw
-from deltaw.ops.compact import Compact, Packed, compact
+from deltaw.ops.compact import Compact, compact
+from deltaw.ops.narrow import Packed
 
 
 class Block(nn.Module):

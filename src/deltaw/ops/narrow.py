@@ -1,0 +1,101 @@
+"""Read in pieces: a tensor that is kept in 16 bit, widened block by block by the operation that reads it.
+
+The backward of GELU needs z, dy and room for dz side by side, three tensors as wide as the widest layer: a step's peak.
+Where z is kept in 16 bit (`ops/compact.py`), only a block of it need ever be wide,
+
+    for each block b:  dz[b] = gelu'(float(z[b])) · dy[b]           the same numbers as from float(z), one tensor less,
+
+and a block stays in the cache between the two passes. `Narrow` stands for z on that way, and for what a forward hands on
+without reading it (`ops/recompute.py`). Operations without a loop below get it widened.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+LOOPS = {
+    aten.gelu_backward.default: aten.gelu_backward.grad_input,
+    aten.silu_backward.default: aten.silu_backward.grad_input,
+    aten.mul.Tensor: aten.mul.out,
+}
+"""Elementwise operations that backward calls with a saved tensor, and how they write into a given result."""
+
+READERS = frozenset({"GeluBackward0", "SiluBackward0", "MulBackward0"})
+"""The autograd nodes that call them."""
+
+BLOCK = 1 << 17
+"""Numbers of one block: 512 KiB in 32 bit."""
+
+
+class Packed:
+    """One storage in 16 bit, as flat `numbers`. `origin` is the 32-bit storage of these numbers, while it lives."""
+
+    __slots__ = ("__weakref__", "numbers", "origin")
+
+    def __init__(self, numbers: Tensor, origin: StorageWeakRef) -> None:
+        self.numbers = numbers
+        self.origin = origin
+
+
+class View(NamedTuple):
+    """A pack with the shape, strides and offset of the tensor that was saved."""
+
+    packed: Packed
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def widened(self) -> Tensor:
+        """The tensor again, in 32 bit."""
+        return self.packed.numbers.float().as_strided(self.shape, self.stride, self.offset)
+
+
+class Narrow(Tensor):
+    """A tensor of 32 bit for whoever asks, of which there is only `view_of` until an operation reads it."""
+
+    view_of: View
+
+    @staticmethod
+    def __new__(cls, view: View) -> Narrow:
+        made: Narrow = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, view.shape, view.stride, view.offset, dtype=torch.float32, device=view.packed.numbers.device
+        )
+        made.view_of = view
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if op is aten.detach.default:
+            return cls(args[0].view_of)
+        if op in LOOPS and len(args) == 2 and all(_in_order(t, args[0].shape) for t in args):
+            return _in_blocks(LOOPS[op], *args, **kwargs)
+        args, kwargs = tree_map_only(cls, lambda t: t.view_of.widened(), (args, kwargs))
+        return op(*args, **kwargs)
+
+
+def reads_in_blocks() -> bool:
+    """Whether the autograd node that runs in this thread is one of `READERS`; or none is, and nobody reads yet."""
+    node = torch._C._current_autograd_node()
+    return node is None or node.name() in READERS
+
+
+def _in_order(t: Any, shape: torch.Size) -> bool:
+    return isinstance(t, Tensor) and t.shape == shape and t.dtype == torch.float32 and t.is_contiguous()
+
+
+def _in_blocks(op: Any, one: Tensor, other: Tensor, **options: Any) -> Tensor:
+    """op(one, other), elementwise, with at most a block of what is narrow in 32 bit."""
+    result = torch.empty(one.shape, dtype=torch.float32, device=one.device)
+    flat = [t.view_of.packed.numbers if isinstance(t, Narrow) else t.reshape(-1) for t in (one, other, result)]
+    into = "out" if op is aten.mul.out else "grad_input"
+    for a, b, out in zip(*(torch.split(t, BLOCK) for t in flat), strict=True):
+        op(a.float(), b.float(), **options, **{into: out})
+    return result
