@@ -2,13 +2,12 @@
 
     python tests/golden/make_golden.py
 
-Run it only to add a format or a release: what old files mean never changes, which is what the test is for. `peft-*` were
-written by PEFT 0.21.2 itself.
+It writes what is not there yet: what old files mean never changes, which is what the test is for. `peft-*` were written
+by PEFT 0.21.2 itself; `deltaw-*` have a manifest of version 1, but for those whose name says another.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +83,13 @@ def main() -> None:
         "rslora": dw.LoRA(rank=2, alpha=3, scaling="alpha/sqrt(rank)"),
         "plain-alpha": dw.LoRA(rank=2, alpha=0.5, scaling="alpha"),
         "dora": dw.DoRA(rank=2),
+        "lora-manifest-2": dw.LoRA(rank=2, alpha=3),
     }
     for name, variant in cases.items():
         model, adapter = filled(variant, ("head",))
         target = HERE / f"deltaw-{name}"
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            continue
         dw.save(model, target)
         save_file(dense(adapter), HERE / f"deltaw-{name}.expected.safetensors")
     for kind in ("loha", "lokr", "ia3", "vera", "adalora"):
@@ -98,14 +99,15 @@ def main() -> None:
         options |= {"target": 1} if kind == "adalora" else {}
         model, adapter = filled(variants[kind](**options))
         target = HERE / f"deltaw-{kind}"
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            continue
         dw.save(model, target)
         save_file(dense(adapter), HERE / f"deltaw-{kind}.expected.safetensors")
     _, adapter = filled(dw.LoRA(rank=2, alpha=3))
     for name, known in formats().items():
         target = HERE / f"as-{name}{known.suffix}"
-        shutil.rmtree(target, ignore_errors=True)
-        target.unlink(missing_ok=True)
+        if target.exists():
+            continue
         convert(adapter, name, target, HINTS)
     save_file(dense(adapter), HERE / "as.expected.safetensors")
     for name, config in {
@@ -114,11 +116,12 @@ def main() -> None:
         ),
         "dora": peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], use_dora=True, rank_pattern={"k_proj": 1}),
     }.items():
+        if (HERE / f"peft-{name}").exists():
+            continue
         theirs = peft.get_peft_model(Golden(), config)
         with torch.no_grad():
             for n, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
                 parameter.copy_(wave(parameter.shape, n + 31.0))
-        shutil.rmtree(HERE / f"peft-{name}", ignore_errors=True)
         theirs.save_pretrained(HERE / f"peft-{name}")
         (HERE / f"peft-{name}" / "README.md").unlink(missing_ok=True)
         merged = theirs.merge_and_unload().state_dict()

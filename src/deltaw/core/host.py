@@ -78,8 +78,8 @@ class Host(nn.Module):
 
     family: ClassVar[str]
     """The layer family's name in files and tables."""
-    adapts: ClassVar[tuple[type[nn.Module], ...]]
-    """Layer classes that this host adapts (their subclasses too, if `accepts` agrees)."""
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Layer classes that this host adapts, their subclasses too: of these, `accepts` is asked. (): it is asked of any layer."""
     base_class: ClassVar[type[nn.Module]]
     """The class that the layer had before."""
     host: ClassVar[type[Host]]
@@ -189,10 +189,10 @@ class Host(nn.Module):
 
     def add(self, name: str, site: str, delta: Delta) -> None:
         """Give this layer's `site` the change `delta` under the adapter `name`."""
-        changes = self.adapters._modules.get(name)
+        adapters = self.adapters._modules
+        changes = adapters.get(name)
         if changes is None:
-            changes = Changes()
-            self.adapters._modules[name] = changes
+            changes = adapters[name] = Changes()
         changes._modules[site] = delta
         if delta.training != self.training:
             delta.train(self.training)

@@ -46,6 +46,10 @@ class Registry(Generic[V]):
         self.load()
         return name in self._known
 
+    def __len__(self) -> int:
+        self.load()
+        return len(self._known)
+
     def items(self) -> list[tuple[str, V]]:
         """All of them, in order of registration."""
         self.load()

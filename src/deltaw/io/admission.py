@@ -1,9 +1,9 @@
 """Admission: the one door through which a file becomes an adapter. Load, merge, serve, store and export all use it.
 
 In order: two named plain files (no link, no pickle), sizes, the manifest if there is one, strict JSON, the tensor header
-as a whole, checksums, the grammar (every tensor used, every pair complete, ranks as the config says), finite values, and
-the digest. Nothing of a config is imported or run. What only a model can answer (does every change find its parameter, is
-every target filled, is it the right base) is `fits`.
+as a whole, the grammar (every tensor used, every pair complete, ranks as the config says), finite values, and the digest.
+Checksums are computed beside all that, and have the first word: nothing is said or given before they are right. Nothing of a config is imported or run. What only a model
+can answer (does every change find its parameter, is every target filled, is it the right base) is `fits`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ from deltaw.io.peft import Parsed, Shapes, grammar_for
 
 MAX_CONFIG = 1 << 20
 MAX_RANK = 1 << 16
+MUCH = 1 << 18
+"""Bytes that are hashed in a thread of their own."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,36 @@ def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True, shape
 
 def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
     _check_names(folder)
+    raw_weights = folder.read(WEIGHTS)
+    sha = meanwhile(sha256, raw_weights) if verify and MANIFEST in folder.names else None
     body = (
         manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify) if MANIFEST in folder.names else None
     )
     raw_config = bytes(folder.read(CONFIG, MAX_CONFIG))
-    raw_weights = folder.read(WEIGHTS)
-    if body is not None and verify:
-        manifest.check_file(body, CONFIG, raw_config)
-        manifest.check_file(body, WEIGHTS, raw_weights)
+
+    def check_stamps() -> None:
+        if body is not None and sha is not None:
+            manifest.check_file(body, CONFIG, len(raw_config), sha256(raw_config))
+            manifest.check_file(body, WEIGHTS, len(raw_weights), sha())
+
+    try:
+        admitted = _understood(raw_config, raw_weights, body, verify, shapes)
+    except (AdapterError, NonFinite):
+        check_stamps()  # a damaged file is called that, whatever the damage looks like
+        raise
+    check_stamps()
+    return admitted
+
+
+def _understood(
+    raw_config: bytes, raw_weights: bytearray, body: Mapping[str, Any] | None, verify: bool, shapes: Shapes
+) -> Admitted:
+    """What the files say, whether or not they are those that were written."""
     config = strict_json.parse(raw_config, CONFIG, MAX_CONFIG)
     header = tensor_file.read_header(memoryview(raw_weights), WEIGHTS)
     if not header.entries:
         raise AdapterError(f"{WEIGHTS} holds no tensor")
     tensors = tensor_file.read_tensors(memoryview(raw_weights), header)
-    size = len(raw_weights)
     # the manifest's checksums are over the very bytes of both files; without it, the weights carry one over both
     sealed = verify and (body is not None or tensor_file.check_seal(raw_config, tensors, header))
     check_values(tensors)
@@ -113,7 +134,7 @@ def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
         sealed,
         body is not None,
         parsed.notes,
-        {CONFIG: len(raw_config), WEIGHTS: size},
+        {CONFIG: len(raw_config), WEIGHTS: len(raw_weights)},
         body["digest"] if body is not None and verify else None,
     )
 
@@ -172,3 +193,22 @@ def finite(tensor: Tensor) -> bool:
 def sha256(data: bytes | bytearray) -> str:
     """Hex digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def meanwhile(work: Callable[[bytes | bytearray], T], data: bytes | bytearray) -> Callable[[], T]:
+    """Begin `work(data)` in a thread of its own, if there is much to do; call the result to wait for what it gives.
+
+    For work that runs outside of Python's lock, as hashing does.
+    """
+    if len(data) < MUCH:
+        done = work(data)
+        return lambda: done
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(work(data)))
+    thread.start()
+
+    def wait() -> T:
+        thread.join()
+        return found[0]
+
+    return wait

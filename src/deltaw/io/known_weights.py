@@ -91,7 +91,10 @@ def state_of(weight: Kept) -> tuple[Any, ...]:
 
 def same_objects(known: Known, weight: Kept) -> bool:
     """Whether the tensors are the very ones that were hashed: an address may be used again."""
-    return len(known.refs) == len(weight.tensors) and all(r() is t for r, t in zip(known.refs, weight.tensors))
+    for ref, tensor in zip(known.refs, weight.tensors):
+        if ref() is not tensor:
+            return False
+    return len(known.refs) == len(weight.tensors)
 
 
 @torch.no_grad()

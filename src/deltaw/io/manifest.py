@@ -19,9 +19,10 @@ from deltaw.core.variant import Variant
 from deltaw.errors import AdapterError, DeltawError
 from deltaw.io import strict_json
 from deltaw.io.digest import digest, effect
+from deltaw.io.entry_lines import from_lines, to_lines
 
 FORMAT = "deltaw-manifest"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 << 20
 ZEROS = b"0" * 64
 OWN = re.compile(rb'"checksum": "([0-9a-f]{64})"')
@@ -46,13 +47,31 @@ def build(adapter: Adapter, files: Mapping[str, bytes | tuple[int, str]]) -> byt
         "variants": kinds,
         "changes": changes,
         "order": list(adapter.changes),
-        "base": dict(adapter.base),
+        "base": packed(adapter.base),
         "extra": dict(adapter.extra),
         "error": {k: float(v) for k, v in adapter.error.items()},
         "checksum": ZEROS.decode(),
     }
     raw = strict_json.pretty(body)
     return raw.replace(b'"checksum": "' + ZEROS, b'"checksum": "' + hashlib.sha256(raw).hexdigest().encode(), 1)
+
+
+def packed(base: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the base, its fingerprint's entries as lines."""
+    recorded = base.get("fingerprint")
+    if isinstance(recorded, Mapping) and isinstance(recorded.get("parameters"), Mapping):
+        lines = to_lines(recorded["parameters"])
+        if lines is not None:
+            return {**base, "fingerprint": {**recorded, "parameters": lines}}
+    return dict(base)
+
+
+def unpacked(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse; version 1 had no lines."""
+    recorded = base.get("fingerprint")
+    if isinstance(recorded, Mapping) and isinstance(recorded.get("parameters"), list):
+        return {**base, "fingerprint": {**recorded, "parameters": from_lines(recorded["parameters"])}}
+    return dict(base)
 
 
 def _stamp(content: bytes | tuple[int, str]) -> dict[str, Any]:
@@ -92,12 +111,12 @@ def parse(raw: bytes, verify: bool = True) -> dict[str, Any]:
     return body
 
 
-def check_file(body: Mapping[str, Any], name: str, content: bytes | bytearray) -> None:
+def check_file(body: Mapping[str, Any], name: str, size: int, sha256: str) -> None:
     """Refuse a file that is not the one that the manifest describes."""
     stamp = body["files"].get(name)
     if not isinstance(stamp, dict):
         raise AdapterError(f"the manifest does not list {name}: the folder was put together from several adapters")
-    if stamp.get("bytes") != len(content) or stamp.get("sha256") != hashlib.sha256(content).hexdigest():
+    if stamp.get("bytes") != size or stamp.get("sha256") != sha256:
         raise AdapterError(
             f"{name} is not the file that was written (its sha256 differs from the manifest's): it is damaged or was "
             f"edited; fetch it again, or read it with verify=False (--no-verify) and write it anew if you mean it"
@@ -133,7 +152,7 @@ def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
         changes[key] = Change(exact, change.tensors, layer, shape, tied)
     return adapter.replace(
         changes=changes,
-        base={**adapter.base, **body["base"]},
+        base={**adapter.base, **unpacked(body["base"])},
         extra={**adapter.extra, **body["extra"]},
         error=dict(body["error"]),
     )

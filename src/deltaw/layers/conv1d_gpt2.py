@@ -27,7 +27,6 @@ class Conv1DHost(OutputHost):
     """An adapted Conv1D of GPT-2."""
 
     family: ClassVar[str] = "conv1d_gpt2"
-    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
     takes_forms: ClassVar[bool] = True
     bias: Tensor
 

@@ -29,7 +29,6 @@ class ModuleHost(Host):
     """A module of any class with parameters of its own."""
 
     family: ClassVar[str] = "module"
-    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
     full_only: ClassVar[bool] = True
 
     @classmethod

@@ -36,16 +36,20 @@ class Read(NamedTuple):
     values: bool = True
 
 
-_found: dict[type[nn.Module], frozenset[Read]] = {}
+_found: dict[type[nn.Module], dict[str, list[Read]]] = {}
 
 
-def reads_in(kind: type[nn.Module]) -> frozenset[Read]:
-    """What a call of a module of class `kind` reads, as far as its code tells; torch.nn's own classes are left out."""
-    if kind not in _found:
+def reads_in(kind: type[nn.Module]) -> dict[str, list[Read]]:
+    """What a call of a module of class `kind` reads, by the first name after `self`, as far as its code tells; torch.nn's
+    own classes are left out."""
+    found = _found.get(kind)
+    if found is None:
         own = [c for c in kind.__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.nn.")]
         own = [c for c in own if not issubclass(c, Host)]
-        _found[kind] = frozenset(read for code in reached(own) for read in chains(code))
-    return _found[kind]
+        found = _found[kind] = {}
+        for read in dict.fromkeys(read for code in reached(own) for read in chains(code)):
+            found.setdefault(read.path[0], []).append(read)
+    return found
 
 
 def reached(classes: list[type[nn.Module]]) -> Iterator[CodeType]:
@@ -102,16 +106,14 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     """Path -> layer inside `module` that is changed (or kept in another form), and that the module's own code reads."""
     kind = module.base_class if isinstance(module, Host) else type(module)
     found: dict[tuple[str, ...], Host] = {}
-    inside = module._modules
-    for read in reads_in(kind) if inside else ():
-        path = read.path
-        if path[0] not in inside or path[0] in (CHILD, FORMS):
-            continue
-        layer: nn.Module | None = module
-        for name in path:
-            layer = None if layer is None else layer._modules.get(name)
-        if isinstance(layer, Host) and is_read(layer, read):
-            found[path] = layer
+    reads = reads_in(kind) if module._modules else {}
+    for first, child in module._modules.items():
+        for read in reads.get(first, ()) if first not in (CHILD, FORMS) else ():
+            layer = child
+            for name in read.path[1:]:
+                layer = None if layer is None else layer._modules.get(name)
+            if isinstance(layer, Host) and is_read(layer, read):
+                found[read.path] = layer
     return found
 
 
@@ -119,11 +121,12 @@ def is_read(layer: Host, read: Read) -> bool:
     """Whether `read` takes more from `layer` than a call gives: a weight, or a method that may use one."""
     if read.site in layer.held():
         return True
-    if not read.values or not (layer.adapters._modules or layer.adapters.tied):
+    if not read.values:
         return False
     method = getattr(layer.base_class, read.site, None) if read.site not in ("", "forward") else None
     own = isinstance(method, FunctionType) and not hasattr(nn.Module, read.site)
-    return read.site in layer._parameters or own or never_called(layer)
+    taken = own or read.site in layer._parameters or never_called(layer)
+    return taken and bool(layer.adapters._modules or layer.adapters.tied)
 
 
 def never_called(layer: Host) -> bool:

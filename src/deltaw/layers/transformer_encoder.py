@@ -34,7 +34,6 @@ class TransformerEncoderLayerHost(ReadingHost, nn.TransformerEncoderLayer):
     """A TransformerEncoderLayer with an adapted layer inside."""
 
     family: ClassVar[str] = "transformer_encoder_layer"
-    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
     watches: ClassVar[tuple[type[nn.Module], ...]] = (nn.TransformerEncoderLayer,)
 
 
@@ -43,7 +42,6 @@ class TransformerEncoderHost(ReadingHost, nn.TransformerEncoder):
     """A TransformerEncoder with an adapted layer inside."""
 
     family: ClassVar[str] = "transformer_encoder"
-    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
     watches: ClassVar[tuple[type[nn.Module], ...]] = (nn.TransformerEncoder,)
 
 

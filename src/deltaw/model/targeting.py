@@ -9,6 +9,7 @@ these parts of a fused weight ("qkv[0:64,128:192]"). `train=` takes exact dotted
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -110,10 +111,14 @@ def host_for(layer: nn.Module) -> type[Host] | None:
     if isinstance(layer, Host):
         host: type[Host] = layer.host
         return None if host.full_only else host
-    for _, cls in reversed(host_registry.items()):
-        if not cls.full_only and cls.accepts(layer):
-            return cls  # type: ignore[no-any-return]
-    return None
+    return next((cls for cls in askable(len(host_registry), type(layer)) if cls.accepts(layer)), None)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1024)
+def askable(registered: int, kind: type) -> tuple[type[Host], ...]:
+    """The hosts, of so many that are `registered`, that may accept a layer of class `kind`; later registrations first."""
+    hosts = (cls for _, cls in reversed(host_registry.items()) if not cls.full_only)
+    return tuple(cls for cls in hosts if not cls.adapts or issubclass(kind, cls.adapts))
 
 
 def parts_of(target: Target) -> tuple[Target, tuple[tuple[int, int], ...]]:

@@ -107,6 +107,20 @@ def test_no_flipped_bit_is_accepted_of_ten_thousand(folders: dict[str, Path], tm
     assert count_accepted_flips(Path(shutil.copytree(folders[kind], tmp_path / "a")), 10_000) == 0
 
 
+@pytest.mark.parametrize("rank", [1, 200], ids=["small", "hashed in a thread of its own"])
+@pytest.mark.parametrize("damage", [b"\x00\x00\xc0\x7f", b"\x00\x00\x00\x00"], ids=["NaN", "zero"])
+def test_damage_is_called_damage_whatever_it_looks_like(tmp_path: Path, rank: int, damage: bytes) -> None:
+    model = torch.nn.Linear(512, 512)
+    dw.attach(model, dw.LoRA(rank=rank), targets=torch.nn.Linear)
+    dw.save(model, tmp_path / "a")
+    assert admit(tmp_path / "a").sealed
+    whole = (tmp_path / "a" / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    (tmp_path / "a" / WEIGHTS).write_bytes(whole[:header] + damage + whole[header + 4 :])
+    with pytest.raises(AdapterError, match="not the file that was written"):
+        admit(tmp_path / "a")
+
+
 def test_a_flipped_bit_in_a_foreign_file_loads_whole_or_not_at_all(folders: dict[str, Path], tmp_path: Path) -> None:
     """PEFT's files have no checksum: a flip in a value cannot be seen, but one in a name, shape or rank is."""
     folder = Path(shutil.copytree(folders["peft"], tmp_path / "a"))
