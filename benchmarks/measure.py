@@ -24,14 +24,14 @@ SEED = 0
 CLOCK = time.process_time if os.environ.get("DELTAW_BENCH_CLOCK") == "cpu" else time.perf_counter
 """Wall time; CPU time on request, for a machine that others use (then with OMP_NUM_THREADS=1)."""
 
-BUDGET = 12.0
+BUDGET = 8.0
 """Seconds after which no further round is begun, once there are `FEWEST`: all claims together take under 15 minutes."""
-FEWEST = 5
+FEWEST = 4
 
 Times = dict[str, list[float]]
 
 
-def alternate(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> Times:
+def alternate(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Times:
     """Seconds of each step, taken in turns: `rounds` of each, or fewer where they take long."""
     for _ in range(warmup):
         for step in steps.values():

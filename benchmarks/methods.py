@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import deltaw as dw
@@ -76,6 +75,8 @@ def floor(work: Workload) -> Contender:
 
 def peft(work: Workload, *, dropout: float = 0.0, dora: bool = False) -> Contender:
     """HF PEFT."""
+    from peft import LoraConfig, get_peft_model  # seconds, which processes without it need not spend
+
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=list(work.targets), lora_dropout=dropout, use_dora=dora
     )

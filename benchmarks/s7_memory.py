@@ -48,7 +48,7 @@ contender = eval(sys.argv[2])
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS")
-for _ in range(3):
+for _ in range(2):
     contender.step()
 print(kilobytes("VmHWM") - before)
 """

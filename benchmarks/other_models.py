@@ -1,0 +1,244 @@
+"""The claims S1 to S5 on seven models that nothing was tuned on, three to ten times as large as those of the claims.
+
+Random weights of the real widths; the same contenders, targets and rounds as the claims. Not part of `make bench` (it takes
+a quarter of an hour): `python -m benchmarks.other_models [name ...]` writes docs/results/other-models.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    Qwen2Config,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from benchmarks import methods
+from benchmarks.measure import SEED, Times, alternate, machine, ratio
+from benchmarks.table import machine_of
+from benchmarks.workloads import Workload, projected
+
+RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "other-models.md"
+ROUNDS = 5
+WITHOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """`make` from one seed."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(SEED)
+        return make()
+
+    return build
+
+
+def noise(*shape: int) -> Tensor:
+    """A batch of numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def tokens(vocabulary: int, *shape: int) -> Tensor:
+    """A batch of tokens."""
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def hidden(name: str, make: Callable[[], nn.Module], targets: Sequence[str], first: str, **inputs: Tensor) -> Workload:
+    """An encoder whose last hidden state is projected on noise."""
+    return Workload(name, seeded(make), tuple(targets), first, lambda m: projected(m(**inputs).last_hidden_state))
+
+
+def language(name: str, config: Any, targets: Sequence[str], first: str, ids: Tensor) -> Workload:
+    """A causal language model with its own loss."""
+    make = seeded(lambda: AutoModelForCausalLM.from_config(config))
+    return Workload(name, make, tuple(targets), first, lambda m: m(input_ids=ids, labels=ids).loss)
+
+
+def bert() -> Workload:
+    """BERT-base."""
+    config = BertConfig(**WITHOUT, attn_implementation="sdpa")
+    targets, ids = ("query", "key", "value", "dense"), tokens(30000, 8, 128)
+    return hidden(
+        "BERT-base 128x8", lambda: BertModel(config, add_pooling_layer=False), targets, "encoder.layer.0", input_ids=ids
+    )
+
+
+def gpt2() -> Workload:
+    """GPT-2, whose layers are Conv1D."""
+    config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa")
+    return language("GPT-2 256x2", config, ("c_attn", "c_proj", "c_fc"), "transformer.h.0", tokens(50000, 2, 256))
+
+
+def whisper() -> Workload:
+    """The encoder of whisper-small."""
+    config = WhisperConfig(
+        d_model=768,
+        encoder_layers=12,
+        encoder_attention_heads=12,
+        encoder_ffn_dim=3072,
+        max_source_positions=200,
+        attn_implementation="sdpa",
+    )
+    targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    mel = noise(4, 80, 400)
+    return hidden(
+        "whisper-small encoder T=200x4", lambda: WhisperEncoder(config), targets, "layers.0", input_features=mel
+    )
+
+
+def vit() -> Workload:
+    """ViT-base."""
+    config = ViTConfig(attn_implementation="sdpa")
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+    return hidden(
+        "ViT-base 197x4",
+        lambda: ViTModel(config, add_pooling_layer=False),
+        targets,
+        "layers.0",
+        pixel_values=noise(4, 3, 224, 224),
+    )
+
+
+def deberta() -> Workload:
+    """DeBERTa-v3-base, with a small vocabulary."""
+    config = DebertaV2Config(
+        **WITHOUT,
+        vocab_size=1000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        relative_attention=True,
+        position_buckets=256,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        max_relative_positions=-1,
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    targets = ("query_proj", "key_proj", "value_proj", "dense")
+    return hidden(
+        "DeBERTa-v3-base 128x8",
+        lambda: DebertaV2Model(config),
+        targets,
+        "encoder.layer.0",
+        input_ids=tokens(1000, 8, 128),
+    )
+
+
+def qwen() -> Workload:
+    """Qwen2-0.5B."""
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return language("Qwen2-0.5B 256x1", config, targets, "model.layers.0", tokens(151936, 1, 256))
+
+
+def perceptron() -> Workload:
+    """A multi-layer perceptron over many rows."""
+    x = noise(4096, 256)
+
+    def make() -> nn.Module:
+        widths = (256, 1024, 1024, 1024, 64)
+        layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.GELU())]
+        return nn.Sequential(*layers[:-1])
+
+    return Workload(
+        "MLP 256-1024-1024-1024-64 x4096", seeded(make), ("0", "2", "4", "6"), "0", lambda m: projected(m(x))
+    )
+
+
+WORKS = {f.__name__: f for f in (perceptron, bert, gpt2, whisper, vit, deberta, qwen)}
+
+
+def times(**contenders: Callable[[], methods.Contender]) -> Times:
+    """Seconds of the contenders' steps, taken in turns."""
+    made = {name: make() for name, make in contenders.items()}
+    found = alternate({name: c.step for name, c in made.items()}, ROUNDS)
+    made.clear()
+    gc.collect()
+    return found
+
+
+def ratios(work: Workload) -> list[tuple[str, float, float]]:
+    """(comparison, ratio, target) of one model; losses and gradients are compared first."""
+    ours, theirs = methods.deltaw, methods.peft
+    methods.agree(ours(work), theirs(work))
+    plain = times(
+        ours=lambda: ours(work),
+        int8=lambda: ours(work, int8=True),
+        peft=lambda: theirs(work),
+        full=lambda: methods.full(work),
+    )
+    drop = times(
+        ours=lambda: ours(work, dropout=0.05),
+        int8=lambda: ours(work, dropout=0.05, int8=True),
+        peft=lambda: theirs(work, dropout=0.05),
+    )
+    dora = times(ours=lambda: ours(work, dora=True), peft=lambda: theirs(work, dora=True))
+    both = times(
+        work, ours=lambda: ours(work, dora=True, dropout=0.05), peft=lambda: theirs(work, dora=True, dropout=0.05)
+    )
+    return [
+        ("LoRA / PEFT (S1)", ratio(plain, "ours", "peft")["ratio"], 0.85),
+        ("with dropout .05 (S2)", ratio(drop, "ours", "peft")["ratio"], 0.60),
+        ("DoRA / PEFT's (S3)", ratio(dora, "ours", "peft")["ratio"], 0.72),
+        ("with dropout .05 (S3)", ratio(both, "ours", "peft")["ratio"], 0.45),
+        ("int8 / PEFT's LoRA (S4)", ratio(plain, "int8", "peft")["ratio"], 0.60),
+        ("with dropout .05 (S4)", ratio(drop, "int8", "peft")["ratio"], 0.42),
+        ("int8 / full (S5)", ratio(plain, "int8", "full")["ratio"], 0.55),
+        ("PEFT's LoRA / full", ratio(plain, "peft", "full")["ratio"], float("inf")),
+    ]
+
+
+def main(*names: str) -> None:
+    """Every model, or those that are named; the page is written only from all."""
+    lines: list[str] = []
+    for name in names or WORKS:
+        work = WORKS[name]()
+        found = ratios(work)
+        if not lines:
+            lines = ["| model | " + " | ".join(what for what, _, _ in found) + " |", "|---" * (len(found) + 1) + "|"]
+            bounds = ("" if target == float("inf") else f"≤ {target:.2f}" for _, _, target in found)
+            lines.append("| *target* | " + " | ".join(bounds) + " |")
+        cells = (f"{value:.2f}{'' if value <= target else ' **missed**'}" for _, value, target in found)
+        lines.append(f"| {work.name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    if not names:
+        RESULT.write_text(
+            "# The claims on other models\n\n"
+            "A training step on models that nothing was tuned on: ratio of medians of "
+            f"{ROUNDS} rounds, taken in turns, rank 8 on all\nlinear layers, weights random. "
+            f"Made by `python -m benchmarks.other_models`, seed {SEED}.\n\n" + "\n".join(lines) + "\n\n"
+            f"{machine_of(machine())}.\n"
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
