@@ -113,7 +113,7 @@ def main(rounds: int = 5) -> None:
     attach = attaching(rounds)
     with tempfile.TemporaryDirectory() as folder:
         load, switch = loading_and_switching(rounds, Path(folder))
-    imports = importing(rounds)
+    imports = importing(3)
     rows = [
         row("attach to DeBERTa-v3-large: deltaw / PEFT", ratio(attach, "deltaw", "peft"), 0.1),
         row(f"load one more beside {PRESENT}: deltaw / PEFT beside 8", ratio(load, "deltaw", "peft"), 0.1),

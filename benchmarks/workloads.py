@@ -5,6 +5,8 @@ Widths and depths are the real models'; weights are random unless the real ones 
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,9 +35,16 @@ def projected(hidden: Tensor) -> Tensor:
     return (hidden.float() * noise).mean() + 1e-2 * hidden.float().pow(2).mean()
 
 
+def copies_of(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Like `make`, but the weights are drawn once: what one contender does not change is not made again for the next."""
+    made = functools.cache(make)
+    return lambda: copy.deepcopy(made())
+
+
 def whisper_tiny(frames: int = 200, batch: int = 16) -> Workload:
     """The encoder of whisper-tiny, `frames` positions x `batch`."""
 
+    @copies_of
     def build() -> nn.Module:
         torch.manual_seed(SEED)
         config = WhisperConfig(
@@ -61,6 +70,7 @@ def whisper_tiny(frames: int = 200, batch: int = 16) -> Workload:
 def minilm(length: int = 128, batch: int = 8) -> Workload:
     """all-MiniLM-L6: BERT with 6 layers of width 384."""
 
+    @copies_of
     def build() -> nn.Module:
         torch.manual_seed(SEED)
         config = BertConfig(
@@ -87,6 +97,7 @@ def minilm(length: int = 128, batch: int = 8) -> Workload:
 def smollm2(length: int = 256, batch: int = 2) -> Workload:
     """SmolLM2-135M: Llama with 30 layers of width 576, tied head, next-token loss."""
 
+    @copies_of
     def build() -> nn.Module:
         torch.manual_seed(SEED)
         config = LlamaConfig(
