@@ -202,9 +202,7 @@ def ratios(work: Workload) -> list[tuple[str, float, float]]:
         peft=lambda: theirs(work, dropout=0.05),
     )
     dora = times(ours=lambda: ours(work, dora=True), peft=lambda: theirs(work, dora=True))
-    both = times(
-        work, ours=lambda: ours(work, dora=True, dropout=0.05), peft=lambda: theirs(work, dora=True, dropout=0.05)
-    )
+    both = times(ours=lambda: ours(work, dora=True, dropout=0.05), peft=lambda: theirs(work, dora=True, dropout=0.05))
     return [
         ("LoRA / PEFT (S1)", ratio(plain, "ours", "peft")["ratio"], 0.85),
         ("with dropout .05 (S2)", ratio(drop, "ours", "peft")["ratio"], 0.60),

@@ -92,6 +92,17 @@ class compact:
         self.hooks.pop().__exit__(*error)
 
 
-def only_compact(hooks: Any) -> bool:
-    """Whether the saved-tensor hooks in force (None: none) leave it to the operations what they save."""
-    return hooks is None or isinstance(getattr(hooks[0], "__self__", None), Compact)
+def hooks_in_force() -> Any:
+    """The pair of saved-tensor hooks that an operation meets now, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+
+
+def are_compact(hooks: Any) -> bool:
+    """Whether these hooks are `Compact`'s."""
+    return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), Compact)
+
+
+def as_saved(activations: Tensor) -> Tensor:
+    """What an operation saves of small activations, which `Compact` would take for statistics: 16 bit where it is in force."""
+    narrow = activations.dtype == torch.float32 and not torch.compiler.is_compiling() and are_compact(hooks_in_force())
+    return activations.bfloat16() if narrow else activations

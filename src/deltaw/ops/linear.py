@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from deltaw.ops.compact import as_saved
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import by_onednn, linear
 from deltaw.ops.recompute import Recipe, recipe_of
@@ -221,7 +222,7 @@ class AdaptedLinear(torch.autograd.Function):
                 add_(y, h, t)
             elif not keep and t.B.requires_grad:
                 h = project(t, flat(x))
-            products.append(h)
+            products.append(None if h is None else as_saved(h))
         y = torch.ops.aten._unsafe_view.default(y, result.shape)  # no view to autograd: `relu_(y)` is allowed
         kept = None  # y, from which ∂gain is read
         if any(t.gain is not None and t.gain.requires_grad for t in terms) and not torch.compiler.is_compiling():
@@ -301,7 +302,7 @@ def backward_factors(
         g = g * drop
     dA = dB = u = None
     if needs_B:
-        h = project(t, x) if h is None else h
+        h = project(t, x) if h is None else h.to(x.dtype)
         dB = linear(h, g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
     if needs_A or needs_u:
         u = linear(t.B.to(x.dtype).t() * t.scale, g)

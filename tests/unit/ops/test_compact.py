@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,16 @@ def kept_bytes(net: nn.Module, x: Tensor, packed: bool) -> int:
 def test_about_half_is_kept() -> None:
     net, x = model(), torch.randn(8, 100, 64)
     assert kept_bytes(net, x, packed=True) <= 0.6 * kept_bytes(net, x, packed=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_thin_products_of_adapters_too(packed: bool) -> None:
+    net, x = model(dropout=0.1), torch.randn(8, 100, 64)
+    layer = net.get_submodule("0.up")
+    with compact(net) if packed else nullcontext():
+        y = layer(x)
+    thin = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == (4, 800)]
+    assert [t.dtype for t in thin] == [torch.bfloat16 if packed else torch.float32]
 
 
 def test_a_tensor_that_two_operations_save_is_packed_once_and_anew_after_it_was_written_to() -> None:
