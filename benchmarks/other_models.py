@@ -180,7 +180,7 @@ WORKS = {f.__name__: f for f in (perceptron, bert, gpt2, whisper, vit, deberta, 
 def times(**contenders: Callable[[], methods.Contender]) -> Times:
     """Seconds of the contenders' steps, taken in turns."""
     made = {name: make() for name, make in contenders.items()}
-    found = alternate({name: c.step for name, c in made.items()}, ROUNDS)
+    found = alternate({name: c.step for name, c in made.items()}, ROUNDS, warmup=2)
     made.clear()
     gc.collect()
     return found
