@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
-    DebertaV2Config,
     DebertaV2Model,
     GPT2Config,
     Qwen2Config,
@@ -32,7 +31,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from benchmarks import methods
 from benchmarks.measure import SEED, Times, alternate, machine, ratio
 from benchmarks.table import machine_of
-from benchmarks.workloads import Workload, projected
+from benchmarks.workloads import Workload, deberta_config, projected
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "other-models.md"
 ROUNDS = 5
@@ -117,22 +116,7 @@ def vit() -> Workload:
 
 def deberta() -> Workload:
     """DeBERTa-v3-base, with a small vocabulary."""
-    config = DebertaV2Config(
-        **WITHOUT,
-        vocab_size=1000,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        relative_attention=True,
-        position_buckets=256,
-        pos_att_type=["p2c", "c2p"],
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        max_relative_positions=-1,
-        position_biased_input=False,
-        type_vocab_size=0,
-    )
+    config = deberta_config(768, 12)
     targets = ("query_proj", "key_proj", "value_proj", "dense")
     return hidden(
         "DeBERTa-v3-base 128x8",

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2Model
+from transformers import DebertaV2Model
 from transformers.initialization import no_init_weights
 
 import deltaw as dw
 from benchmarks.measure import alternate, ratio, record, row
+from benchmarks.workloads import deberta_config
 
 TARGETS = ["query_proj", "value_proj"]
 PRESENT = 1000
@@ -27,23 +28,8 @@ PRESENT = 1000
 
 def deberta() -> nn.Module:
     """DeBERTa-v3-large with constant weights: what values they have costs neither library anything."""
-    config = DebertaV2Config(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        vocab_size=1000,
-        relative_attention=True,
-        position_buckets=256,
-        pos_att_type=["p2c", "c2p"],
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        max_relative_positions=-1,
-        position_biased_input=False,
-        type_vocab_size=0,
-    )
     with no_init_weights():
-        model = DebertaV2Model(config)
+        model = DebertaV2Model(deberta_config(1024, 24))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, WhisperConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, DebertaV2Config, LlamaConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks.measure import SEED
@@ -121,6 +121,27 @@ def smollm2(length: int = 256, batch: int = 2) -> Workload:
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "model.layers.0",
         lambda model: model(input_ids=ids, labels=ids).loss,
+    )
+
+
+def deberta_config(width: int, layers: int) -> DebertaV2Config:
+    """DeBERTa-v3's of that size, with a small vocabulary and without dropout."""
+    return DebertaV2Config(
+        vocab_size=1000,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        relative_attention=True,
+        position_buckets=256,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        max_relative_positions=-1,
+        position_biased_input=False,
+        type_vocab_size=0,
     )
 
 

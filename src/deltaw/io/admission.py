@@ -2,8 +2,9 @@
 
 In order: two named plain files (no link, no pickle), sizes, the manifest if there is one, strict JSON, the tensor header
 as a whole, the grammar (every tensor used, every pair complete, ranks as the config says), finite values, and the digest.
-Checksums are computed beside all that, and have the first word: nothing is said or given before they are right. Nothing of a config is imported or run. What only a model
-can answer (does every change find its parameter, is every target filled, is it the right base) is `fits`.
+Checksums are computed beside all that, and have the first word: nothing is said or given before they are right. Nothing
+of a config is imported or run. What only a model can answer (does every change find its parameter, is every target
+filled, is it the right base) is `fits`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -203,12 +204,7 @@ def meanwhile(work: Callable[[bytes | bytearray], T], data: bytes | bytearray) -
     if len(data) < MUCH:
         done = work(data)
         return lambda: done
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(work(data)))
-    thread.start()
-
-    def wait() -> T:
-        thread.join()
-        return found[0]
-
-    return wait
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work, data)
+    pool.shutdown(wait=False)  # no further work; what was begun goes on
+    return future.result

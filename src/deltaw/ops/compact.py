@@ -1,9 +1,10 @@
 """Compact saves: what a forward keeps for its backward is kept in 16 bit, a half of the activations' memory.
 
 Every 32-bit tensor that autograd saves inside `with compact(model):` is kept as bfloat16 and widened again when backward
-asks for it (block by block where that can be, `ops/narrow.py`). The forward and its loss are untouched to the bit, and so are the gradients' own sums; only the activations
-that gradients are made of carry one rounding to 8 bits (relative 2⁻⁹ each, as in training in bfloat16, but the products
-stay in 32 bit). The gradient of a tensor is off by that order, relative to its size.
+asks for it (block by block where that can be, `ops/narrow.py`). The forward and its loss are untouched to the bit, and so
+are the gradients' own sums; only the activations that gradients are made of carry one rounding to 8 bits (relative 2⁻⁹
+each, as in training in bfloat16, but the products stay in 32 bit). The gradient of a tensor is off by that order,
+relative to its size.
 
 Kept as they are: weights and buffers of the model (they are kept anyway), and small tensors, which hold statistics
 that an exponential follows (attention's log-sum-exp) or a variance, and cost no memory.

@@ -88,7 +88,9 @@ def reads_in_blocks() -> bool:
 
 
 def _in_order(t: Any, shape: torch.Size) -> bool:
-    return isinstance(t, Tensor) and t.shape == shape and t.dtype == torch.float32 and t.is_contiguous()
+    """Whether `t` is a tensor of this shape whose blocks are pieces of memory, on a processor that a block is made for."""
+    plain = isinstance(t, Tensor) and t.dtype == torch.float32 and t.device.type == "cpu"
+    return plain and t.shape == shape and t.is_contiguous()
 
 
 def _in_blocks(op: Any, one: Tensor, other: Tensor, **options: Any) -> Tensor:

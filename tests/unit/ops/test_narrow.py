@@ -94,4 +94,4 @@ def test_differentiable_twice() -> None:
     rounded = z.detach().bfloat16().double().requires_grad_()
     (slope,) = torch.autograd.grad(F.gelu(rounded).sum(), rounded, create_graph=True)
     (wanted,) = torch.autograd.grad(slope.sum(), rounded)
-    assert torch.allclose(second.double(), wanted, atol=1e-4)
+    assert torch.allclose(second.double(), wanted, atol=1e-4)  # fp32 beside float64; values reach 0.8
