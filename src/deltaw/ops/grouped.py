@@ -8,8 +8,8 @@ for each segment (as in linear.py) would cut that product into pieces, which cos
 without adapters cost nothing more. No row is ever multiplied with another row's adapter, not even by zero, so an adapter
 full of NaN changes its own rows only.
 
-Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, whose
-bookkeeping for every factor would cost as much as the thin products do.
+Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, and
+usual terms are two calls: bookkeeping for every factor would cost as much as the thin products do.
 
 The plain twin is `grouped_linear_reference`.
 """
@@ -90,7 +90,7 @@ def grouped_linear(
     per_row = math.prod(x.shape[1:-1])
     by_token = [(start * per_row, stop * per_row, terms) for start, stop, terms in parts]
     if not torch.is_grad_enabled():
-        return grouped_values(x, weight, bias, by_token, frozen)[0]
+        return grouped_values(x, weight, bias, by_token, frozen, None)
     spans: list[Span] = []
     tensors: list[Tensor | None] = []
     for start, stop, terms in by_token:
@@ -162,7 +162,8 @@ class GroupedLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         """`spans` are (first token, last token, plan) of each segment; `tensors` their packed terms in turn."""
-        y, products = grouped_values(x, weight, bias, unpack_spans(spans, tensors), frozen)
+        products: list[Tensor] = []
+        y = grouped_values(x, weight, bias, unpack_spans(spans, tensors), frozen, products)
         ctx.spans, ctx.frozen = spans, frozen
         ctx.save_for_backward(x, weight, *tensors, *products)
         return y
@@ -216,10 +217,11 @@ def grouped_values(
     bias: Tensor | None,
     segments: Sequence[tuple[int, int, Sequence[Term]]],
     frozen: FrozenProduct | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """y (rows, ..., out), and hᵀ = A drop(x)ᵀ of every term in turn. `segments`: first token, last token, terms."""
+    products: list[Tensor] | None,
+) -> Tensor:
+    """y (rows, ..., out). `segments`: first token, last token, terms. `products`, if wanted, is given hᵀ = A drop(x)ᵀ of
+    every term in turn."""
     rows = flat(x)
-    products: list[Tensor] = []
     if weight is None:
         assert frozen is not None
         y = flat(frozen.matmul(x))
@@ -228,15 +230,19 @@ def grouped_values(
     else:
         y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
     for start, stop, terms in segments:
-        part = y[start:stop]
+        part, own = y[start:stop], rows[start:stop]
         gain = total_gain(terms)
         if gain is not None:
             scale_and_shift_(part, gain, None if bias is None else -gain * bias)
         for t in terms:
-            h = project(t, rows[start:stop])
+            if products is None and t.seed is None and t.A.dtype == t.B.dtype == y.dtype:
+                part.addmm_(linear(t.A, own).t(), t.B.t(), alpha=t.scale)
+                continue
+            h = project(t, own)
             add_(part, h, t)
-            products.append(h)
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
+            if products is not None:
+                products.append(h)
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]
 
 
 def unpack_spans(spans: Sequence[Span], tensors: Sequence[Any]) -> list[tuple[int, int, list[Term]]]:
