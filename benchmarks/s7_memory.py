@@ -23,12 +23,15 @@ METHODS = {
     "floor": "methods.floor(work)",
     "deltaw DoRA": "methods.deltaw(work, dropout=0.05, dora=True)",
     "peft DoRA": "methods.peft(work, dropout=0.05, dora=True)",
+    "deltaw q, v": "methods.deltaw(query_and_value(work), dropout=0.05)",
+    "deltaw q, v compact": "compacted(methods.deltaw(query_and_value(work), dropout=0.05))",
+    "peft q, v": "methods.peft(query_and_value(work), dropout=0.05)",
 }
 CLAIMED = 4
 """So many of them have a target; the others are measured on the first model only."""
 
 CHILD = """
-import gc, sys, warnings
+import dataclasses, gc, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 import deltaw as dw
@@ -44,6 +47,9 @@ def compacted(contender):
             return loss(model)
     contender.loss = inner
     return contender
+
+def query_and_value(work):
+    return dataclasses.replace(work, targets=tuple(t for t in work.targets if t[0] in "qv"))
 
 work = workloads.all_workloads()[int(sys.argv[1])]
 contender = eval(sys.argv[2])
@@ -84,7 +90,8 @@ def main(which: tuple[int, ...] = (0, 1, 2)) -> None:
         rows.append(row(f"{name}: memory deltaw / PEFT", {"ratio": mib["deltaw"] / mib["peft"]}, 0.60))
         rows.append(row(f"{name}: memory deltaw / full", {"ratio": mib["deltaw"] / mib["full"]}, 0.65))
         rows.append(row(f"{name}: compact / full", {"ratio": mib["deltaw compact"] / mib["full"]}, 0.42))
-        for one, other in (("floor", "full"), ("deltaw DoRA", "peft DoRA")):
+        beside = ("deltaw q, v", "peft q, v"), ("deltaw q, v compact", "full")
+        for one, other in (("floor", "full"), ("deltaw DoRA", "peft DoRA"), *beside):
             if one in mib:
                 rows.append(row(f"{name}: memory {one} / {other}", {"ratio": mib[one] / mib[other]}))
     record("S7", rows, mebibytes=table)

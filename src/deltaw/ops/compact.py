@@ -11,18 +11,21 @@ that an exponential follows (attention's log-sum-exp) or a variance, and cost no
 
 A tensor that several operations save is packed once: packs are found by the storage they were made from, which a weak
 reference proves to be still the same.
+
+Of GELU's input only the derivative is kept, in 8 bit, where a frozen layer reads GELU's output (`narrow.keep_slope`).
 """
 
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from deltaw.ops.narrow import Narrow, Packed, View, reads_in_blocks
+from deltaw.ops.narrow import Narrow, Packed, View, keep_slope, reads_in_blocks
 
 SMALL = 1 << 12
 """Fewer numbers than this are kept as they are ..."""
@@ -42,6 +45,7 @@ class Compact:
     def pack(self, saved: Tensor) -> Tensor | View:
         """What is kept of `saved`."""
         if isinstance(saved, Narrow):  # read in forward (recompute.py), to be saved once more
+            saved.view_of.packed.readers += 1
             return saved.view_of
         storage = saved.untyped_storage()
         whole = storage.nbytes() == 4 * saved.numel()
@@ -59,9 +63,10 @@ class Compact:
             return saved
         key = storage._cdata, saved._version
         found = self.packs.get(key)
-        if found is None or found.origin.expired():  # type: ignore[no-untyped-call]
+        if found is None or found.codes or found.origin.expired():  # type: ignore[no-untyped-call]
             flat = saved.detach().as_strided((saved.numel(),), (1,), 0)
             found = self.packs[key] = Packed(flat.to(torch.bfloat16), StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        found.readers += 1
         return View(found, saved.shape, saved.stride(), int(saved.storage_offset()))
 
     def unpack(self, kept: Tensor | View) -> Tensor:
@@ -80,17 +85,34 @@ class compact:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.hooks: list[Any] = []
+        self.undo = ExitStack()
 
     def __enter__(self) -> None:
         known = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers())}
         both = Compact(known)
         hooks = torch.autograd.graph.saved_tensors_hooks(both.pack, both.unpack)
         hooks.__enter__()
-        self.hooks.append(hooks)
+        self.undo.callback(hooks.__exit__, None, None, None)
+        for layer in self.model.modules():
+            if frozen_leaf(layer):
+                self.undo.callback(layer.register_forward_pre_hook(before_frozen).remove)
 
     def __exit__(self, *error: object) -> None:
-        self.hooks.pop().__exit__(*error)
+        self.undo.close()
+
+
+def frozen_leaf(layer: nn.Module) -> bool:
+    """Whether a layer has weights of its own, all frozen, and no layers inside: its backward does not read its input."""
+    own = layer._parameters.values()
+    return not layer._modules and len(own) > 0 and not any(p is not None and p.requires_grad for p in own)
+
+
+def before_frozen(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """What a frozen layer is given is not made again by it."""
+    if not torch.compiler.is_compiling() and are_compact(hooks_in_force()):
+        for x in inputs:
+            if isinstance(x, Tensor):
+                keep_slope(x)
 
 
 def hooks_in_force() -> Any:

@@ -7,6 +7,13 @@ Where z is kept in 16 bit (`ops/compact.py`), only a block of it need ever be wi
 
 and a block stays in the cache between the two passes. `Narrow` stands for z on that way, and for what a forward hands on
 without reading it (`ops/recompute.py`). Operations without a loop below get it widened.
+
+Where nothing but that backward will read z, the derivative is enough, and 8 bits hold it (`keep_slope`):
+
+    gelu'(z) lies in [-0.129, 1.129]:    code = round(200 gelu'(z)) + 26    one byte, off by 0.0025 at most
+
+0 and 1, which most derivatives are near to, have codes of their own: what was off stays off. Where an adapted layer makes
+gelu(z) again, z is kept: 16 bits serve both, 16 and 8 beside each other would be more.
 """
 
 from __future__ import annotations
@@ -34,14 +41,23 @@ BLOCK = 1 << 17
 """Numbers of one block: 512 KiB in 32 bit."""
 
 
-class Packed:
-    """One storage in 16 bit, as flat `numbers`. `origin` is the 32-bit storage of these numbers, while it lives."""
+STEPS, ZERO = 200, 26
+"""Of a derivative's code: steps from 0 to 1, and the code of 0."""
 
-    __slots__ = ("__weakref__", "numbers", "origin")
+
+class Packed:
+    """One storage in 16 bit, as flat `numbers`. `origin` is the 32-bit storage of these numbers, while it lives.
+
+    readers: how many operations saved it. codes: `numbers` are 8-bit codes of GELU's derivative at these numbers.
+    """
+
+    __slots__ = ("__weakref__", "codes", "numbers", "origin", "readers")
 
     def __init__(self, numbers: Tensor, origin: StorageWeakRef) -> None:
         self.numbers = numbers
         self.origin = origin
+        self.readers = 0
+        self.codes = False
 
 
 class View(NamedTuple):
@@ -53,8 +69,8 @@ class View(NamedTuple):
     offset: int
 
     def widened(self) -> Tensor:
-        """The tensor again, in 32 bit."""
-        return self.packed.numbers.float().as_strided(self.shape, self.stride, self.offset)
+        """The tensor again, in 32 bit; what the codes stand for, where it is codes."""
+        return wide(self.packed.numbers).as_strided(self.shape, self.stride, self.offset)
 
 
 class Narrow(Tensor):
@@ -75,6 +91,10 @@ class Narrow(Tensor):
         kwargs = kwargs or {}
         if op is aten.detach.default:
             return cls(args[0].view_of)
+        if any(isinstance(t, cls) and t.view_of.packed.codes for t in args):
+            if op is not aten.gelu_backward.default or torch.is_grad_enabled():
+                raise RuntimeError(DERIVATIVE_ONLY)
+            op, kwargs = aten.mul.Tensor, {}  # its own backward
         if op in LOOPS and len(args) == 2 and all(_in_order(t, args[0].shape) for t in args):
             return _in_blocks(LOOPS[op], *args, **kwargs)
         args, kwargs = tree_map_only(cls, lambda t: t.view_of.widened(), (args, kwargs))
@@ -99,5 +119,35 @@ def _in_blocks(op: Any, one: Tensor, other: Tensor, **options: Any) -> Tensor:
     flat = [t.view_of.packed.numbers if isinstance(t, Narrow) else t.reshape(-1) for t in (one, other, result)]
     into = "out" if op is aten.mul.out else "grad_input"
     for a, b, out in zip(*(torch.split(t, BLOCK) for t in flat), strict=True):
-        op(a.float(), b.float(), **options, **{into: out})
+        op(wide(a), wide(b), **options, **{into: out})
     return result
+
+
+def wide(numbers: Tensor) -> Tensor:
+    """16-bit numbers, or the derivatives that 8-bit codes stand for, in 32 bit."""
+    if numbers.dtype == torch.uint8:
+        return numbers.float().sub_(ZERO).div_(STEPS)
+    return numbers.float()
+
+
+def keep_slope(x: Tensor) -> None:
+    """If x = gelu(z), and z is kept in 16 bit for nobody but GELU's backward, keep gelu'(z) in 8 bit instead."""
+    node: Any = x.grad_fn
+    if node is None or node.name() != "GeluBackward0":
+        return
+    kept = node._raw_saved_self.data
+    if not isinstance(kept, View) or kept.packed.readers > 1 or kept.packed.codes:
+        return
+    packed = kept.packed
+    codes = torch.empty_like(packed.numbers, dtype=torch.uint8)
+    for z, code in zip(torch.split(packed.numbers, BLOCK), torch.split(codes, BLOCK), strict=True):
+        one = z.new_ones((), dtype=torch.float32).expand(z.shape)
+        slope = torch.ops.aten.gelu_backward(one, z.float(), approximate=node._saved_approximate)
+        code.copy_(slope.mul_(STEPS).add_(ZERO).round_())
+    packed.numbers, packed.codes = codes, True
+
+
+DERIVATIVE_ONLY = (
+    "GELU's input was not kept, only its derivative (in 8 bit: the layer behind it is frozen, and saves are compact). A "
+    "second derivative, or whoever else reads the input, needs it: run the forward outside of `compact`"
+)

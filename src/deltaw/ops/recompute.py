@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.ops.compact import are_compact, hooks_in_force
+from deltaw.ops.narrow import Narrow
 
 WORTH = 1 << 14
 """Below so many numbers x is simply kept."""
@@ -82,9 +83,11 @@ Found = tuple[tuple[Tensor, ...], Maker] | None
 
 
 def gelu(node: Any) -> Found:
-    """x = gelu(z)."""
-    approximate = node._saved_approximate
-    return (node._saved_self,), lambda z: F.gelu(z, approximate=approximate)
+    """x = gelu(z), where z is kept and not only the derivative there."""
+    z, approximate = node._saved_self, node._saved_approximate
+    if isinstance(z, Narrow) and z.view_of.packed.codes:
+        return None
+    return (z,), lambda z: F.gelu(z, approximate=approximate)
 
 
 def silu(node: Any) -> Found:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltaw as dw
@@ -74,7 +74,7 @@ def test_an_operation_without_a_loop_gets_it_widened() -> None:
 
 def test_an_adapted_layer_that_will_make_its_input_again_widens_nothing_in_forward(at_once: list[View]) -> None:
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    net = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     dw.attach(net, dw.LoRA(rank=4), targets="all-linear")
     x = torch.randn(300, 64)
     with dw.compact(net):
@@ -82,6 +82,100 @@ def test_an_adapted_layer_that_will_make_its_input_again_widens_nothing_in_forwa
     assert not at_once
     loss.backward()
     assert all(p.grad is not None and type(p.grad) is Tensor for p in net.parameters() if p.requires_grad)
+
+
+def perceptron(targets: list[str], approximate: str = "none") -> tuple[nn.Sequential, Tensor]:
+    """Linear, GELU, linear; adapted and moved."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.GELU(approximate), nn.Linear(256, 64))
+    dw.attach(net, dw.LoRA(rank=4), targets=targets)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape))
+    return net, torch.randn(300, 64) * 3
+
+
+def gelu_input(net: nn.Sequential, x: Tensor) -> tuple[Tensor, View]:
+    """The output of `net` under compact saves, and what GELU keeps for its backward."""
+    kept: list[View] = []
+    hook = net[1].register_forward_hook(lambda layer, inputs, y: kept.append(y.grad_fn._raw_saved_self.data))
+    with dw.compact(net):
+        y = net(x)
+    hook.remove()
+    return y, kept[0]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_byte_for_the_derivative_where_the_layer_behind_gelu_is_frozen(approximate: str) -> None:
+    net, x = perceptron(["0"], approximate)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    exact = torch.autograd.grad(net(x).square().mean(), trained)
+    y, kept = gelu_input(net, x)
+    assert kept.packed.numbers.dtype == torch.uint8
+    z = torch.linspace(-6, 6, 3000).bfloat16().float().requires_grad_()
+    (slope,) = torch.autograd.grad(F.gelu(z, approximate=approximate).sum(), z)
+    assert slope.min() > -0.13
+    assert slope.max() < 1.13
+    for wanted, found in zip(exact, torch.autograd.grad(y.square().mean(), trained), strict=True):
+        assert 0 < (wanted - found).norm() <= 2.0**-7 * wanted.norm()
+
+
+def test_every_derivative_is_off_by_half_a_step_at_most_and_0_and_1_not_at_all() -> None:
+    net, _ = perceptron(["0"])
+    z = torch.linspace(-9, 9, 300 * 256).bfloat16().float().view(300, 256).requires_grad_()
+    with dw.compact(net):
+        loss = net[2](net[1](z)) @ torch.ones(64)
+    (found,) = torch.autograd.grad(loss.sum(), z)
+    dy = net[2].weight.detach().sum(0)
+    wide = z.detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad(F.gelu(wide).sum(), wide)
+    assert ((found.double() / dy.double() - slope).abs() <= 0.0025 + 1e-5).all()
+    settled = z.detach().abs() > 5.5
+    assert torch.allclose(found[settled].double(), (dy * slope.round())[settled], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("targets", [["2"], ["0", "2"]])
+def test_z_is_kept_where_an_adapted_layer_makes_gelu_of_z_again(targets: list[str]) -> None:
+    net, x = perceptron(targets)
+    net[0].requires_grad_(True)  # so that GELU's backward runs
+    _, kept = gelu_input(net, x)
+    assert kept.packed.numbers.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("frozen_first", [False, True])
+def test_a_frozen_and_an_adapted_reader_of_one_gelu(frozen_first: bool) -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.frozen, self.adapted = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(256, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.gelu(self.up(x))
+            first, then = (self.frozen, self.adapted) if frozen_first else (self.adapted, self.frozen)
+            return 2 * first(y) - then(y)
+
+    torch.manual_seed(0)
+    net, x = Fork(), torch.randn(300, 64)
+    dw.attach(net, dw.LoRA(rank=4), targets=["up", "adapted"])
+    trained = [p for p in net.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.copy_(torch.randn(p.shape))
+    exact = torch.autograd.grad(net(x).square().mean(), trained)
+    with dw.compact(net):
+        loss = net(x).square().mean()
+    for wanted, found in zip(exact, torch.autograd.grad(loss, trained), strict=True):
+        assert (wanted - found).norm() <= 2.0**-7 * wanted.norm()
+
+
+def test_a_second_derivative_of_what_was_not_kept_is_an_error_that_says_so() -> None:
+    net, _ = perceptron(["0"])
+    z = torch.randn(300, 256, requires_grad=True)
+    with dw.compact(net):
+        loss = net[2](net[1](z)).square().sum()
+    with pytest.raises(RuntimeError, match="only its derivative"):
+        torch.autograd.grad(loss, z, create_graph=True)
 
 
 def test_differentiable_twice() -> None:
