@@ -159,7 +159,7 @@ class Delta(nn.Module, ABC):
                     f"{self.variant}: {key!r} must be {tuple(old.shape)}, the adapter holds {tuple(tensor.shape)}"
                 )
             path, _, name = key.rpartition(".")
-            owner = self.get_submodule(path)
+            owner = self.get_submodule(path) if path else self
             if isinstance(old, nn.Parameter):
                 owner._parameters[name] = nn.Parameter(tensor, old.requires_grad)
             else:

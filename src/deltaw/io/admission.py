@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter
-from deltaw.errors import AdapterError, NonFinite
+from deltaw.errors import AdapterError, DeltawError, NonFinite
 from deltaw.io import manifest, strict_json, tensor_file
 from deltaw.io.digest import digest
 from deltaw.io.folder import CONFIG, MANIFEST, PICKLED, WEIGHTS, Folder
@@ -76,50 +77,69 @@ def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True, shape
         AdapterError: the folder is damaged, foreign, incomplete, or says something that cannot be done.
         NonFinite: a tensor holds NaN or infinity.
     """
+    with admitting(source, verify=verify, shapes=shapes) as admitted:
+        return admitted
+
+
+@contextmanager
+def admitting(
+    source: str | os.PathLike[str] | Folder, *, verify: bool = True, shapes: Shapes = None
+) -> Iterator[Admitted]:
+    """`admit` for a block that may run while checksums are still computed: it changes nothing outside of itself.
+
+    Where the block ends, in an error too, the checksums are right, or it ends in an AdapterError that says otherwise.
+    """
     folder = source if isinstance(source, Folder) else Folder(source)
+    with _naming(folder):
+        _check_names(folder)
+        raw_weights = folder.read(WEIGHTS)
+        sha = meanwhile(sha256, raw_weights) if verify and MANIFEST in folder.names else None
+        body = (
+            manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify)
+            if MANIFEST in folder.names
+            else None
+        )
+        raw_config = bytes(folder.read(CONFIG, MAX_CONFIG))
+
+    def check_stamps() -> None:
+        if body is not None and sha is not None:
+            with _naming(folder):
+                manifest.check_file(body, CONFIG, len(raw_config), sha256(raw_config))
+                manifest.check_file(body, WEIGHTS, len(raw_weights), sha())
+
     try:
-        return _admit(folder, verify, shapes)
+        with _naming(folder):
+            admitted = _understood(raw_config, raw_weights, body, verify, shapes)
+        yield admitted
+    except DeltawError:
+        check_stamps()  # a damaged file is called that, whatever the damage looks like
+        raise
+    check_stamps()
+
+
+@contextmanager
+def _naming(folder: Folder) -> Iterator[None]:
+    """Errors inside begin with the folder's path."""
+    try:
+        yield
     except NonFinite as error:
         raise NonFinite(f"{folder.path}: {error}") from error
     except AdapterError as error:
         raise AdapterError(f"{folder.path}: {error}") from error
 
 
-def _admit(folder: Folder, verify: bool, shapes: Shapes) -> Admitted:
-    _check_names(folder)
-    raw_weights = folder.read(WEIGHTS)
-    sha = meanwhile(sha256, raw_weights) if verify and MANIFEST in folder.names else None
-    body = (
-        manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify) if MANIFEST in folder.names else None
-    )
-    raw_config = bytes(folder.read(CONFIG, MAX_CONFIG))
-
-    def check_stamps() -> None:
-        if body is not None and sha is not None:
-            manifest.check_file(body, CONFIG, len(raw_config), sha256(raw_config))
-            manifest.check_file(body, WEIGHTS, len(raw_weights), sha())
-
-    try:
-        admitted = _understood(raw_config, raw_weights, body, verify, shapes)
-    except (AdapterError, NonFinite):
-        check_stamps()  # a damaged file is called that, whatever the damage looks like
-        raise
-    check_stamps()
-    return admitted
-
-
 def _understood(
-    raw_config: bytes, raw_weights: bytearray, body: Mapping[str, Any] | None, verify: bool, shapes: Shapes
+    raw_config: bytes, raw_weights: memoryview, body: Mapping[str, Any] | None, verify: bool, shapes: Shapes
 ) -> Admitted:
     """What the files say, whether or not they are those that were written."""
     config = strict_json.parse(raw_config, CONFIG, MAX_CONFIG)
-    header = tensor_file.read_header(memoryview(raw_weights), WEIGHTS)
+    header = tensor_file.read_header(raw_weights, WEIGHTS)
     if not header.entries:
         raise AdapterError(f"{WEIGHTS} holds no tensor")
-    tensors = tensor_file.read_tensors(memoryview(raw_weights), header)
+    tensors = tensor_file.read_tensors(raw_weights, header)
     # the manifest's checksums are over the very bytes of both files; without it, the weights carry one over both
     sealed = verify and (body is not None or tensor_file.check_seal(raw_config, tensors, header))
-    check_values(tensors)
+    check_values(tensors, proven=tensor_file.surely_finite(raw_weights, header))
     if shapes is None and body is not None:
         shapes = manifest.shapes(body)
     parsed = grammar_for(config).read(config, tensors, shapes)
@@ -169,8 +189,8 @@ def _check_names(folder: Folder) -> None:
         raise AdapterError(f"no {name} in it (found: {', '.join(folder.names[:8]) or 'nothing'}){hint}")
 
 
-def check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse empty tensors, ranks beyond the cap, NaN and infinity."""
+def check_values(tensors: Mapping[str, Tensor], *, proven: bool = False) -> None:
+    """Refuse empty tensors, ranks beyond the cap, NaN and infinity. proven: all values are known to be finite."""
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             raise AdapterError(
@@ -178,7 +198,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
             )
         if ".lora_" in name and tensor.ndim and min(tensor.shape) > MAX_RANK:
             raise AdapterError(f"{name!r} of shape {tuple(tensor.shape)}: a rank above {MAX_RANK:,} is no adapter's")
-        if tensor.is_floating_point() and not finite(tensor):
+        if not proven and tensor.is_floating_point() and not finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFinite(
                 f"{name!r} holds {bad} values that are NaN or infinite: the training diverged, or it is damaged"
@@ -191,12 +211,12 @@ def finite(tensor: Tensor) -> bool:
     return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 
-def sha256(data: bytes | bytearray) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """Hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
-def meanwhile(work: Callable[[bytes | bytearray], T], data: bytes | bytearray) -> Callable[[], T]:
+def meanwhile(work: Callable[[bytes | memoryview], T], data: bytes | memoryview) -> Callable[[], T]:
     """Begin `work(data)` in a thread of its own, if there is much to do; call the result to wait for what it gives.
 
     For work that runs outside of Python's lock, as hashing does.

@@ -16,7 +16,7 @@ from deltaw.core.adapter import join_key
 from deltaw.core.frozen import FrozenWeight, foreign_dense
 from deltaw.core.host import Host
 from deltaw.errors import ModelError
-from deltaw.model.state import own_modules, sharded, whole
+from deltaw.model.state import Layout, own_modules, sharded, whole
 
 PLAIN = (Tensor, nn.Parameter, nn.parameter.Buffer)
 
@@ -35,17 +35,23 @@ class Inventory:
         return {name: tuple(tensor.shape) for name, tensor in self.stored.items()}
 
 
-def inventory(model: nn.Module) -> Inventory:
+def inventory(model: nn.Module | Layout) -> Inventory:
     """The modules and stored tensors of the base of `model`."""
-    modules = dict(own_modules(model))
+    layout = model if isinstance(model, Layout) else Layout(model)
+    modules: dict[str, nn.Module] = {}
     stored: dict[str, Tensor] = {}
-    for path, module in modules.items():
+    seen: set[int] = set()
+    for path, module in layout.layers.items():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        modules[path] = module
         front = f"{path}." if path else ""
         for kept in (module._parameters, module._buffers):
             for site, tensor in kept.items():
                 if tensor is not None:
                     stored[front + site] = tensor
-    return Inventory(model, modules, stored)
+    return Inventory(layout.root, modules, stored)
 
 
 class Kept(NamedTuple):

@@ -19,8 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, join_key
-from deltaw.io.base_walk import Kept, kept_weights
-from deltaw.io.known_weights import Known, complete_all, completed, derived, entry_now, looked_at, sha
+from deltaw.io.base_walk import Inventory, Kept, inventory, kept_weights
+from deltaw.io.known_weights import (
+    Known,
+    complete_all,
+    completed,
+    derived,
+    entry_now,
+    looked_at,
+    remember,
+    sha,
+    unchanged,
+)
 from deltaw.io.sketch import distance
 from deltaw.io.tensor_file import NAMES
 from deltaw.model.state import is_sharded, layers_of
@@ -101,12 +111,20 @@ def entry_of(tensor: Tensor) -> dict[str, Any]:
     return {**found, **derived(tensor)}
 
 
-def compare(model: nn.Module, recorded: Mapping[str, Any], without: Collection[str] = ()) -> Comparison:
-    """Compare the base of `model` with a recorded fingerprint. `without`: names that need not agree."""
+def compare(
+    model: nn.Module, recorded: Mapping[str, Any], without: Collection[str] = (), base: Inventory | None = None
+) -> Comparison:
+    """Compare the base of `model` with a recorded fingerprint. `without`: names that need not agree. base: a walk over it."""
     there = recorded.get("parameters")
     if not isinstance(there, Mapping) or recorded.get("version") != VERSION or not there:
         return Comparison(False, {}, {})
+    base = inventory(model) if base is None else base
+    known = unchanged(base)
+    if known is not None and there.keys() == known.keys() and all(same(e, known[n]) for n, e in there.items()):
+        return Comparison(True, {}, {})
     here = looked_at(model, without)
+    if not without:
+        remember(base, here)
     left = [n for n, e in there.items() if n not in without and not (n in here and same(e, here[n][1]))]
     more = [n for n in here if n not in there]
     if not left and not more:

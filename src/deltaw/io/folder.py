@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from deltaw.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -47,7 +49,7 @@ class Folder:
         except (OSError, ValueError) as error:
             raise AdapterError(f"the folder {str(self.path)[:200]!r} cannot be opened: {error}") from error
 
-    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> bytearray:
+    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> memoryview:
         """The content of a file directly inside the folder.
 
         Raises:
@@ -80,7 +82,7 @@ class Files(Folder):
         self.where = {name: Path(p).resolve() for name, p in where.items()}
         self.names = sorted(where)
 
-    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> bytearray:
+    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> memoryview:
         if name not in self.where:
             raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names)}")
         with self.where[name].open("rb") as stream:
@@ -96,13 +98,13 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(handle)
 
 
-def _read_all(stream: BinaryIO, path: Path, max_bytes: int) -> bytearray:
+def _read_all(stream: BinaryIO, path: Path, max_bytes: int) -> memoryview:
     about = os.fstat(stream.fileno())
     if not stat.S_ISREG(about.st_mode):
         raise AdapterError(f"{path} is not a regular file")
     if about.st_size > max_bytes:
         raise AdapterError(f"{path} holds {about.st_size:,} bytes; at most {max_bytes:,} are read")
-    data = bytearray(about.st_size)
+    data = np.empty(about.st_size, np.uint8).data  # a bytearray would be filled with zeros first
     if stream.readinto(data) != about.st_size or stream.read(1):  # type: ignore[attr-defined]
         raise AdapterError(f"{path} changed while it was read; try again")
     return data

@@ -3,7 +3,8 @@
 In memory, per model: the entry of a weight counts as long as the weight is the same tensor object, at the same address, of
 the same version (PyTorch counts every write), shape and dtype, and 16 of its values, read at every look, are the same bits.
 So a write through `.data`, which PyTorch does not count, is found if it touches one of those (an optimizer's or a copy's
-does); single values written in this way are not.
+does); single values written in this way are not. Where nothing at all of a base changed since the last look (the same
+names, tensors, versions, addresses, samples), one pass over its tensors says so (`unchanged`).
 
 On disk (`cache_folder`), for large models: what follows from the weights but costs more than their sha256 (the hashes of
 the 16-bit roundings, the sketch), under the sha256 of everything. The weights themselves are always hashed, so what a file
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, ModelError
 from deltaw.io import strict_json
-from deltaw.io.base_walk import PLAIN, Kept, kept_weights
+from deltaw.io.base_walk import PLAIN, Inventory, Kept, kept_weights
 from deltaw.io.sketch import sketch
 from deltaw.io.tensor_file import NAMES, content
 
@@ -53,7 +54,49 @@ class Known:
     original: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Look:
+    """A base whose every weight is simply there and known. refs, states: of all that it stores, by name. samples: of `known`."""
+
+    refs: dict[str, weakref.ref[Tensor]]
+    states: list[tuple[Any, ...]]
+    samples: list[bytes]
+    known: dict[str, Known]
+
+
 _seen: weakref.WeakKeyDictionary[nn.Module, dict[str, Known]] = weakref.WeakKeyDictionary()
+_looks: weakref.WeakKeyDictionary[nn.Module, Look] = weakref.WeakKeyDictionary()
+
+
+def unchanged(base: Inventory) -> Mapping[str, Known] | None:
+    """What is known of every weight of real numbers, if nothing in the base changed since the last look; else None."""
+    look = _looks.get(base.model)
+    if look is None or look.refs.keys() != base.stored.keys():
+        return None
+    if not all(look.refs[name]() is tensor for name, tensor in base.stored.items()):
+        return None
+    if [seen_as(t) for t in base.stored.values()] != look.states:
+        return None
+    return look.known if samples([base.stored[n] for n in look.known]) == look.samples else None
+
+
+def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
+    """Keep what a look at all weights found, if each is a tensor of the base itself (none merged or in another form)."""
+    _looks.pop(base.model, None)
+    if any(t.is_inference() or type(t) not in PLAIN for t in base.stored.values()):
+        return
+    for name, (weight, known) in found.items():
+        if weight.tensors[0] is not base.stored.get(name) or known.brief is None:
+            return
+    refs = {name: weakref.ref(tensor) for name, tensor in base.stored.items()}
+    states = [seen_as(t) for t in base.stored.values()]
+    known = {name: known for name, (_, known) in found.items()}
+    _looks[base.model] = Look(refs, states, [k.sample for k in known.values()], known)
+
+
+def seen_as(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor is written to or given other memory."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def looked_at(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Kept, Known]]:

@@ -16,7 +16,7 @@ from deltaw.core.adapter import Adapter, split_key
 from deltaw.errors import AdapterError, BaseMismatch
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
-from deltaw.io.admission import Admitted, admit, check_values
+from deltaw.io.admission import Admitted, admitting, check_values
 from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
@@ -27,7 +27,7 @@ from deltaw.io.peft import grammar_of
 from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_todays_names
 from deltaw.io.starts import without_start
 from deltaw.model import state
-from deltaw.model.attach import get, install
+from deltaw.model.attach import get, installed
 
 Source = str | os.PathLike[str] | Folder | Adapter
 
@@ -157,22 +157,29 @@ def load(
         NameTaken, ModelError: the model is not in a state to take it.
     If anything is wrong, the model is left as it was.
     """
-    root = state.unwrap(model)
-    base = inventory(root)
+    layout = state.Layout(model)
+    base = inventory(layout)
     if isinstance(source, Adapter):
         adapter = source if rename is None else moved(source, rename)
         check_values(adapter.tensors())
-        adapter, _, notes = under_todays_names(root, adapter, base.stored)
+        adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
+        notes += checked_for(base, adapter, allow_base_mismatch)
     else:
-        admitted = admit(found(source, revision, token), verify=verify, shapes=None if rename else base.shapes)
-        adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
-    check_names(base, adapter)
-    check_dtypes(base, adapter)
-    notes += check_base(base, adapter, allow_base_mismatch)
-    install(root, adapter, name, active=active, trainable=trainable)
+        folder = found(source, revision, token)
+        with admitting(folder, verify=verify, shapes=None if rename else base.shapes) as admitted:
+            adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
+            notes += checked_for(base, adapter, allow_base_mismatch)
+    installed(layout, adapter, name, active=active, trainable=trainable)
     for note in notes:
         warnings.warn(note, AdapterNotice, stacklevel=2)
     return model
+
+
+def checked_for(base: Inventory, adapter: Adapter, allow_base_mismatch: bool) -> list[str]:
+    """Check that the adapter is one for this base; what should be said."""
+    check_names(base, adapter)
+    check_dtypes(base, adapter)
+    return check_base(base, adapter, allow_base_mismatch)
 
 
 def found(source: str | os.PathLike[str] | Folder, revision: str | None = None, token: str | None = None) -> Folder:
@@ -279,7 +286,7 @@ def check_base(base: Inventory, adapter: Adapter, allow: bool) -> list[str]:
         ]
     if any(tensor.is_meta for tensor in base.stored.values()):
         return ["the model is on the meta device: its base could not be verified"]
-    result = prints.compare(base.model, recorded, prints.replaced(adapter))
+    result = prints.compare(base.model, recorded, prints.replaced(adapter), base)
     if not result.verified:
         return [
             "the adapter's fingerprint is of a kind that this version does not know: its base could not be verified"

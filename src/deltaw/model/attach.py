@@ -216,13 +216,19 @@ def install(
     """
     if not isinstance(adapter, Adapter):
         raise ConfigError(f"install takes an Adapter, as dw.get and dw.read give it; found {type(adapter).__name__}")
-    layout = state.Layout(model)
+    installed(state.Layout(model), adapter, name, active=active, trainable=trainable, freeze=freeze)
+    return model
+
+
+def installed(
+    layout: state.Layout, adapter: Adapter, name: str, *, active: bool, trainable: bool, freeze: bool = True
+) -> None:
+    """`install`, where the model has been walked already."""
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
     deltas = loaded(fitted(layout, adapter), adapter, trainable)
     notes = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
     place(layout, deltas, name, notes, prepared, freeze=freeze, active=active)
-    return model
 
 
 def prepared(item: Planned, delta: Delta, host: Host) -> None:

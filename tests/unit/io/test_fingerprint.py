@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.errors import BaseMismatch, ModelError
+from deltaw.io import fingerprint as prints
 from deltaw.io.fingerprint import compare, fingerprint
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.sketch import distance, sketch
@@ -153,3 +155,78 @@ def test_a_replaced_parameter_is_read_again() -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
     model[2].weight.data.mul_(2)  # a write that PyTorch does not count
     assert set(compare(model, before).other) == {"0.weight", "2.weight"}
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight, a linear layer and a norm with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.body, self.norm = nn.Embedding(50, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 50, bias=False)
+        self.head.weight = self.words.weight
+
+
+def untied(model: Tied) -> None:
+    model.head.weight = nn.Parameter(model.words.weight.detach() * 2)
+
+
+def transposed(model: Tied) -> None:
+    model.body.weight.data = model.body.weight.data.t()
+
+
+def more(model: Tied) -> None:
+    model.extra = nn.Linear(2, 2)
+
+
+def merged_for_good(model: Tied) -> None:
+    dw.attach(model, dw.LoRA(rank=2), targets=["body"])
+    with torch.no_grad():
+        model.body.adapters.default.weight.B.fill_(1.0)
+    dw.merge(model, keep=None)
+    dw.detach(model)
+
+
+CHANGES: dict[str, tuple[Callable[[Tied], object], set[str]]] = {
+    "a write": (lambda m: torch.nn.init.ones_(m.body.bias), {"body.bias"}),
+    "a write past the version": (lambda m: m.body.weight.data.mul_(2), {"body.weight"}),
+    "other memory": (lambda m: setattr(m.body.weight, "data", m.body.weight.data * 2), {"body.weight"}),
+    "another order of the same memory": (transposed, {"body.weight"}),
+    "another parameter": (lambda m: setattr(m.body, "weight", nn.Parameter(torch.ones(8, 8))), {"body.weight"}),
+    "a tie cut": (untied, {"head.weight"}),
+    "statistics": (lambda m: m.norm(torch.randn(4, 8)), {"norm.running_mean", "norm.running_var"}),
+    "a buffer replaced": (lambda m: setattr(m.norm, "running_mean", torch.ones(8)), {"norm.running_mean"}),
+    "a layer more": (more, {"extra.weight", "extra.bias"}),
+    "a layer less": (lambda m: delattr(m, "norm"), {f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")}),
+    "a change merged for good": (merged_for_good, {"body.weight"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_nothing_that_changes_after_a_look_is_taken_for_unchanged(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = Tied(), []
+    before = fingerprint(model)
+    looked_at = prints.looked_at
+    monkeypatch.setattr(prints, "looked_at", lambda *args: asked.append(1) or looked_at(*args))
+    for _ in range(3):
+        assert not compare(model, before).other
+    assert len(asked) == 1, "the second and third look find nothing changed"
+    change, names = CHANGES[what]
+    change(model)
+    for _ in range(2):
+        assert set(compare(model, before).other) == names
+
+
+def test_adapters_that_come_and_speak_are_no_change_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tied()
+    before = fingerprint(model)
+    assert not compare(model, before).other
+    dw.attach(model, dw.LoRA(rank=2), targets=["body"])
+    dw.merge(model)
+    assert not compare(model, before).other
+    dw.unmerge(model)
+    dw.quantize(model, dw.Int8())
+    found = compare(model, before)
+    assert not found.other
+    assert set(found.precision) == {"body.weight"}
