@@ -85,9 +85,8 @@ def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
     _looks.pop(base.model, None)
     if any(t.is_inference() or type(t) not in PLAIN for t in base.stored.values()):
         return
-    for name, (weight, known) in found.items():
-        if weight.tensors[0] is not base.stored.get(name) or known.brief is None:
-            return
+    if any(weight.tensors[0] is not base.stored.get(name) for name, (weight, _) in found.items()):
+        return
     refs = {name: weakref.ref(tensor) for name, tensor in base.stored.items()}
     states = [seen_as(t) for t in base.stored.values()]
     known = {name: known for name, (_, known) in found.items()}
