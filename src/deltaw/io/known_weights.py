@@ -85,10 +85,11 @@ def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
     _looks.pop(base.model, None)
     if any(t.is_inference() or type(t) not in PLAIN for t in base.stored.values()):
         return
-    if any(weight.tensors[0] is not base.stored.get(name) for name, (weight, _) in found.items()):
-        return
     refs = {name: weakref.ref(tensor) for name, tensor in base.stored.items()}
     states = [seen_as(t) for t in base.stored.values()]
+    for name, (weight, entry) in found.items():
+        if weight.tensors[0] is not base.stored.get(name) or state_of(weight) != entry.state:
+            return
     known = {name: known for name, (_, known) in found.items()}
     _looks[base.model] = Look(refs, states, [k.sample for k in known.values()], known)
 
