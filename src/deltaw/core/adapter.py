@@ -16,6 +16,9 @@ from torch import Tensor
 from deltaw.core.variant import Variant
 from deltaw.errors import ConfigError
 
+ALIGNMENT = 64
+"""Bytes at a multiple of which torch lays its tensors: where they lie elsewhere, kernels may round otherwise."""
+
 
 @dataclass(frozen=True)
 class Change:

@@ -14,9 +14,8 @@ from deltaw.core.registry import init
 def kaiming(A: Tensor, B: Tensor) -> None:
     """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), what loralib and PEFT use)."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(A.shape[-1]))  # rounded as nn.init.kaiming_uniform_ does
-    with torch.no_grad():
-        A.uniform_(-bound, bound)
-        B.zero_()
+    A.detach().uniform_(-bound, bound)
+    B.detach().zero_()
 
 
 @init("gaussian")

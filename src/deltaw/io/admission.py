@@ -92,7 +92,7 @@ def admitting(
     folder = source if isinstance(source, Folder) else Folder(source)
     with _naming(folder):
         _check_names(folder)
-        raw_weights = folder.read(WEIGHTS)
+        raw_weights = folder.read(WEIGHTS, aligned=tensor_file.data_start)
         sha = meanwhile(sha256, raw_weights) if verify and MANIFEST in folder.names else None
         body = (
             manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify)

@@ -15,11 +15,12 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from deltaw.core.adapter import ALIGNMENT
 from deltaw.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -29,6 +30,7 @@ CARD = "README.md"
 PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin")
 OURS = (CONFIG, WEIGHTS, MANIFEST, CARD)
 MAX_TOTAL = 64 << 30
+Aligned = Callable[[bytes], int] | None
 
 
 class Folder:
@@ -49,8 +51,10 @@ class Folder:
         except (OSError, ValueError) as error:
             raise AdapterError(f"the folder {str(self.path)[:200]!r} cannot be opened: {error}") from error
 
-    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> memoryview:
-        """The content of a file directly inside the folder.
+    def read(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> memoryview:
+        """The content of a file directly inside the folder, in memory of its own.
+
+        aligned: from the file's first 8 bytes, the place in it that shall lie at a multiple of 64 in memory.
 
         Raises:
             AdapterError: it is a link, no regular file, too large, or changes while it is read.
@@ -71,7 +75,7 @@ class Folder:
                 os.close(file)
                 raise AdapterError(f"{self.path / name} is not a regular file")
             with os.fdopen(file, "rb") as stream:
-                return _read_all(stream, self.path / name, max_bytes)
+                return _read_all(stream, self.path / name, max_bytes, aligned)
 
 
 class Files(Folder):
@@ -82,11 +86,11 @@ class Files(Folder):
         self.where = {name: Path(p).resolve() for name, p in where.items()}
         self.names = sorted(where)
 
-    def read(self, name: str, max_bytes: int = MAX_TOTAL) -> memoryview:
+    def read(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> memoryview:
         if name not in self.where:
             raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names)}")
         with self.where[name].open("rb") as stream:
-            return _read_all(stream, self.path / name, max_bytes)
+            return _read_all(stream, self.path / name, max_bytes, aligned)
 
 
 @contextmanager
@@ -98,14 +102,16 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(handle)
 
 
-def _read_all(stream: BinaryIO, path: Path, max_bytes: int) -> memoryview:
+def _read_all(stream: BufferedReader, path: Path, max_bytes: int, aligned: Aligned) -> memoryview:
     about = os.fstat(stream.fileno())
     if not stat.S_ISREG(about.st_mode):
         raise AdapterError(f"{path} is not a regular file")
     if about.st_size > max_bytes:
         raise AdapterError(f"{path} holds {about.st_size:,} bytes; at most {max_bytes:,} are read")
-    data = np.empty(about.st_size, np.uint8).data  # a bytearray would be filled with zeros first
-    if stream.readinto(data) != about.st_size or stream.read(1):  # type: ignore[attr-defined]
+    room = np.empty(about.st_size + ALIGNMENT, np.uint8)  # a bytearray would be filled with zeros first
+    start = 0 if aligned is None else -(room.ctypes.data + aligned(stream.peek(8)[:8])) % ALIGNMENT
+    data = room[start : start + about.st_size].data
+    if stream.readinto(data) != about.st_size or stream.read(1):
         raise AdapterError(f"{path} changed while it was read; try again")
     return data
 

@@ -164,12 +164,14 @@ def load(
         check_values(adapter.tensors())
         adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
         notes += checked_for(base, adapter, allow_base_mismatch)
+        given = False
     else:
         folder = found(source, revision, token)
         with admitting(folder, verify=verify, shapes=None if rename else base.shapes) as admitted:
             adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
             notes += checked_for(base, adapter, allow_base_mismatch)
-    installed(layout, adapter, name, active=active, trainable=trainable)
+            given = not admitted.parsed.base_copies  # which would stay in memory beside it
+    installed(layout, adapter, name, active=active, trainable=trainable, given=given)
     for note in notes:
         warnings.warn(note, AdapterNotice, stacklevel=2)
     return model

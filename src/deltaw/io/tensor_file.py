@@ -68,6 +68,11 @@ class Header:
     data: int
 
 
+def data_start(first: bytes) -> int:
+    """Where the tensors of a file begin, which its first 8 bytes tell."""
+    return 8 + int.from_bytes(first, "little")
+
+
 def read_header(buffer: memoryview, what: str) -> Header:
     """The checked header of the file in `buffer`.
 

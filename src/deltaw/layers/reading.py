@@ -107,6 +107,8 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     kind = module.base_class if isinstance(module, Host) else type(module)
     found: dict[tuple[str, ...], Host] = {}
     reads = reads_in(kind) if module._modules else {}
+    if not reads:
+        return found
     for first, child in module._modules.items():
         for read in reads.get(first, ()) if first not in (CHILD, FORMS) else ():
             layer = child

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deltaw.core.adapter import Adapter, Change, join_key
+from deltaw.core.adapter import ALIGNMENT, Adapter, Change, join_key
 from deltaw.core.host import Host
 from deltaw.core.part import parameter_of
-from deltaw.core.variant import Delta, Dense, Variant
+from deltaw.core.variant import Delta, Dense, Site, Variant
 from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
 from deltaw.model import state, targeting
 from deltaw.model.fit import fitted
@@ -221,12 +221,19 @@ def install(
 
 
 def installed(
-    layout: state.Layout, adapter: Adapter, name: str, *, active: bool, trainable: bool, freeze: bool = True
+    layout: state.Layout,
+    adapter: Adapter,
+    name: str,
+    *,
+    active: bool,
+    trainable: bool,
+    freeze: bool = True,
+    given: bool = False,
 ) -> None:
-    """`install`, where the model has been walked already."""
+    """`install`, where the model has been walked already. given: the adapter's tensors are for this model alone."""
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
-    deltas = loaded(fitted(layout, adapter), adapter, trainable)
+    deltas = loaded(fitted(layout, adapter), adapter, trainable, given)
     notes = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
     place(layout, deltas, name, notes, prepared, freeze=freeze, active=active)
 
@@ -237,25 +244,42 @@ def prepared(item: Planned, delta: Delta, host: Host) -> None:
         delta.prepare(host.frozen(item.site))
 
 
-def loaded(plan: Sequence[Planned], adapter: Adapter, trainable: bool) -> list[tuple[Planned, Delta]]:
+def loaded(
+    plan: Sequence[Planned], adapter: Adapter, trainable: bool, given: bool = False
+) -> list[tuple[Planned, Delta]]:
     """The deltas that hold the adapter's tensors (copies, in the site's dtype and on its device).
 
     Nothing is initialised only to be written over: the deltas are made without memory, and take the copies.
+    given: they take the tensors themselves, if all of them can be taken so.
     """
     shared: dict[str, Any] = {}
     meta = torch.device("meta")
+    sites = [item.site_seen() for item in plan]
+    changes = [adapter.changes[item.key].tensors for item in plan]
+    taken = given and as_own([(t, s) for s, tensors in zip(sites, changes) for t in tensors.values()])
     found = []
-    for item in plan:
-        site = item.site_seen()
+    for item, site, tensors in zip(plan, sites, changes):
         delta = item.variant.create(replace(site, device=meta), shared)
-        tensors = {
-            k: t.detach().to(site.device, site.dtype if t.is_floating_point() else t.dtype, copy=True)
-            for k, t in adapter.changes[item.key].tensors.items()
-        }
         try:
-            delta.hold(tensors)
+            delta.hold({k: t.detach() if taken else copied(t, site) for k, t in tensors.items()})
         except AdapterError as error:
             raise AdapterError(f"{item.key!r}: {error}") from None
         delta.site = site
         found.append((item, delta.requires_grad_(trainable)))
     return found
+
+
+def copied(tensor: Tensor, site: Site) -> Tensor:
+    """A copy in the site's dtype, on its device."""
+    return tensor.detach().to(site.device, site.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def as_own(wanted: Sequence[tuple[Tensor, Site]]) -> bool:
+    """Whether tensors are each in its site's dtype, on its device, aligned as torch's own, and all apart from each other."""
+    return len({t.data_ptr() for t, _ in wanted}) == len(wanted) and all(
+        (t.dtype == site.dtype or not t.is_floating_point())
+        and t.device == site.device
+        and t.is_contiguous()
+        and t.data_ptr() % ALIGNMENT == 0
+        for t, site in wanted
+    )

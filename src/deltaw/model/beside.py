@@ -39,7 +39,7 @@ def stays_frozen(layer: nn.Module) -> bool:
         weight is not None
         and weight.numel() >= WORTH
         and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
+        and weight.is_cpu
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
     )

@@ -55,7 +55,7 @@ def address(tensor: Tensor) -> int:
 def others(ties: Mapping[Hashable, list[Place]], layer: nn.Module, site: str) -> list[Place]:
     """The other places of the parameter `site` of `layer`."""
     stored = layer._parameters.get(site)
-    if stored is None:
+    if stored is None or not ties:
         return []
     return [p for p in ties.get(identity(stored), []) if not (p[1] is layer and p[2] == site)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -13,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import deltaw as dw
 from deltaw.errors import AdapterError, BaseMismatch, DeltawError
 from deltaw.io.admission import admit
 from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
-from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put
+from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put, shaken
 
 SEALED = KINDS[:2]
 
@@ -354,3 +355,45 @@ def test_edited_files_need_a_word(folders: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(AdapterError, match="verify=False"):
         dw.read(folder)
     assert dw.read(folder, verify=False).base["name"] == "elsewhere"
+
+
+@pytest.mark.parametrize("width", [64, 7])
+def test_loaded_tensors_lie_as_torch_lays_its_own_and_are_nobody_elses(tmp_path: Path, width: int) -> None:
+    """Where they can, deltas hold the very memory that the file was read into: aligned, and anew for every load."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    kept = shaken(dw.attach(copy.deepcopy(plain), dw.LoRA(rank=4), "all-linear"))
+    folder = dw.save(kept, tmp_path / "a")
+    before = (folder / WEIGHTS).read_bytes()
+    value = dw.get(kept)
+    model = dw.attach(copy.deepcopy(plain), dw.LoRA(rank=4), "all-linear", name="first")
+    for name in ("one", "two"):
+        dw.load(model, folder, name=name, trainable=True)
+    dw.load(model, value, name="three", trainable=True)
+    owned = [p for n, p in model.named_parameters() if ".adapters." in n]
+    assert len({p.data_ptr() for p in owned}) == len(owned)
+    for p in owned:
+        if p.numel() * 4 % 64 == 0:
+            assert p.data_ptr() % 64 == 0
+        with torch.no_grad():
+            p.add_(1.0)
+    for name in ("one", "two", "three"):
+        for key, change in dw.get(model, name).changes.items():
+            for part, tensor in change.tensors.items():
+                assert torch.equal(tensor, value.changes[key].tensors[part] + 1), (name, key, part)
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_damage_is_told_before_that_the_base_is_another(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Checksums are computed until the last check is made, and have the first word all the same."""
+    folder = Path(shutil.copytree(folders["ours"], tmp_path / "a"))
+    with pytest.raises(BaseMismatch):
+        dw.load(net(1), folder)
+    whole = bytearray((folder / WEIGHTS).read_bytes())
+    whole[-3] ^= 1  # a finite value, a little off
+    (folder / WEIGHTS).write_bytes(whole)
+    model = net(1)
+    with pytest.raises(AdapterError, match="is not the file that was written") as caught:
+        dw.load(model, folder)
+    assert not isinstance(caught.value, BaseMismatch)
+    assert not any(".adapters." in name for name, _ in model.named_modules())
