@@ -85,7 +85,7 @@ Found = tuple[tuple[Tensor, ...], Maker] | None
 def gelu(node: Any) -> Found:
     """x = gelu(z), where z is kept and not only the derivative there."""
     z, approximate = node._saved_self, node._saved_approximate
-    if isinstance(z, Narrow) and z.view_of.packed.codes:
+    if isinstance(z, Narrow) and z.view_of.packed.slopes is not None:
         return None
     return (z,), lambda z: F.gelu(z, approximate=approximate)
 

@@ -68,7 +68,7 @@ def kept_bytes(net: nn.Module, x: Tensor, packed: bool) -> int:
 
     def pack(t: Tensor) -> object:
         kept = t if hooks is None else hooks.pack(t)
-        storage = (kept if isinstance(kept, Tensor) else kept[0].numbers).untyped_storage()
+        storage = (kept if isinstance(kept, Tensor) else kept[0].kept).untyped_storage()
         if storage._cdata not in own:
             found[storage._cdata] = storage.nbytes()
             held.append(storage)
@@ -140,3 +140,29 @@ def test_the_hooks_end_with_the_context_also_after_an_error() -> None:
     with pytest.raises(RuntimeError), compact(net):
         net(torch.randn(3, 3))
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+
+
+def test_nested_and_entered_again() -> None:
+    net = model()
+    twice = compact(net)
+    with twice:
+        with twice:
+            pass
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_scripted_layers_are_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4))).requires_grad_(False)
+    with compact(net):
+        net(torch.randn(2, 4))
+
+
+def test_nothing_stays_behind_where_entering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    monkeypatch.setattr(net[1], "register_forward_pre_hook", lambda hook: 1 / 0)
+    with pytest.raises(ZeroDivisionError), compact(net):
+        pass
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+    assert not net[0]._forward_pre_hooks

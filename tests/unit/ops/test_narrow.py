@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import deltaw as dw
 from deltaw.ops import narrow
@@ -112,7 +113,7 @@ def test_a_byte_for_the_derivative_where_the_layer_behind_gelu_is_frozen(approxi
     trained = [p for p in net.parameters() if p.requires_grad]
     exact = torch.autograd.grad(net(x).square().mean(), trained)
     y, kept = gelu_input(net, x)
-    assert kept.packed.numbers.dtype == torch.uint8
+    assert kept.packed.kept.dtype == torch.uint8
     z = torch.linspace(-6, 6, 3000).bfloat16().float().requires_grad_()
     (slope,) = torch.autograd.grad(F.gelu(z, approximate=approximate).sum(), z)
     assert slope.min() > -0.13
@@ -121,7 +122,7 @@ def test_a_byte_for_the_derivative_where_the_layer_behind_gelu_is_frozen(approxi
         assert 0 < (wanted - found).norm() <= 2.0**-7 * wanted.norm()
 
 
-def test_every_derivative_is_off_by_half_a_step_at_most_and_0_and_1_not_at_all() -> None:
+def test_derivatives_are_off_by_what_is_said_and_0_and_1_not_at_all() -> None:
     net, _ = perceptron(["0"])
     z = torch.linspace(-9, 9, 300 * 256).bfloat16().float().view(300, 256).requires_grad_()
     with dw.compact(net):
@@ -130,7 +131,7 @@ def test_every_derivative_is_off_by_half_a_step_at_most_and_0_and_1_not_at_all()
     dy = net[2].weight.detach().sum(0)
     wide = z.detach().double().requires_grad_()
     (slope,) = torch.autograd.grad(F.gelu(wide).sum(), wide)
-    assert ((found.double() / dy.double() - slope).abs() <= 0.0025 + 1e-5).all()
+    assert ((found.double() / dy.double() - slope).abs() <= slope.abs().sqrt() / 178 + 3e-5).all()
     settled = z.detach().abs() > 5.5
     assert torch.allclose(found[settled].double(), (dy * slope.round())[settled], rtol=1e-4, atol=0)
 
@@ -140,7 +141,7 @@ def test_z_is_kept_where_an_adapted_layer_makes_gelu_of_z_again(targets: list[st
     net, x = perceptron(targets)
     net[0].requires_grad_(True)  # so that GELU's backward runs
     _, kept = gelu_input(net, x)
-    assert kept.packed.numbers.dtype == torch.bfloat16
+    assert kept.packed.kept.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("frozen_first", [False, True])
@@ -167,6 +168,64 @@ def test_a_frozen_and_an_adapted_reader_of_one_gelu(frozen_first: bool) -> None:
         loss = net(x).square().mean()
     for wanted, found in zip(exact, torch.autograd.grad(loss, trained), strict=True):
         assert (wanted - found).norm() <= 2.0**-7 * wanted.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_z_is_kept_where_it_is_not_finite(value: float) -> None:
+    net, _ = perceptron(["0"])
+    z = torch.randn(300, 256)
+    z[7, 9] = value
+    z.requires_grad_()
+    (exact,) = torch.autograd.grad(net[2](net[1](z)).sum(), z)
+    with dw.compact(net):
+        y = net[1](z)
+        loss = net[2](y).sum()
+    assert y.grad_fn._raw_saved_self.data.packed.kept.dtype == torch.bfloat16
+    (found,) = torch.autograd.grad(loss, z)
+    assert torch.equal(found[7, 9].isfinite(), exact[7, 9].isfinite())
+
+
+def test_units_that_are_almost_off_keep_their_gradients() -> None:
+    net, _ = perceptron(["0"])
+    z = torch.full((300, 256), -3.2).add_(torch.randn(300, 256) * 0.1).requires_grad_()
+    found = []
+    for packed in (True, False):
+        with dw.compact(net) if packed else nullcontext():
+            loss = (net[2](net[1](z)) @ torch.randn(64, generator=torch.Generator().manual_seed(1))).sum()
+        found.append(torch.autograd.grad(loss, z)[0])
+    assert (found[0] - found[1]).norm() <= 0.06 * found[1].norm()
+
+
+def test_the_derivative_is_never_taken_for_the_input() -> None:
+    """A GELU that a frozen layer reads, and then an adapted one, inside and outside of a part that is computed again."""
+
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.frozen, self.adapted = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(256, 64)
+
+        def tail(self, y: Tensor) -> Tensor:
+            return self.frozen(y) * 2 - self.adapted(y)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.gelu(self.up(x))
+            return self.frozen(y) + checkpoint(self.tail, y, use_reentrant=True)
+
+    torch.manual_seed(0)
+    net, x = Fork(), torch.randn(300, 64)
+    dw.attach(net, dw.LoRA(rank=4), targets=["up", "adapted"])
+    trained = [p for p in net.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.copy_(torch.randn(p.shape))
+    net(x).square().mean().backward()
+    exact = [p.grad.clone() for p in trained]
+    for p in trained:
+        p.grad = None
+    with dw.compact(net):
+        net(x).square().mean().backward()
+    for wanted, p in zip(exact, trained, strict=True):
+        assert (wanted - p.grad).norm() <= 2.0**-6 * wanted.norm()
 
 
 def test_a_second_derivative_of_what_was_not_kept_is_an_error_that_says_so() -> None:
