@@ -38,15 +38,13 @@ def place(
     notes: what the roster keeps about this adapter.
     """
     roster = one_roster(layout)
-    first = False  # some layer is changed for the first time
     try:
         for item, delta in deltas:
             host = item.layer if isinstance(item.layer, Host) else item.host.of(item.layer, roster)
-            first = first or not host.adapters._modules or bool(item.tied)
             begin(item, delta, host)
             host.add(name, item.site, delta)
             tie(item, host, name, roster)
-        enter(layout, roster, name, [item.layer for item, _ in deltas], first=first, freeze=freeze, active=active)
+        enter(layout, roster, name, [item.layer for item, _ in deltas], freeze=freeze, active=active)
         beside.settle(layout)
         roster.notes[name] = notes
     except BaseException:
@@ -79,16 +77,12 @@ def one_roster(layout: Layout) -> Roster:
 
 
 def enter(
-    layout: Layout, roster: Roster, name: str, changed: Iterable[nn.Module], *, first: bool, freeze: bool, active: bool
+    layout: Layout, roster: Roster, name: str, changed: Iterable[nn.Module], *, freeze: bool, active: bool
 ) -> None:
-    """Make `name` known, let parents that read `changed` weights know of it, and freeze the base.
-
-    first: some layer is changed for the first time; if not, all around it is as another adapter left it.
-    """
+    """Make `name` known, let parents that read `changed` weights know of it, and freeze the base."""
     roster.names.append(name)
-    if first:
-        open_gate(layout.root)
-        watch(layout, roster)
+    open_gate(layout.root)
+    watch(layout, roster)
     first_call.watch(layout, roster, changed)
     if active:
         roster.default = ((name, 1.0),)
