@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter
-from deltaw.errors import AdapterError, DeltawError, NonFinite
+from deltaw.errors import AdapterError, NonFinite
 from deltaw.io import manifest, strict_json, tensor_file
 from deltaw.io.digest import digest
 from deltaw.io.folder import CONFIG, MANIFEST, PICKLED, WEIGHTS, Folder
@@ -111,7 +111,7 @@ def admitting(
         with _naming(folder):
             admitted = _understood(raw_config, raw_weights, body, verify, shapes)
         yield admitted
-    except DeltawError:
+    except Exception:
         check_stamps()  # a damaged file is called that, whatever the damage looks like
         raise
     check_stamps()

@@ -33,7 +33,7 @@ from deltaw.io.known_weights import (
 )
 from deltaw.io.sketch import distance
 from deltaw.io.tensor_file import NAMES
-from deltaw.model.state import is_sharded, layers_of
+from deltaw.model.state import is_sharded, layers_of, unwrap
 
 VERSION = 1
 TOLERANCE = {"float": 0.01, "int8": 0.05, "other": 0.25}
@@ -63,6 +63,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     Raises:
         ModelError: the model is on the meta device, or merged for good (its base is gone).
     """
+    model = unwrap(model)
     if is_sharded(model):  # one weight at a time is whole, and nothing is remembered of it
         taken = (w for w in kept_weights(model) if w.name not in without)
         return {"version": VERSION, "parameters": {w.name: e for w in taken if (e := entry_now(w)) is not None}}
@@ -119,7 +120,7 @@ def compare(
     if not isinstance(there, Mapping) or recorded.get("version") != VERSION or not there:
         return Comparison(False, {}, {})
     base = inventory(model) if base is None else base
-    known = unchanged(base)
+    model, known = base.model, unchanged(base)
     if known is not None and there.keys() == known.keys() and all(same(e, known[n]) for n, e in there.items()):
         return Comparison(True, {}, {})
     here = looked_at(model, without)

@@ -56,10 +56,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Look:
-    """A base whose every weight is simply there and known. refs, states: of all that it stores, by name. samples: of `known`."""
+    """A base whose every weight is simply there and known. refs, states: of all that it stores, by name. samples: of `known`.
+
+    passing: paths of layers -> buffers there that no file keeps.
+    """
 
     refs: dict[str, weakref.ref[Tensor]]
     states: list[tuple[Any, ...]]
+    passing: dict[str, frozenset[str]]
     samples: list[bytes]
     known: dict[str, Known]
 
@@ -75,7 +79,7 @@ def unchanged(base: Inventory) -> Mapping[str, Known] | None:
         return None
     if not all(look.refs[name]() is tensor for name, tensor in base.stored.items()):
         return None
-    if [seen_as(t) for t in base.stored.values()] != look.states:
+    if [seen_as(t) for t in base.stored.values()] != look.states or passing(base) != look.passing:
         return None
     return look.known if samples([base.stored[n] for n in look.known]) == look.samples else None
 
@@ -91,12 +95,18 @@ def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
         if weight.tensors[0] is not base.stored.get(name) or state_of(weight) != entry.state:
             return
     known = {name: known for name, (_, known) in found.items()}
-    _looks[base.model] = Look(refs, states, [k.sample for k in known.values()], known)
+    _looks[base.model] = Look(refs, states, passing(base), [k.sample for k in known.values()], known)
 
 
 def seen_as(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes when a tensor is written to or given other memory."""
+    """What changes when a tensor is written to or given other memory, in another order too: no sample is read in its order."""
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def passing(base: Inventory) -> dict[str, frozenset[str]]:
+    """`Look.passing` of a base."""
+    found = {path: module._non_persistent_buffers_set for path, module in base.modules.items()}
+    return {path: frozenset(names) for path, names in found.items() if names}
 
 
 def looked_at(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Kept, Known]]:

@@ -170,7 +170,8 @@ def load(
         with admitting(folder, verify=verify, shapes=None if rename else base.shapes) as admitted:
             adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
             notes += checked_for(base, adapter, allow_base_mismatch)
-            given = not admitted.parsed.base_copies  # which would stay in memory beside it
+            # base weights would stay in memory beside it; and who trains may resize, offload and share memory
+            given = not trainable and not admitted.parsed.base_copies
     installed(layout, adapter, name, active=active, trainable=trainable, given=given)
     for note in notes:
         warnings.warn(note, AdapterNotice, stacklevel=2)

@@ -231,6 +231,10 @@ def installed(
     given: bool = False,
 ) -> None:
     """`install`, where the model has been walked already. given: the adapter's tensors are for this model alone."""
+    if trainable and torch.is_inference_mode_enabled():
+        raise ModelError(
+            "cannot load a trainable adapter inside of torch.inference_mode(): what is made there can never be trained"
+        )
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
     deltas = loaded(fitted(layout, adapter), adapter, trainable, given)

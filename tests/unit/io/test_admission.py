@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaw as dw
-from deltaw.errors import AdapterError, BaseMismatch, DeltawError
+from deltaw.errors import AdapterError, BaseMismatch, DeltawError, ModelError
 from deltaw.io.admission import admit
 from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
 from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put, shaken
@@ -397,3 +397,21 @@ def test_damage_is_told_before_that_the_base_is_another(folders: dict[str, Path]
         dw.load(model, folder)
     assert not isinstance(caught.value, BaseMismatch)
     assert not any(".adapters." in name for name, _ in model.named_modules())
+
+
+def test_nothing_that_can_never_be_trained_is_loaded_to_be_trained(folders: dict[str, Path]) -> None:
+    model = net()
+    with torch.inference_mode():
+        with pytest.raises(ModelError, match="can never be trained"):
+            dw.load(model, folders["ours"], trainable=True)
+        dw.load(model, folders["ours"])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_memory_of_a_trainable_adapter_is_its_own(tmp_path: Path) -> None:
+    """Who offloads or shards resizes storages, which those of a file's memory do not allow."""
+    kept = dw.attach(nn.Linear(64, 64), dw.LoRA(rank=4), targets=nn.Linear)
+    folder = dw.save(kept, tmp_path / "a")
+    dw.load(kept, folder, name="b", trainable=True)
+    for p in kept.adapters.b.parameters():
+        p.untyped_storage().resize_(0)

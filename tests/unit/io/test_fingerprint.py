@@ -188,6 +188,10 @@ def merged_for_good(model: Tied) -> None:
     dw.detach(model)
 
 
+def passing(model: Tied) -> None:
+    model.norm.register_buffer("running_mean", model.norm.running_mean, persistent=False)
+
+
 CHANGES: dict[str, tuple[Callable[[Tied], object], set[str]]] = {
     "a write": (lambda m: torch.nn.init.ones_(m.body.bias), {"body.bias"}),
     "a write past the version": (lambda m: m.body.weight.data.mul_(2), {"body.weight"}),
@@ -197,6 +201,7 @@ CHANGES: dict[str, tuple[Callable[[Tied], object], set[str]]] = {
     "a tie cut": (untied, {"head.weight"}),
     "statistics": (lambda m: m.norm(torch.randn(4, 8)), {"norm.running_mean", "norm.running_var"}),
     "a buffer replaced": (lambda m: setattr(m.norm, "running_mean", torch.ones(8)), {"norm.running_mean"}),
+    "a buffer that is no longer kept": (passing, {"norm.running_mean"}),
     "a layer more": (more, {"extra.weight", "extra.bias"}),
     "a layer less": (lambda m: delattr(m, "norm"), {f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")}),
     "a change merged for good": (merged_for_good, {"body.weight"}),
@@ -230,3 +235,10 @@ def test_adapters_that_come_and_speak_are_no_change_of_the_base(monkeypatch: pyt
     found = compare(model, before)
     assert not found.other
     assert set(found.precision) == {"body.weight"}
+
+
+def test_a_wrapped_model_is_the_model() -> None:
+    model = wide()
+    before = fingerprint(model)
+    assert fingerprint(torch.compile(model)) == before
+    assert not compare(torch.compile(model), before).other

@@ -170,3 +170,16 @@ def test_a_decoder_and_a_whole_transformer():
         out = model(X, X)
         dw.merge(model)
         rounded(model(X, X), out)
+
+
+def test_a_part_is_adapted_first_and_then_the_whole_that_reads_its_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        plain = layer(x)
+    dw.attach(layer.self_attn, dw.LoRA(rank=2), targets=["out_proj"], name="a")
+    dw.attach(layer, dw.LoRA(rank=2), targets=["out_proj"], name="b")
+    with torch.no_grad():
+        layer.self_attn.out_proj.adapters.b.weight.B.normal_()
+        assert not torch.allclose(layer(x), plain, atol=1e-2)
