@@ -12,6 +12,14 @@ from deltaw.core.host import Example, Host
 from deltaw.core.registry import hosts, variants
 from deltaw.core.variant import Variant
 from deltaw.model.attach import attach
+from deltaw.ops import select
+
+
+@pytest.fixture(autouse=True, params=["fused", "composed"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """No shape is too small for the fused operation, or every one is."""
+    monkeypatch.setattr(select, "SMALL", -1 if request.param == "fused" else 1 << 62)
+    return str(request.param)
 
 
 def layer_examples() -> list[tuple[str, type[Host], Example]]:

@@ -426,7 +426,7 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
         since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         rows = getattr(roster.local, "rows", None)
         output = own(self, *args, **kwargs) if rows is None else rows.call(self, own, args, kwargs)
-        if grad:
+        if grad and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
             remember(roster, output, since)
         return output
 

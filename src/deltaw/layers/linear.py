@@ -52,9 +52,10 @@ class LinearHost(OutputHost, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         form = self.form("weight")
         weight = self.weight if form is None else None
-        if not self.active_sites():
+        sites = self.active_sites()
+        if not sites:
             return adapted_linear(x, weight, self.bias, (), training=self.training, frozen=form)
-        bias = self.changed_bias()
+        bias = self.changed_bias() if "bias" in sites else self.bias
         terms = self.low_rank()
         if terms is None and form is None:
             return nn.functional.linear(x, self.changed("weight"), bias)

@@ -1,6 +1,6 @@
 """Which kernels a shape runs on, by which rule, and how long each takes here: what `deltaw ops` prints.
 
-The rules are those that run: select.py (merged or added), matmul.py (oneDNN or MKL), choices.py (8 bit or dense).
+The rules are those that run: select.py (composed, merged or added), matmul.py (oneDNN or MKL), choices.py (8 bit or dense).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from deltaw.ops.choices import Choices
 from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
-from deltaw.ops.linear import AdaptedLinear, plain
+from deltaw.ops.linear import AdaptedLinear, composed
 from deltaw.ops.matmul import library, linear
-from deltaw.ops.select import Explanation, explain
+from deltaw.ops.select import Explanation, explain, is_small
 from deltaw.ops.terms import FrozenProduct, Term, pack
 
 DROPOUT = 0.05
@@ -75,7 +75,7 @@ def kernels(shape: Shape, choices: Choices) -> Kernels:
     tokens, columns_in, rows_out, rank = shape
     return Kernels(
         shape,
-        library(tokens, rows_out, columns_in),
+        "torch's own choice" if is_small(rows_out, columns_in, tokens) else library(tokens, rows_out, columns_in),
         explain(rows_out, columns_in, tokens, rank),
         explain(rows_out, columns_in, tokens, rank, dropout=DROPOUT),
         choices.choose(rows_out, columns_in, tokens),
@@ -115,8 +115,8 @@ class Narrow:
 def measure(shape: Shape, repeats: int = REPEATS) -> dict[str, float]:
     """Milliseconds of forward and backward (∂x, ∂A, ∂B) of one adapted layer, medians, taken in turns.
 
-    merged, added: the fused operation either way, of which the rule takes one. plain: its twin of separate operations,
-    as autograd runs them on MKL. int8: the fused operation on 8-bit codes; dequantised: on the same codes made dense
+    merged, added: the fused operation either way, of which the rule takes one. composed: torch's own operations and
+    their derivatives, which the rule takes for small shapes. int8: the fused operation on 8-bit codes; dequantised: on the same codes made dense
     for each product, which is what an 8-bit weight falls back to.
     """
     tokens, columns_in, rows_out, rank = shape
@@ -137,7 +137,7 @@ def measure(shape: Shape, repeats: int = REPEATS) -> dict[str, float]:
     contenders: dict[str, Callable[[], Tensor]] = {
         "merged": lambda: fused(True),
         "added": lambda: fused(False),
-        "plain": lambda: plain(x, W, None, [Term(A, B, None, None, 2.0, 0.0, False, False)], None),
+        "composed": lambda: composed(x, W, None, [Term(A, B, None, None, 2.0, 0.0, False, False)]),
     }
     if int8_available():
         codes = quantize_int8(W)

@@ -17,6 +17,9 @@ with dropout, they are added to the base's output by `addmm_`: no scale pass, no
 x is saved as it came, so that all projections of one input keep one copy, or not at all where it can be made again from
 what its producer keeps (recompute.py). Dropout is made again from its seed. Nothing is computed for an input that needs
 no gradient. The plain twin is `adapted_linear_reference`.
+
+Where the products are so small that all this bookkeeping costs more than they do (select.py), torch's own operations are
+composed instead, and their derivatives (`composed`).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from deltaw.ops.compact import as_saved
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import by_onednn, linear
 from deltaw.ops.recompute import Recipe, recipe_of
-from deltaw.ops.select import use_merged
+from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -74,15 +77,44 @@ def adapted_linear(
     if not adapters and weight is not None:
         return F.linear(x, weight, bias)
     x, weight, bias = as_autocast(x, weight, bias)
-    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], math.prod(x.shape[:-1]), x.dtype)
+    tokens = math.prod(x.shape[:-1])
+    small = (
+        weight is not None and is_small(weight.shape[0], weight.shape[1], tokens) and not torch.compiler.is_compiling()
+    )
+    merge = weight is not None and not small and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype)
     terms = [in_force(a, training, merge, x.device) for a in adapters]
     if transformed():
         return plain(x, weight, bias, terms, frozen)
+    if small and weight is not None:
+        return composed(x, weight, bias, terms)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return adapted_values(x, weight, bias, terms, merge, frozen, True)[0]
     plan, tensors = pack(terms)
     keep = reads_x(weight, terms)
     recipe, sources = (recipe_of(x) if keep else None) or (None, ())
     parameters = as_views((weight, bias, *tensors))
     y: Tensor = AdaptedLinear.apply(plan, merge, frozen, keep, recipe, sources, x, *parameters)  # type: ignore[no-untyped-call]
+    return y
+
+
+def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    """The same function by torch's own operations and their derivatives, for products that cost less than the fused
+    operation's bookkeeping."""
+    if x.dim() != 2:
+        return composed(flat(x), weight, bias, terms).view(*x.shape[:-1], weight.shape[0])
+    y = F.linear(x, weight, bias)
+    gain = total_gain(terms)
+    if gain is not None:  # c z + b from z + b: exact where gain is 0
+        y = (y * (1 + gain) if bias is None else torch.addcmul(-gain * bias, y, 1 + gain)).to(y.dtype)
+    for t in terms:
+        A, B = (t.A, t.B) if t.A.dtype == t.B.dtype == y.dtype else (t.A.to(y.dtype), t.B.to(y.dtype))
+        mask, drop = t.input_mask(x), t.output_mask(y)
+        h = F.linear(x if mask is None else x * mask.rows(slice(None)), A)
+        y = (
+            torch.addmm(y, h, B.t(), alpha=t.scale)
+            if drop is None
+            else torch.addcmul(y, h @ B.t(), drop, value=t.scale)
+        )
     return y
 
 
@@ -203,27 +235,8 @@ class AdaptedLinear(torch.autograd.Function):
         `keep`: backward reads x. `sources` is what `recipe` makes it again from.
         """
         terms = unpack(plan, tensors)
-        gain = None if merge else total_gain(terms)
-        if weight is None:
-            assert frozen is not None
-            result = frozen.matmul(x)
-        else:
-            result = first_product(x, merged_weight(weight, terms) if merge else weight, bias, terms)
-        y = flat(result)
-        if weight is None:
-            scale_and_shift_(y, gain, bias)
-        elif gain is not None:  # c z + b from z + b: exact where gain is 0
-            scale_and_shift_(y, gain, None if bias is None else -gain * bias)
-        products: list[Tensor | None] = []  # hᵀ (r, T) of each term that was added
-        for t in terms:
-            h = None
-            if not t.merged:
-                h = project(t, flat(x))
-                add_(y, h, t)
-            elif not keep and t.B.requires_grad:
-                h = project(t, flat(x))
-            products.append(None if h is None else as_saved(h))
-        y = torch.ops.aten._unsafe_view.default(y, result.shape)  # no view to autograd: `relu_(y)` is allowed
+        y, products = adapted_values(x, weight, bias, terms, merge, frozen, keep)
+        products = [None if h is None else as_saved(h) for h in products]
         kept = None  # y, from which ∂gain is read
         if any(t.gain is not None and t.gain.requires_grad for t in terms) and not torch.compiler.is_compiling():
             kept, ctx.witness = alias(y)
@@ -288,6 +301,39 @@ class AdaptedLinear(torch.autograd.Function):
                     add_input_gradient_(dx, u, t)
             dx = dx.view(*grads[0].shape[:-1], ctx.columns)
         return None, None, None, None, None, None, dx, dweight, sums if needs_bias else None, *dterms
+
+
+def adapted_values(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+    merge: bool,
+    frozen: FrozenProduct | None,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """y, and hᵀ (r, T) of each term that was added, or that backward needs since it does not read x (not `keep`)."""
+    gain = None if merge else total_gain(terms)
+    if weight is None:
+        assert frozen is not None
+        result = frozen.matmul(x)
+    else:
+        result = first_product(x, merged_weight(weight, terms) if merge else weight, bias, terms)
+    y = flat(result)
+    if weight is None:
+        scale_and_shift_(y, gain, bias)
+    elif gain is not None:  # c z + b from z + b: exact where gain is 0
+        scale_and_shift_(y, gain, None if bias is None else -gain * bias)
+    products: list[Tensor | None] = []
+    for t in terms:
+        h = None
+        if not t.merged:
+            h = project(t, flat(x))
+            add_(y, h, t)
+        elif not keep and t.B.requires_grad:
+            h = project(t, flat(x))
+        products.append(h)
+    return torch.ops.aten._unsafe_view.default(y, result.shape), products  # no view to autograd: `relu_(y)` is allowed
 
 
 def backward_factors(

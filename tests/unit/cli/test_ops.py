@@ -16,7 +16,7 @@ def test_measured_shapes_come_as_json(deltaw) -> None:
     found = json.loads(deltaw("ops", "--shape", "40,32,48,2", "--time", "--json").out)
     (row,) = found["shapes"]
     assert row["shape"] == {"tokens": 40, "columns_in": 32, "rows_out": 48, "rank": 2}
-    assert {"merged", "added", "plain"} <= row["milliseconds"].keys()
+    assert {"merged", "added", "composed"} <= row["milliseconds"].keys()
     assert all(spent > 0 for spent in row["milliseconds"].values())
     assert found["threads"] >= 1
 

@@ -19,5 +19,5 @@ def test_the_library_named_is_the_one_taken() -> None:
 
 def test_every_kernel_is_measured() -> None:
     found = measure(Shape(40, 32, 48, 2), repeats=1)
-    assert {"merged", "added", "plain"} <= found.keys()
+    assert {"merged", "added", "composed"} <= found.keys()
     assert all(spent > 0 for spent in found.values())

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaw.core.variant import LowRank
-from deltaw.ops import adapted_linear, adapted_linear_reference
+from deltaw.ops import adapted_linear, adapted_linear_reference, select
 from deltaw.ops import linear as module
 from tests.unit.ops.cases import Case
 
@@ -35,6 +35,13 @@ CASES = [
     Case(lead=(9, 41), width=41, out=9, dropout=0.1, count=2),
     Case(lead=(3,), width=1, out=1, rank=1),
 ]
+
+
+@pytest.fixture(autouse=True, params=["fused", "composed"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """No shape is too small for the fused operation, or every one is."""
+    monkeypatch.setattr(select, "SMALL", -1 if request.param == "fused" else 1 << 62)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -100,6 +107,7 @@ def test_the_gains_gradient_where_the_strength_is_small_or_zero() -> None:
     torch.testing.assert_close(grads[-1], expected[-1], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("kernel", ["fused"], indirect=True)
 def test_saves_one_copy_of_x_and_little_else() -> None:
     x = torch.randn(64, 32, requires_grad=True)
     weight = torch.randn(48, 32)
