@@ -164,15 +164,15 @@ def load(
         check_values(adapter.tensors())
         adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
         notes += checked_for(base, adapter, allow_base_mismatch)
-        given = False
+        adopt = False
     else:
         folder = found(source, revision, token)
         with admitting(folder, verify=verify, shapes=None if rename else base.shapes) as admitted:
             adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
             notes += checked_for(base, adapter, allow_base_mismatch)
             # base weights would stay in memory beside it; and who trains may resize, offload and share memory
-            given = not trainable and not admitted.parsed.base_copies
-    installed(layout, adapter, name, active=active, trainable=trainable, given=given)
+            adopt = not trainable and not admitted.parsed.base_copies
+    installed(layout, adapter, name, active=active, trainable=trainable, adopt=adopt)
     for note in notes:
         warnings.warn(note, AdapterNotice, stacklevel=2)
     return model

@@ -228,16 +228,16 @@ def installed(
     active: bool,
     trainable: bool,
     freeze: bool = True,
-    given: bool = False,
+    adopt: bool = False,
 ) -> None:
-    """`install`, where the model has been walked already. given: the adapter's tensors are for this model alone."""
+    """`install`, where the model has been walked already. adopt: the adapter's tensors are for this model alone."""
     if trainable and torch.is_inference_mode_enabled():
         raise ModelError(
             "cannot load a trainable adapter inside of torch.inference_mode(): what is made there can never be trained"
         )
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
-    deltas = loaded(fitted(layout, adapter), adapter, trainable, given)
+    deltas = loaded(fitted(layout, adapter), adapter, trainable, adopt)
     notes = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
     place(layout, deltas, name, notes, prepared, freeze=freeze, active=active)
 
@@ -249,23 +249,23 @@ def prepared(item: Planned, delta: Delta, host: Host) -> None:
 
 
 def loaded(
-    plan: Sequence[Planned], adapter: Adapter, trainable: bool, given: bool = False
+    plan: Sequence[Planned], adapter: Adapter, trainable: bool, adopt: bool = False
 ) -> list[tuple[Planned, Delta]]:
     """The deltas that hold the adapter's tensors (copies, in the site's dtype and on its device).
 
     Nothing is initialised only to be written over: the deltas are made without memory, and take the copies.
-    given: they take the tensors themselves, if all of them can be taken so.
+    adopt: they take the tensors themselves, if all of them can be taken so.
     """
     shared: dict[str, Any] = {}
     meta = torch.device("meta")
     sites = [item.site_seen() for item in plan]
     changes = [adapter.changes[item.key].tensors for item in plan]
-    taken = given and as_own([(t, s) for s, tensors in zip(sites, changes) for t in tensors.values()])
+    adopted = adopt and adoptable([(t, s) for s, tensors in zip(sites, changes) for t in tensors.values()])
     found = []
     for item, site, tensors in zip(plan, sites, changes):
         delta = item.variant.create(replace(site, device=meta), shared)
         try:
-            delta.hold({k: t.detach() if taken else copied(t, site) for k, t in tensors.items()})
+            delta.hold({k: t.detach() if adopted else copied(t, site) for k, t in tensors.items()})
         except AdapterError as error:
             raise AdapterError(f"{item.key!r}: {error}") from None
         delta.site = site
@@ -278,7 +278,7 @@ def copied(tensor: Tensor, site: Site) -> Tensor:
     return tensor.detach().to(site.device, site.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def as_own(wanted: Sequence[tuple[Tensor, Site]]) -> bool:
+def adoptable(wanted: Sequence[tuple[Tensor, Site]]) -> bool:
     """Whether tensors are each in its site's dtype, on its device, aligned as torch's own, and all apart from each other."""
     return len({t.data_ptr() for t, _ in wanted}) == len(wanted) and all(
         (t.dtype == site.dtype or not t.is_floating_point())
