@@ -278,13 +278,14 @@ class Host(nn.Module):
         """The deltas that change the parameter `site` now (or where `active` speak): its own, those of its parts, those of
         a layer tied to it."""
         found = []
+        adapters = self.adapters
         for name, weight in self.roster.active() if active is None else active:
-            changes = self.adapters._modules.get(name)
+            changes = adapters._modules.get(name)
             if changes is not None:
                 for own, delta in changes._modules.items():
                     if parameter_of(own) == site:
                         found.append(Spoken(delta, weight, self, own))
-            tied = self.adapters.tied.get(name)
+            tied = adapters.tied.get(name)
             if tied is not None and site in tied:
                 owner, theirs = tied[site]
                 for own, delta in owner.adapters._modules[name]._modules.items():
@@ -299,8 +300,9 @@ class Host(nn.Module):
     def active_sites(self, active: Active | None = None) -> set[str]:
         """The parameters that some active adapter (or one of `active`) changes."""
         sites: set[str] = set()
+        adapters = self.adapters
         for name, _ in self.roster.active() if active is None else active:
-            changes = self.adapters._modules.get(name)
+            changes = adapters._modules.get(name)
             if changes is not None:
                 for own, delta in changes._modules.items():
                     sites.add(parameter_of(own))
@@ -308,7 +310,7 @@ class Host(nn.Module):
                         fed = self.bias_of(parameter_of(own))
                         if fed is not None:
                             sites.add(fed[0])
-            tied = self.adapters.tied.get(name)
+            tied = adapters.tied.get(name)
             if tied is not None:
                 sites.update(tied)
         return sites

@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.frozen import foreign_dense
+from deltaw.core.frozen import FrozenWeight, foreign_dense
 from deltaw.core.host import Example
 from deltaw.core.registry import host
 from deltaw.core.roster import Active
 from deltaw.layers.output import OutputHost
 from deltaw.ops.grouped import Segment, grouped_linear
 from deltaw.ops.linear import adapted_linear
+from deltaw.ops.select import is_formed
 
 
 @host
@@ -50,8 +51,7 @@ class LinearHost(OutputHost, nn.Linear):
         yield Example("zero row", zero_row, lambda dtype: (torch.randn(3, 6, dtype=dtype),))
 
     def forward(self, x: Tensor) -> Tensor:
-        form = self.form("weight")
-        weight = self.weight if form is None else None
+        weight, form = self.dense_or_form(x)
         sites = self.active_sites()
         if not sites:
             return adapted_linear(x, weight, self.bias, (), training=self.training, frozen=form)
@@ -63,6 +63,15 @@ class LinearHost(OutputHost, nn.Linear):
         # over a form, the kept weight's own product and ΔW beside it: a fresh change adds exact zeros
         return y if terms is not None else y + nn.functional.linear(x, self.apart("weight").to(x.dtype))
 
+    def dense_or_form(self, x: Tensor) -> tuple[Tensor | None, FrozenWeight | None]:
+        """The frozen weight, or the form in which it is kept; one of the two is None."""
+        form = self.form("weight")
+        if form is None:
+            return self.weight, None
+        if torch.compiler.is_compiling() or not is_formed(form.shape[0], form.shape[1]):
+            return None, form
+        return form.dense().to(x.dtype), None
+
     def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
         segments = []
         for active, start, stop in groups:
@@ -70,8 +79,7 @@ class LinearHost(OutputHost, nn.Linear):
             if terms is None or self.beneath or not self.active_sites(active) <= {"weight"}:
                 return None
             segments.append(Segment(start, stop, terms))
-        form = self.form("weight")
-        weight = self.weight if form is None else None
+        weight, form = self.dense_or_form(x)
         return grouped_linear(x, weight, self.bias, segments, training=self.training, frozen=form)
 
 

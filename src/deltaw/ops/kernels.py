@@ -18,7 +18,7 @@ from deltaw.ops.choices import Choices
 from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
 from deltaw.ops.linear import AdaptedLinear, composed
 from deltaw.ops.matmul import library, linear
-from deltaw.ops.select import Explanation, explain, is_small
+from deltaw.ops.select import Explanation, explain, is_formed, is_small
 from deltaw.ops.terms import FrozenProduct, Term, pack
 
 DROPOUT = 0.05
@@ -78,7 +78,7 @@ def kernels(shape: Shape, choices: Choices) -> Kernels:
         "torch's own choice" if is_small(rows_out, columns_in, tokens) else library(tokens, rows_out, columns_in),
         explain(rows_out, columns_in, tokens, rank),
         explain(rows_out, columns_in, tokens, rank, dropout=DROPOUT),
-        choices.choose(rows_out, columns_in, tokens),
+        (False, False) if is_formed(rows_out, columns_in) else choices.choose(rows_out, columns_in, tokens),
     )
 
 

@@ -7,7 +7,8 @@ up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would sw
 Fused or composed. The fused operation saves passes and memory and has the faster products, for some 60 to 90
 microseconds of Python. Below `SMALL` multiplications that is more than it saves, and torch's own operations are composed.
 
-Dense or 8 bit: see choices.py.
+Dense or 8 bit: see choices.py. A small weight that is kept in 8 or 4 bit is made dense for each call (`is_formed`): what
+its inputs' quantisation costs in Python, the narrow product cannot save.
 """
 
 from __future__ import annotations
@@ -32,10 +33,21 @@ SMALL = 1 << 23
 LIGHT = 1 << 18
 """Numbers of an input of which copies may be kept for backward, as torch's own operations do where there is dropout."""
 
+FORMED = 1 << 17
+"""Numbers of a weight: 362 x 362, or 784 x 167."""
+
 
 def is_small(rows_out: int, columns_in: int, tokens: int) -> bool:
     """Whether the adapted linear is composed of torch's own operations for this call (if W is dense)."""
     return tokens * rows_out * columns_in <= SMALL and tokens * columns_in <= LIGHT
+
+
+def is_formed(rows_out: int, columns_in: int) -> bool:
+    """Whether a W that is kept in another form is made dense for every call, as it is so small.
+
+    By its shape alone: were it by the number of rows as well, a row would round otherwise in another batch.
+    """
+    return rows_out * columns_in <= FORMED
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ def explain(
     bound = rows_out * columns_in / (rows_out + columns_in)
     thin = tokens * rank * (rows_out + columns_in)  # one thin product on each side
     frozen = 2 * tokens * rows_out * columns_in
+    if form != "dense" and is_formed(rows_out, columns_in):
+        form = "dense"
     if form == "dense" and is_small(rows_out, columns_in, tokens):
         reason = (
             f"{tokens * rows_out * columns_in:,} multiplications do not pay for the fused operation ({SMALL:,} would)"

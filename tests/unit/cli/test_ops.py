@@ -6,10 +6,17 @@ import json
 
 
 def test_the_rules_of_a_shape_are_those_that_run(deltaw) -> None:
-    many, few = (deltaw("ops", "--shape", f"{tokens},384,384,8").out for tokens in (1024, 20))
+    many, few, least = (deltaw("ops", "--shape", f"{tokens},384,384,8").out for tokens in (1024, 100, 20))
     assert "adapter           merged: 1024 rows > in·out/(in+out) = 192" in many
-    assert "adapter           added: 20 rows <= in·out/(in+out) = 192" in few
+    assert "adapter           added: 100 rows <= in·out/(in+out) = 192" in few
     assert all("with dropout      added: dropout 0.05" in out for out in (many, few))
+    assert "fp32 products     torch's own choice" in least
+    assert (
+        "adapter           composed: 2,949,120 multiplications do not pay for the fused operation (8,388,608 would)"
+        in least
+    )
+    small = deltaw("ops", "--shape", "1024,300,300,8").out
+    assert "on an int8 base   forward on the dense weight" in small
 
 
 def test_measured_shapes_come_as_json(deltaw) -> None:

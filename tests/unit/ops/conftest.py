@@ -10,5 +10,6 @@ from deltaw.ops import select
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch) -> str:
     """No shape is so small that torch's own operations are composed instead."""
-    monkeypatch.setattr(select, "SMALL", -1)
+    for limit in ("SMALL", "LIGHT", "FORMED"):
+        monkeypatch.setattr(select, limit, -1)
     return "fused"

@@ -109,16 +109,16 @@ def test_outliers_in_the_gradient_send_only_the_gradient_back() -> None:
 
 
 @vnni
-def test_inputs_are_looked_at_again_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_looked_at_again_ever_more_rarely() -> None:
     model, looked = quantized(), []
-    monkeypatch.setattr(module, "error_beside_outliers", lambda *_: looked.append(1) or 0.0)
-    for _ in range(20):
-        model[0](torch.randn(4, 64))
-    assert len(looked) == 5  # at calls 1, 2, 4, 8, 16
-    model = quantized()
-    for _ in range(3):
-        model[0](torch.randn(4, 64))
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "error_beside_outliers", lambda *_: looked.append(1) or 0.0)
+        for _ in range(20):
+            model[0](torch.randn(4, 64))
+        assert len(looked) == 5  # at calls 1, 2, 4, 8, 16
+        model = quantized()
+        for _ in range(3):
+            model[0](torch.randn(4, 64))
     with pytest.warns(OutlierWarning):
         model[0](with_outliers())
 

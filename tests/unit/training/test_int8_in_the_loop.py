@@ -9,13 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.errors import ConfigError, UnknownName
-from deltaw.ops import choices
+from deltaw.ops import choices, select
 from deltaw.ops.int8 import int8_available
 from deltaw.recipes.configure import build
 from deltaw.recipes.recipe import recipes
 from deltaw.training.rehearsal import rehearse
 from deltaw.training.run import train
 from tests.unit.training.power_cut import power_cut
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    """The layers of these tests are small, and run in 8 bit all the same."""
+    monkeypatch.setattr(select, "FORMED", -1)
 
 
 def go(tiny, folder, *, resume=False, **changes):
