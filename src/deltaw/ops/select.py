@@ -30,7 +30,7 @@ def use_merged(rows_out: int, columns_in: int, tokens: int, dtype: torch.dtype) 
 SMALL = 1 << 23
 """Multiplications of the frozen product: 64 rows through 384 x 384 are about as many."""
 
-LIGHT = 1 << 18
+LIGHT = 1 << 16
 """Numbers of an input of which copies may be kept for backward, as torch's own operations do where there is dropout."""
 
 FORMED = 1 << 17
