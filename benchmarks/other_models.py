@@ -229,7 +229,7 @@ def main(*names: str) -> None:
     if not names:
         RESULT.write_text(
             "# The claims on other models\n\n"
-            "A training step on models that nothing was tuned on: ratio of medians of "
+            "A training step on models that nothing was tuned on (but the first, for which small layers are composed): ratio of medians of "
             f"{ROUNDS} rounds (more of short steps), taken in turns,\nrank 8 on all linear layers, weights random. "
             f"Made by `python -m benchmarks.other_models`, seed {SEED}.\n\n" + "\n".join(lines) + "\n\n"
             f"{machine_of(machine())}.\n"

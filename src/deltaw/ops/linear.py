@@ -77,17 +77,14 @@ def adapted_linear(
     if not adapters and weight is not None:
         return F.linear(x, weight, bias)
     x, weight, bias = as_autocast(x, weight, bias)
-    tokens = math.prod(x.shape[:-1])
-    small = (
-        weight is not None and is_small(weight.shape[0], weight.shape[1], tokens) and not torch.compiler.is_compiling()
-    )
-    merge = weight is not None and not small and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype)
+    tokens, compiled = math.prod(x.shape[:-1]), torch.compiler.is_compiling()
+    if weight is not None and not compiled and is_small(weight.shape[0], weight.shape[1], tokens):
+        return composed(x, weight, bias, [in_force(a, training, False, x.device) for a in adapters])
+    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype)
     terms = [in_force(a, training, merge, x.device) for a in adapters]
     if transformed():
         return plain(x, weight, bias, terms, frozen)
-    if small and weight is not None:
-        return composed(x, weight, bias, terms)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() and not compiled:
         return adapted_values(x, weight, bias, terms, merge, frozen, True)[0]
     plan, tensors = pack(terms)
     keep = reads_x(weight, terms)
@@ -110,11 +107,10 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Ter
         A, B = (t.A, t.B) if t.A.dtype == t.B.dtype == y.dtype else (t.A.to(y.dtype), t.B.to(y.dtype))
         mask, drop = t.input_mask(x), t.output_mask(y)
         h = F.linear(x if mask is None else x * mask.rows(slice(None)), A)
-        y = (
-            torch.addmm(y, h, B.t(), alpha=t.scale)
-            if drop is None
-            else torch.addcmul(y, h @ B.t(), drop, value=t.scale)
-        )
+        if drop is None:
+            y = torch.addmm(y, h, B.t(), alpha=t.scale)
+        else:
+            y = torch.addcmul(y, h @ B.t(), drop, value=t.scale)
     return y
 
 
