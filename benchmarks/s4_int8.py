@@ -37,8 +37,8 @@ def main(rounds: int = 9) -> None:
             "peft dropout": methods.peft(work, dropout=0.05),
             "full": methods.full(work),
         }
-        # twice for warming up: in the first calls, 8-bit products are timed against 32-bit ones, and looked at
-        t = alternate({name: c.step for name, c in contenders.items()}, rounds, warmup=2)
+        # the first calls time 8-bit products against 32-bit ones, and look at them: at calls 1, 2 and 4, then 8
+        t = alternate({name: c.step for name, c in contenders.items()}, rounds, warmup=4)
         times[work.name] = medians(t)
         cos = {"gradient_cosine": round(near, 5)}
         rows4.append(row(f"{work.name}: int8 deltaw / PEFT", ratio(t, "deltaw", "peft"), 0.60, **cos))
