@@ -78,13 +78,13 @@ def scored(config: RunConfig, facts: Mapping[str, Any], other: bool) -> Task:
 
 
 def pretrain(config: RunConfig) -> RunConfig | None:
-    """The run that makes the base, unless there is one."""
+    """The run that makes the base, unless there is one: full training, of which no weight is frozen to be quantised."""
     options = Options.model_validate(config.options)
     if config.model is not None or options.scratch:
         return None
-    return config.model_copy(
-        update={"method": "full", "epochs": options.pretrain_epochs, "options": {**config.options, "scratch": True}}
-    )
+    options_of_it = {**config.options, "scratch": True}
+    changes = {"method": "full", "epochs": options.pretrain_epochs, "options": options_of_it, "quantize": None}
+    return config.model_copy(update=changes)
 
 
 register(
