@@ -4,7 +4,7 @@
     deltaw compare sentiment --methods lora --seeds 0,1,2 --out fp32
     python -m benchmarks.int8_quality --fp32 fp32/lora-seed* --int8 int8/lora-seed* [--gw benchmarks/results/S6.json]
 
-Writes docs/results/int8.md.
+Several recipes: --fp32 and --int8 once for each, in the same order. Writes docs/results/int8.md.
 """
 
 from __future__ import annotations
@@ -90,12 +90,13 @@ def heard(claim: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--fp32", type=Path, nargs="+", required=True)
-    words.add_argument("--int8", type=Path, nargs="+", required=True)
+    words.add_argument("--fp32", type=Path, nargs="+", action="append", required=True)
+    words.add_argument("--int8", type=Path, nargs="+", action="append", required=True)
     words.add_argument("--gw", type=Path, default=RESULTS / "S6.json")
     asked = words.parse_args(arguments)
     command = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
-    text = HEAD + command + "\n\n" + compared(runs_of(asked.fp32), runs_of(asked.int8))
+    tables = [compared(runs_of(exact), runs_of(narrow)) for exact, narrow in zip(asked.fp32, asked.int8, strict=True)]
+    text = HEAD + command + "\n\n" + "\n".join(tables)
     if asked.gw.is_file():
         text += "\n" + heard(json.loads(asked.gw.read_text()))
     PAGE.write_text(text)
