@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from deltaw.ops.linear import frozen_linear
+from deltaw.ops.frozen_dense import frozen_linear
 
 if TYPE_CHECKING:
     from deltaw.core.host import Host

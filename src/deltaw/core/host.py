@@ -20,6 +20,7 @@ from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
 from deltaw.core.recall import in_backward, note_silent_call, recall, remember
 from deltaw.core.roster import Active, Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
+from deltaw.ops.compact import hooks_in_force
 
 CHILD = "adapters"
 FORMS = "forms"
@@ -428,7 +429,7 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
         since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         rows = getattr(roster.local, "rows", None)
         output = own(self, *args, **kwargs) if rows is None else rows.call(self, own, args, kwargs)
-        if grad and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+        if grad and hooks_in_force() is not None:  # as in a checkpointed part: only what runs again asks
             remember(roster, output, since)
         return output
 

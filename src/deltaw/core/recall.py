@@ -1,8 +1,9 @@
 """Which adapters spoke when something was computed: asked by a recomputation that happens long after, in backward.
 
 Gradient checkpointing runs a part of the forward again during backward, perhaps outside of the `dw.use` under which it
-ran first, perhaps in another thread. So every host writes the adapters that spoke onto the autograd nodes that its call
-made (`remember`), and a host that is called in backward looks them up (`recall`):
+ran first, perhaps in another thread. So a host that is called where saved-tensor hooks are in force, as they are in a
+checkpointed part, writes the adapters that spoke onto the autograd nodes that its call made (`remember`), and a host that
+is called in backward looks them up (`recall`):
 
 - `use_reentrant=False`: the node whose saved tensors are wanted is in the part that runs again; of the nodes above it
   that carry a note, the latest one (autograd numbers nodes in the order of their making) belongs to the same part.

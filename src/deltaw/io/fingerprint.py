@@ -112,14 +112,12 @@ def entry_of(tensor: Tensor) -> dict[str, Any]:
     return {**found, **derived(tensor)}
 
 
-def compare(
-    model: nn.Module, recorded: Mapping[str, Any], without: Collection[str] = (), base: Inventory | None = None
-) -> Comparison:
-    """Compare the base of `model` with a recorded fingerprint. `without`: names that need not agree. base: a walk over it."""
+def compare(model: nn.Module | Inventory, recorded: Mapping[str, Any], without: Collection[str] = ()) -> Comparison:
+    """Compare the base of a model, or of a walk over it, with a recorded fingerprint. `without`: names that need not agree."""
     there = recorded.get("parameters")
     if not isinstance(there, Mapping) or recorded.get("version") != VERSION or not there:
         return Comparison(False, {}, {})
-    base = inventory(model) if base is None else base
+    base = model if isinstance(model, Inventory) else inventory(model)
     model, known = base.model, unchanged(base)
     if known is not None and there.keys() == known.keys() and all(same(e, known[n]) for n, e in there.items()):
         return Comparison(True, {}, {})

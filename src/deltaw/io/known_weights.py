@@ -98,11 +98,6 @@ def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
     _looks[base.model] = Look(refs, states, passing(base), [k.sample for k in known.values()], known)
 
 
-def seen_as(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes when a tensor is written to or given other memory, in another order too: no sample is read in its order."""
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
-
-
 def passing(base: Inventory) -> dict[str, frozenset[str]]:
     """`Look.passing` of a base."""
     found = {path: module._non_persistent_buffers_set for path, module in base.modules.items()}
@@ -138,8 +133,13 @@ def looked_at(model: nn.Module, without: Collection[str] = ()) -> dict[str, tupl
 
 def state_of(weight: Kept) -> tuple[Any, ...]:
     """What changes when a weight is written to, moved or replaced."""
-    tensors = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.dtype) for t in weight.tensors]
-    return weight.form, weight.dtype, tensors
+    return weight.form, weight.dtype, [seen_as(t) for t in weight.tensors]
+
+
+def seen_as(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor is written to or given other memory, or another order of the same."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def same_objects(known: Known, weight: Kept) -> bool:

@@ -289,7 +289,7 @@ def check_base(base: Inventory, adapter: Adapter, allow: bool) -> list[str]:
         ]
     if any(tensor.is_meta for tensor in base.stored.values()):
         return ["the model is on the meta device: its base could not be verified"]
-    result = prints.compare(base.model, recorded, prints.replaced(adapter), base)
+    result = prints.compare(base, recorded, prints.replaced(adapter))
     if not result.verified:
         return [
             "the adapter's fingerprint is of a kind that this version does not know: its base could not be verified"

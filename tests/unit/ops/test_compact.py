@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltaw as dw
-from deltaw.ops.compact import Compact, compact
+from deltaw.ops.compact import Compact, compact, hooks_in_force
 from deltaw.ops.narrow import Packed
 
 
@@ -139,7 +139,7 @@ def test_the_hooks_end_with_the_context_also_after_an_error() -> None:
     net = model()
     with pytest.raises(RuntimeError), compact(net):
         net(torch.randn(3, 3))
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+    assert hooks_in_force() is None
 
 
 def test_nested_and_entered_again() -> None:
@@ -148,8 +148,8 @@ def test_nested_and_entered_again() -> None:
     with twice:
         with twice:
             pass
-        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+        assert hooks_in_force() is not None
+    assert hooks_in_force() is None
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
@@ -164,5 +164,5 @@ def test_nothing_stays_behind_where_entering_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(net[1], "register_forward_pre_hook", lambda hook: 1 / 0)
     with pytest.raises(ZeroDivisionError), compact(net):
         pass
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+    assert hooks_in_force() is None
     assert not net[0]._forward_pre_hooks

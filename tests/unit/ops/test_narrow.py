@@ -144,30 +144,39 @@ def test_z_is_kept_where_an_adapted_layer_makes_gelu_of_z_again(targets: list[st
     assert kept.packed.kept.dtype == torch.bfloat16
 
 
+class Fork(nn.Module):
+    """A GELU that a frozen and an adapted layer read, in this order or the other; the second perhaps in a part that is
+    computed again."""
+
+    def __init__(self, frozen_first: bool, again: bool) -> None:
+        super().__init__()
+        self.up, self.frozen, self.adapted = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(256, 64)
+        self.frozen_first, self.again = frozen_first, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.up(x))
+        first, then = (self.frozen, self.adapted) if self.frozen_first else (self.adapted, self.frozen)
+        return 2 * first(y) - (checkpoint(then, y, use_reentrant=True) if self.again else then(y))
+
+
 @pytest.mark.parametrize("frozen_first", [False, True])
-def test_a_frozen_and_an_adapted_reader_of_one_gelu(frozen_first: bool) -> None:
-    class Fork(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.frozen, self.adapted = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(256, 64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = F.gelu(self.up(x))
-            first, then = (self.frozen, self.adapted) if frozen_first else (self.adapted, self.frozen)
-            return 2 * first(y) - then(y)
-
+@pytest.mark.parametrize("again", [False, True])
+def test_the_derivative_is_never_taken_for_the_input(frozen_first: bool, again: bool) -> None:
     torch.manual_seed(0)
-    net, x = Fork(), torch.randn(300, 64)
+    net, x = Fork(frozen_first, again), torch.randn(300, 64)
     dw.attach(net, dw.LoRA(rank=4), targets=["up", "adapted"])
     trained = [p for p in net.parameters() if p.requires_grad]
     with torch.no_grad():
         for p in trained:
             p.copy_(torch.randn(p.shape))
-    exact = torch.autograd.grad(net(x).square().mean(), trained)
-    with dw.compact(net):
-        loss = net(x).square().mean()
-    for wanted, found in zip(exact, torch.autograd.grad(loss, trained), strict=True):
-        assert (wanted - found).norm() <= 2.0**-7 * wanted.norm()
+    found: list[list[Tensor]] = []
+    for packed in (False, True):
+        net.zero_grad()
+        with dw.compact(net) if packed else nullcontext():
+            net(x).square().mean().backward()  # inside: a part that is computed again is so under compact saves too
+        found.append([p.grad.clone() for p in trained])
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() <= 2.0**-7 * exact.norm()  # two roundings to 8 bits
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -193,39 +202,7 @@ def test_units_that_are_almost_off_keep_their_gradients() -> None:
         with dw.compact(net) if packed else nullcontext():
             loss = (net[2](net[1](z)) @ torch.randn(64, generator=torch.Generator().manual_seed(1))).sum()
         found.append(torch.autograd.grad(loss, z)[0])
-    assert (found[0] - found[1]).norm() <= 0.06 * found[1].norm()
-
-
-def test_the_derivative_is_never_taken_for_the_input() -> None:
-    """A GELU that a frozen layer reads, and then an adapted one, inside and outside of a part that is computed again."""
-
-    class Fork(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.frozen, self.adapted = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(256, 64)
-
-        def tail(self, y: Tensor) -> Tensor:
-            return self.frozen(y) * 2 - self.adapted(y)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = F.gelu(self.up(x))
-            return self.frozen(y) + checkpoint(self.tail, y, use_reentrant=True)
-
-    torch.manual_seed(0)
-    net, x = Fork(), torch.randn(300, 64)
-    dw.attach(net, dw.LoRA(rank=4), targets=["up", "adapted"])
-    trained = [p for p in net.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in trained:
-            p.copy_(torch.randn(p.shape))
-    net(x).square().mean().backward()
-    exact = [p.grad.clone() for p in trained]
-    for p in trained:
-        p.grad = None
-    with dw.compact(net):
-        net(x).square().mean().backward()
-    for wanted, p in zip(exact, trained, strict=True):
-        assert (wanted - p.grad).norm() <= 2.0**-6 * wanted.norm()
+    assert (found[0] - found[1]).norm() <= 0.06 * found[1].norm()  # half a step at |d| = .0075, code 15 of the root's
 
 
 def test_a_second_derivative_of_what_was_not_kept_is_an_error_that_says_so() -> None:
