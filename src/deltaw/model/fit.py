@@ -22,7 +22,7 @@ def fitted(layout: Layout, adapter: Adapter) -> list[Planned]:
     """
     if not adapter.changes:
         raise AdapterError("the adapter is empty: it changes no weight")
-    shared = ties.shared(layout.layers)
+    shared = ties.shared(layout.parameters)
     wrong: list[str] = []
     plan: list[Planned] = []
     for key in adapter.changes:

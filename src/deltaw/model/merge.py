@@ -183,9 +183,8 @@ def write(change: Change, into: Into, final: bool) -> None:
 
 def changed_weights(model: nn.Module, active: Active, into: Into) -> Iterator[Change]:
     """Every parameter that the active adapters change, once, whatever the number of layers that share it."""
-    layers = layers_of(model)
-    refuse_one_sided(layers, active)
-    ties = shared(layers)
+    ties = shared(state.parameters_of(layers_of(model)))
+    refuse_one_sided(ties, active)
     hosts = list(state.hosts(model))
     seen: set[Hashable] = set()
     with torch.no_grad(), undropped(host for _, host in hosts):

@@ -88,18 +88,10 @@ def enter(
         roster.default = ((name, 1.0),)
     if freeze:
         keep_still(layout, roster)
-        for parameter, path, site in base_parameters(layout):
+        for path, _, site, parameter in layout.parameters:
             if parameter.requires_grad:
                 roster.frozen.setdefault(join_key(path, site), True)
                 parameter.requires_grad_(False)
-
-
-def base_parameters(layout: Layout) -> Iterable[tuple[nn.Parameter, str, str]]:
-    """(parameter, path, site) of the base model, without those of adapters."""
-    for path, module in layout.layers.items():
-        for site, parameter in module._parameters.items():
-            if parameter is not None:
-                yield parameter, path, site
 
 
 def keep_still(layout: Layout, roster: Roster) -> None:
@@ -116,9 +108,8 @@ def has_statistics(module: nn.Module) -> bool:
 
 def watch(layout: Layout, roster: Roster) -> None:
     """Host every module that reads weights of layers inside it (fast paths, own code), where one of those changes."""
-    readers = targeting.readers()
     for module in around(layout):
-        cls = None if isinstance(module, Host) else next((r for r in readers if r.reads(module)), None)
+        cls = None if isinstance(module, Host) else targeting.reader_of(module)
         if cls is not None:
             cls.of(module, roster)
     uncallable = [
@@ -139,16 +130,16 @@ def watch(layout: Layout, roster: Roster) -> None:
 
 
 def around(layout: Layout) -> list[nn.Module]:
-    """The modules with a host inside of them."""
-    paths: set[str] = set()
+    """The modules with a host inside of them, each before those that it is in."""
+    paths: dict[str, None] = {}
     for path, module in layout.layers.items():
         if isinstance(module, Host):
             while path:
                 path = path.rpartition(".")[0]
                 if path in paths:
                     break
-                paths.add(path)
-    return [layout.layers[path] for path in layout.layers if path in paths]
+                paths[path] = None
+    return [layout.layers[path] for path in paths]
 
 
 def forget(layout: Layout, roster: Roster, name: str) -> None:
@@ -173,7 +164,7 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
         close_gate(layout.root)
         first_call.remove(layout, roster)
         roster.merged = None
-        for parameter, path, site in base_parameters(layout):
+        for path, _, site, parameter in layout.parameters:
             if roster.frozen.get(join_key(path, site)):
                 parameter.requires_grad_(True)
         roster.frozen.clear()

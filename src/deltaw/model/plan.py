@@ -56,7 +56,7 @@ def planned(
         leave = [*left, *trained] if target == targeting.ALL_LINEAR else left
         for item in meant(model, target, variant, known, leave, layers, exclude):
             add(plan, item)
-    shared = ties.shared(known)
+    shared = ties.shared(layout.parameters)
     for item in plan.values():
         item.tied = ties.others(shared, item.layer, parameter_of(item.site))
         for path, layer, _ in item.tied:

@@ -108,7 +108,7 @@ def quantize(
     state.unmerged(root, "quantize")
     state.unsharded(root, "quantize")
     layers = wanted(root, targets, exclude)
-    tied = ties.shared(targeting.layers_of(root))
+    tied = ties.shared(state.parameters_of(targeting.layers_of(root)))
     trains = bool(state.names(root))
     skipped: dict[str, str] = {}
     ready: list[tuple[str, nn.Module, type[Host], FrozenWeight]] = []

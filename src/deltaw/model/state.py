@@ -5,7 +5,8 @@ A verb that asks several questions walks the model once, into a `Layout`, and as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,17 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def parameters_of(layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(path, layer, name, parameter) of all parameters that these layers hold themselves."""
+    return [
+        (path, layer, name, parameter)
+        for path, layer in layers.items()
+        if layer._parameters
+        for name, parameter in layer._parameters.items()
+        if parameter is not None
+    ]
+
+
 class Layout:
     """A model as one walk found it. Attaching changes classes, not this tree, so it holds while a verb is at work.
 
@@ -62,6 +74,11 @@ class Layout:
         self.layers = layers_of(self.root)
         self.modules = list({id(m): m for m in self.layers.values()}.values())
 
+    @functools.cached_property
+    def parameters(self) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+        """What these layers hold, as `parameters_of` gives it, when first asked."""
+        return parameters_of(self.layers)
+
     def hosts(self) -> list[tuple[str, Host]]:
         """(path, host) of every host; a layer reached by two paths comes once."""
         found: dict[int, tuple[str, Host]] = {}
@@ -72,6 +89,8 @@ class Layout:
 
     def rosters(self) -> list[Roster]:
         """The rosters that the hosts follow: one, unless parts were adapted on their own."""
+        if not any(issubclass(kind, Host) for kind in set(map(type, self.modules))):
+            return []
         return list({id(m.roster): m.roster for m in self.modules if isinstance(m, Host)}.values())
 
     def unsharded(self, verb: str) -> None:
@@ -99,12 +118,10 @@ class Layout:
                 raise ModelError(
                     f"cannot {verb}: its {name} is scripted or traced (TorchScript); do so before torch.jit.script"
                 )
-        for parameter, module in {
-            type(p): (p, m) for m in reversed(self.modules) for p in m._parameters.values()
-        }.values():
-            if parameter is not None and is_lazy(parameter):
+        for _, layer, _, parameter in {type(place[3]): place for place in self.parameters}.values():
+            if is_lazy(parameter):
                 raise ModelError(
-                    f"cannot {verb}: the weights of a {type(module).__name__} have no shape yet; run the model once"
+                    f"cannot {verb}: the weights of a {type(layer).__name__} have no shape yet; run the model once"
                 )
 
 

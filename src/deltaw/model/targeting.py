@@ -21,6 +21,7 @@ from deltaw.core.host import Host
 from deltaw.core.registry import hosts as host_registry
 from deltaw.errors import TargetError
 from deltaw.model.state import layers_of as layers_of
+from deltaw.model.state import parameters_of
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 ALL_LINEAR = "all-linear"
@@ -46,17 +47,17 @@ def as_targets(targets: Any) -> list[Target]:
     return found
 
 
-def named(text: str) -> Callable[[str], object]:
-    """What a textual target stands for: a test that a dotted end of a path, or all of it, passes.
+def named(text: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a textual target stands for: itself or the pattern is a dotted end of them, or all of them.
 
     Raises:
         TargetError: it is no valid regular expression.
     """
     if PLAIN.fullmatch(text):
         end = "." + text
-        return lambda path: path.endswith(end) or path == text
+        return [path for path in paths if path.endswith(end) or path == text]
     try:
-        return re.compile(rf"(?:.*\.)?(?:{text})").fullmatch
+        return list(filter(re.compile(rf"(?:.*\.)?(?:{text})").fullmatch, paths))
     except re.error as error:
         raise TargetError(f"target {text!r} is no valid regular expression: {error}") from error
 
@@ -80,8 +81,7 @@ def matching(model: nn.Module, target: Target, layers: dict[str, nn.Module], lea
             )
         return found
     if isinstance(target, str):
-        meant = named(target)
-        found = [p for p in layers if meant(p)]
+        found = named(target, layers)
     elif isinstance(target, type):
         found = [p for p, m in layers.items() if isinstance(m, target)]
     else:
@@ -134,13 +134,8 @@ def parameters(target: Target, layers: dict[str, nn.Module]) -> list[tuple[str, 
     """(path, name) of the parameters that a text names as it would name a layer."""
     if not isinstance(target, str):
         return []
-    meant = named(target)
-    return [
-        (path, site)
-        for path, layer in layers.items()
-        for site, parameter in layer._parameters.items()
-        if parameter is not None and meant(join_key(path, site))
-    ]
+    keys = {join_key(path, site): (path, site) for path, _, site, _ in parameters_of(layers)}
+    return [keys[key] for key in named(target, keys)]
 
 
 def host_for_parameter(layer: nn.Module, site: str) -> type[Host] | None:
@@ -159,10 +154,17 @@ def watcher_of(layer: nn.Module) -> type[Host] | None:
     )
 
 
-def readers() -> list[type[Host]]:
-    """The hosts for modules that read weights of hosts inside them (`Host.reads`), later registrations first."""
-    known: list[type[Host]] = [cls for _, cls in reversed(host_registry.items())]
-    return [cls for cls in known if cls.watches or cls.reads.__func__ is not Host.reads.__func__]  # type: ignore[attr-defined]
+def reader_of(layer: nn.Module) -> type[Host] | None:
+    """The host for a module that reads weights of hosts inside it (`Host.reads`), or None."""
+    return next((cls for cls in readers(len(host_registry), type(layer)) if cls.reads(layer)), None)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1024)
+def readers(registered: int, kind: type) -> tuple[type[Host], ...]:
+    """The hosts, of so many that are `registered`, that may say so of a module of class `kind`; later registrations first."""
+    hosts = (cls for _, cls in reversed(host_registry.items()))
+    own = Host.reads.__func__  # type: ignore[attr-defined]
+    return tuple(cls for cls in hosts if issubclass(kind, cls.watches) or cls.reads.__func__ is not own)
 
 
 def host_of_any(layer: nn.Module) -> type[Host]:

@@ -7,7 +7,7 @@ meaning: the sides then differ, and cannot be merged into the one storage.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -30,17 +30,14 @@ def identity(tensor: Tensor) -> Hashable:
         return id(tensor)
 
 
-def shared(layers: Mapping[str, nn.Module]) -> dict[Hashable, list[Place]]:
-    """The parameters that more than one layer holds, by `identity`. A layer reached by two paths counts once."""
-    holders = {id(layer): layer for layer in layers.values() if layer._parameters}.values()
-    addresses = [address(p) for layer in holders for p in layer._parameters.values() if p is not None]
-    if len(set(addresses)) == len(addresses):
+def shared(parameters: Sequence[tuple[str, nn.Module, str, nn.Parameter]]) -> dict[Hashable, list[Place]]:
+    """Those parameters (`state.parameters_of`) that more than one layer holds, by `identity`. A layer reached by two paths
+    counts once."""
+    if len({address(parameter) for _, _, _, parameter in parameters}) == len(parameters):
         return {}
     found: dict[Hashable, dict[tuple[int, str], Place]] = {}
-    for path, layer in layers.items():
-        for site, parameter in layer._parameters.items():
-            if parameter is not None:
-                found.setdefault(identity(parameter), {}).setdefault((id(layer), site), (path, layer, site))
+    for path, layer, site, parameter in parameters:
+        found.setdefault(identity(parameter), {}).setdefault((id(layer), site), (path, layer, site))
     return {key: list(places.values()) for key, places in found.items() if len(places) > 1}
 
 
@@ -60,13 +57,13 @@ def others(ties: Mapping[Hashable, list[Place]], layer: nn.Module, site: str) ->
     return [p for p in ties.get(identity(stored), []) if not (p[1] is layer and p[2] == site)]
 
 
-def refuse_one_sided(layers: Mapping[str, nn.Module], active: Active) -> None:
+def refuse_one_sided(ties: Mapping[Hashable, list[Place]], active: Active) -> None:
     """Refuse to merge changes that differ between the layers which share the parameter.
 
     Raises:
         ModelError: a side has a change that another does not have; the message names both.
     """
-    for places in shared(layers).values():
+    for places in ties.values():
         said = [changes_of(layer, site, active) for _, layer, site in places]
         if any(s != said[0] for s in said):
             names = [join_key(path, site) for path, _, site in places]
