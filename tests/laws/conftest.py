@@ -17,8 +17,8 @@ from deltaw.ops import select
 
 @pytest.fixture(autouse=True, params=["fused", "composed"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """No shape is too small for the fused operation, or every one is."""
-    for limit in ("SMALL", "LIGHT", "FORMED"):
+    """No shape is too small for the fused operation and for factors, or every one is."""
+    for limit in ("SMALL", "LIGHT", "FORMED", "KERNEL"):
         monkeypatch.setattr(select, limit, -1 if request.param == "fused" else 1 << 62)
     return str(request.param)
 

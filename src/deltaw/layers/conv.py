@@ -8,6 +8,7 @@ Subclasses that only override `_conv_forward` (openai-whisper's Conv1d casts the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from deltaw.core.host import Example
 from deltaw.core.registry import host
 from deltaw.core.variant import LowRank
 from deltaw.layers.output import OutputHost, added, dropped_input
+from deltaw.ops.select import WIDE, use_merged_kernel
 
 
 class ConvMatrix(OutputHost):
@@ -46,6 +48,7 @@ class ConvMatrix(OutputHost):
 class ConvHost(ConvMatrix):
     """An adapted convolution of any number of dimensions."""
 
+    in_channels: int
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: Any
@@ -58,7 +61,7 @@ class ConvHost(ConvMatrix):
             return self._conv_forward(x, self.weight, self._parameters["bias"])
         bias = self.changed_bias()
         terms = self.low_rank()
-        if not terms or cheaper_changed(self, terms):
+        if not terms or cheaper_changed(self, terms, x.numel() // (self.in_channels * math.prod(self.stride))):
             return self._conv_forward(x, self.changed("weight", dropout=self.training), bias)
         y = self._conv_forward(x, self.weight, bias)
 
@@ -84,16 +87,17 @@ class ConvHost(ConvMatrix):
         return y
 
 
-def cheaper_changed(layer: ConvMatrix, terms: list[LowRank]) -> bool:
-    """Whether W + ΔW costs less than the factors: where the groups times the rank are no less than the outputs.
+def cheaper_changed(layer: ConvMatrix, terms: list[LowRank], places: int) -> bool:
+    """Whether W + ΔW costs less than the factors, for so many places in the output: by the rule of `ops/select.py`, and
+    where the groups times the rank are no less than the outputs.
 
-    Only in 32 and 64 bit (in 16 bit the rounding of W + ΔW would swallow a small change), and without dropout in force.
+    Not with dropout in force, nor under autocast, which would round W + ΔW to 16 bit and swallow a small change.
     """
-    rank = sum(t.A.shape[0] for t in terms)
-    wide = layer.weight.dtype in (torch.float32, torch.float64)
-    return (
-        wide and rank * layer.groups >= layer.weight.shape[0] and not (layer.training and any(t.dropout for t in terms))
-    )
+    weight = layer.weight
+    if (layer.training and any(t.dropout for t in terms)) or torch.is_autocast_enabled(weight.device.type):
+        return False
+    many = weight.dtype in WIDE and sum(t.A.shape[0] for t in terms) * layer.groups >= weight.shape[0]
+    return many or use_merged_kernel(weight.numel(), places, weight.dtype)
 
 
 def random(*shape: int) -> Callable[[torch.dtype], tuple[Tensor]]:

@@ -46,6 +46,7 @@ class ConvTransposeMatrix(ConvMatrix):
 class ConvTransposeHost(ConvTransposeMatrix):
     """An adapted transposed convolution."""
 
+    in_channels: int
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: Any
@@ -68,7 +69,7 @@ class ConvTransposeHost(ConvTransposeMatrix):
             y: Tensor = transposed(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
             return y
 
-        if not terms or cheaper_changed(self, terms):
+        if not terms or cheaper_changed(self, terms, x.numel() // self.in_channels):
             return applied(x, self.changed("weight", dropout=self.training), bias)
         ones = (1,) * (self.weight.ndim - 2)
 

@@ -16,6 +16,7 @@ from deltaw.core.host import Host, Spoken
 from deltaw.core.part import parameter_of, placed, placed_rows, rows_of
 from deltaw.core.roster import Active
 from deltaw.core.variant import LowRank
+from deltaw.ops.seeded import seeded_dropout
 
 
 class OutputHost(Host):
@@ -76,18 +77,18 @@ def added(
     behind: int,
     training: bool,
 ) -> Tensor:
-    """y + Σ (gain ⊙ (y - bias) + scale · low(term)): the frozen output y with its changes, in y's dtype.
+    """y + Σ (gain ⊙ (y - bias) + low(term)): the frozen output y with its changes, in y's dtype.
 
-    low: B(A(drop(x))) of one term, shaped as y. behind: number of dimensions of y behind that of the outputs.
+    low: B(A(drop(x))) of one term, its scale in B already, shaped as y. behind: number of dimensions of y behind that of the outputs.
     A term of rank 0 is a gain alone. With gain = 0 and B = 0 the result is y to the bit.
     """
     unbiased = y if bias is None else y - by_output(bias, behind).to(y.dtype)
     total = y
     for t in terms:
         if t.A.shape[0]:
-            change = t.scale * low(t)
+            change = low(t._replace(scale=1.0, B=t.scale * t.B))  # B has the fewer numbers
             if training and t.dropout and t.dropout_at == "output":
-                change = nn.functional.dropout(change, t.dropout)
+                change = seeded_dropout(change, t.dropout)
             total = plus(total, change)
         if t.gain is not None:
             total = plus(total, by_output(t.gain, behind) * unbiased)
@@ -106,4 +107,4 @@ def by_output(values: Tensor, behind: int) -> Tensor:
 
 def dropped_input(x: Tensor, term: LowRank, training: bool) -> Tensor:
     """What A sees of x."""
-    return nn.functional.dropout(x, term.dropout) if training and term.dropout and term.dropout_at == "input" else x
+    return seeded_dropout(x, term.dropout) if training and term.dropout and term.dropout_at == "input" else x

@@ -4,6 +4,10 @@ Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operatio
 W' = W + s B A costs 2r·in·out and a pass over the weight. So W' is cheaper where T > in·out / (in + out). It is exact
 up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never there.
 
+For a convolution it is passes that cost: factors make five of them over the output, forward and backward, W' the gradient
+of a whole weight. Measured with rank 8, W' is cheaper for kernels of up to `KERNEL` numbers at `PLACES` places or more
+(.6 to .96 of the factors' time from 32 x 16 to 256 x 256 numbers; 1.1 above).
+
 Fused or composed. The fused operation saves passes and memory and has the faster products, for some 60 to 90
 microseconds of Python. Below `SMALL` multiplications that is more than it saves, and torch's own operations are composed.
 
@@ -49,6 +53,18 @@ def is_formed(rows_out: int, columns_in: int) -> bool:
     By its shape alone: were it by the number of rows as well, a row would round otherwise in another batch.
     """
     return rows_out * columns_in <= FORMED
+
+
+KERNEL = 1 << 16
+"""Numbers of a convolution's weight."""
+
+PLACES = 1 << 8
+"""Places of an output. Of a kernel of up to 2^12 numbers W' is cheaper at any number of them."""
+
+
+def use_merged_kernel(numbers: int, places: int, dtype: torch.dtype) -> bool:
+    """Whether a convolution, whose weight has so many numbers, forms W' for a call with so many places in the output."""
+    return dtype in WIDE and numbers <= KERNEL and (places >= PLACES or numbers <= KERNEL >> 4)
 
 
 @dataclass(frozen=True)

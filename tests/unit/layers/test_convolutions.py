@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 import deltaw as dw
+from deltaw.ops import select
 from tests.laws.conftest import Wrapped, shaken
+
+
+@pytest.fixture(autouse=True, params=["factors", "changed"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight is small enough for W + ΔW, or every one is."""
+    monkeypatch.setattr(select, "KERNEL", -1 if request.param == "factors" else 1 << 62)
+
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SPACE = {1: (9,), 2: (8, 7), 3: (6, 5, 5)}
@@ -68,6 +76,7 @@ def test_the_size_asked_of_a_transposed_convolution():
 
 
 def test_factors_are_convolved_and_no_dense_change_is_formed(monkeypatch):
+    monkeypatch.setattr(select, "KERNEL", -1)
     model = Wrapped(nn.Conv2d(4, 32, 3, groups=2, padding=1))
     shaken(dw.attach(model, dw.DoRA(rank=2), targets=["layer"]))
     monkeypatch.setattr(type(model.layer.deltas("default")["weight"]), "delta_weight", None)
@@ -82,7 +91,7 @@ def test_a_depthwise_convolution_runs_with_its_changed_weight(monkeypatch):
     shaken(dw.attach(model, dw.LoRA(rank=4), targets=["layer"]))
     x = torch.randn(2, 8, 9)
     out = model(x)
-    monkeypatch.setattr(conv, "cheaper_changed", lambda layer, terms: False)
+    monkeypatch.setattr(conv, "cheaper_changed", lambda *given: False)
     torch.testing.assert_close(model(x), out)
 
 
