@@ -122,13 +122,15 @@ def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
     An existing folder is replaced if it is empty or an adapter of ours (its README.md is kept, unless `fill` wrote one).
 
     Raises:
-        AdapterError: `path` is something else, or holds files that are not an adapter's.
+        AdapterError: `path` is something else, holds files that are not an adapter's, or is where nothing can be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     exists = _may_replace(target)
     draft = target.parent / f".{target.name}.tmp-{secrets.token_hex(6)}"
-    draft.mkdir()
+    try:
+        draft.mkdir(parents=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise AdapterError(f"{target} cannot be written, nor a folder be made beside it: {error.strerror}") from error
     try:
         fill(draft)
         if exists and (target / CARD).is_file() and not (draft / CARD).exists():

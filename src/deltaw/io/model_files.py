@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from deltaw.core.adapter import Adapter, split_key
-from deltaw.errors import AdapterError, BaseMismatch
+from deltaw.errors import AdapterError, BaseMismatch, did_you_mean
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
 from deltaw.io.admission import Admitted, admitting, check_values
@@ -21,7 +21,7 @@ from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
 from deltaw.io.fitting import check_dtypes, check_fit, check_names, folded, peft_can_place, task_of, tie_rows, tighten
-from deltaw.io.folder import Folder
+from deltaw.io.folder import CONFIG, Folder
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
 from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_todays_names
@@ -193,6 +193,12 @@ def found(source: str | os.PathLike[str] | Folder, revision: str | None = None, 
         raise AdapterError(f"load takes a folder, a hub id or an Adapter; found {type(source).__name__}")
     path = Path(source)
     if isinstance(source, str) and hub.is_id(source) and not path.exists():
+        if revision is None and path.parent.is_dir():
+            have = sorted(child.name for child in path.parent.iterdir() if (child / CONFIG).is_file())
+            raise AdapterError(
+                f"{path.parent} holds no adapter {path.name!r}{did_you_mean(path.name, have)} (it has: "
+                f"{', '.join(have[:8]) or 'none'}); if the hub's {source!r} is meant, give its revision, for example 'main'"
+            )
         return hub.fetch(source, revision=revision, token=token)
     if revision is not None:
         raise AdapterError(f"revision={revision!r} is for the hub, and {path} is a local folder")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -150,12 +150,17 @@ def check(section: type[Section], values: Mapping[str, Any], where: str = "") ->
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(where, e) for e in error.errors())) from None
+        raise ConfigError("; ".join(_explained(where, error.errors()))) from None
 
 
-def _explain(where: str, error: Any) -> str:
-    place = where + ".".join(str(part) for part in error["loc"] if not _is_type_name(part))
-    return f"{place}={error['input']!r}: {error['msg'][:1].lower() + error['msg'][1:]}"
+def _explained(where: str, errors: Sequence[Any]) -> list[str]:
+    """One sentence for each value; of a union, what each member wanted of it."""
+    found: dict[str, list[str]] = {}
+    for error in errors:
+        place = where + ".".join(str(part) for part in error["loc"] if not _is_type_name(part))
+        found.setdefault(f"{place}={error['input']!r}", []).append(error["msg"][:1].lower() + error["msg"][1:])
+    again = "input should be "
+    return [f"{said}: {' or '.join(whys).replace(f' or {again}', ' or ')}" for said, whys in found.items()]
 
 
 def _is_type_name(part: Any) -> bool:

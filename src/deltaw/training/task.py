@@ -113,6 +113,15 @@ class Task(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no predict")
 
 
+def answer(text: str, labels: Sequence[str], shares: Tensor) -> dict[str, Any]:
+    """The answer for one input of a classification. shares: the probability of every class."""
+    return {
+        "text": text,
+        "label": labels[int(shares.argmax())],
+        "probabilities": {name: float(p) for name, p in zip(labels, shares)},
+    }
+
+
 class Classified(Tally):
     """Accuracy, and for two classes the area under the ROC curve."""
 

@@ -244,6 +244,11 @@ def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
     assert "\nerror: " in "\n" + deltaw("inspect", "empty", code=2).err
 
 
+def test_one_sentence_says_what_a_value_may_be(deltaw):
+    said = deltaw("train", "sentiment", "lr=abc", code=2).err
+    assert "lr='abc': input should be a valid number or a valid dictionary\n" in said
+
+
 def test_debug_shows_the_traceback(deltaw):
     assert "Traceback" in deltaw("--debug", "train", "sentimnt", code=2).err
     assert "Traceback" in deltaw("train", "sentimnt", "--debug", code=2).err

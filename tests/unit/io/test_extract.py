@@ -192,6 +192,17 @@ def test_doctor_finds_what_is_dead_and_what_explodes() -> None:
         doctor(model)
 
 
+def test_doctor_lets_a_head_trained_in_full_grow() -> None:
+    model = net()
+    dw.attach(model, dw.LoRA(rank=2), ["0"], train=["first"])
+    shaken(model)
+    with torch.no_grad():
+        model.first.deltas("default")["weight"].value.mul_(10)
+    found = doctor(model, inputs=torch.randn(4, 6))
+    assert found["weights"]["first.weight"]["change"] > 1
+    assert "first.weight" not in found["exploding"]
+
+
 def test_doctor_finds_a_layer_that_is_never_called() -> None:
     model = net()
     model.unused = nn.Linear(3, 3)

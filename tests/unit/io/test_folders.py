@@ -123,6 +123,20 @@ def test_nothing_else_is_overwritten(tmp_path: Path, case: str) -> None:
         assert (target / "thesis.tex").read_text() == "x"
 
 
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AdapterError, match="cannot be written"):
+        dw.write(adapter(1), tmp_path / "file" / "a")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_name_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dw.write(adapter(1), "adapters/sum")
+    with pytest.raises(AdapterError, match=r"did you mean 'sum'\? \(it has: sum\)"):
+        dw.load(torch.nn.Linear(2, 2), "adapters/sun")
+
+
 def test_a_damaged_adapter_is_not_written(tmp_path: Path) -> None:
     broken = adapter(1)
     broken.tensors()["first.weight.A"][0, 0] = float("nan")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deltaw.cli.commands.predict import answered
 from deltaw.errors import ConfigError, DataError, MissingExtra
 from deltaw.recipes.configure import build
 from deltaw.recipes.kept import open_kept, score
@@ -167,6 +168,11 @@ def test_a_vit_learns_resumes_and_opens_again(pictures, tmp_path):
     assert score(tmp_path / "run", [f"data={pictures / 'table.csv'}"], "test")["accuracy"] > 0.9
     with pytest.raises(DataError, match="no readable image"):
         task.predict(model, [str(pictures / "by_class/dark/cut.png")])
+    names = [str(pictures / f"by_class/{name}.png") for name in ("dark/1", "dark/cut", "light/1")]
+    answers, unreadable = answered(task, model, names)
+    assert [answer["text"] for answer in answers] == [names[0], names[2]]
+    assert len(unreadable) == 1
+    assert "cut.png" in unreadable[0]
 
 
 @pytest.mark.parametrize("name", ["cnn", "mlp"])

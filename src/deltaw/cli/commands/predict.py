@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaw.training.task import Task
 
 
 def add(app: typer.Typer) -> None:
@@ -30,7 +36,8 @@ def add(app: typer.Typer) -> None:
         if not given or any(not text.strip() for text in given):
             raise DataError("an input is empty: give texts on the command line, or one per line on stdin")
         _, task, net = open_kept(Path(run), model)
-        for answer in task.predict(net, given):
+        answers, unreadable = answered(task, net, given)
+        for answer in answers:
             if as_json:
                 typer.echo(json.dumps(answer))
                 continue
@@ -38,3 +45,19 @@ def add(app: typer.Typer) -> None:
             typer.echo(
                 f"{answer['label']}  {'  '.join(f'{name} {p:.4f}' for name, p in shares[:5])}  | {answer['text']}"
             )
+        if unreadable:
+            reasons = "\n  ".join(unreadable)
+            raise DataError(f"{len(unreadable)} of {len(given)} inputs have no answer:\n  {reasons}")
+
+
+def answered(task: Task, net: nn.Module, given: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The answers for all inputs that can be read, and why the others cannot."""
+    from deltaw.errors import DataError
+
+    try:
+        return task.predict(net, given), []
+    except DataError as error:
+        if len(given) == 1:
+            return [], [str(error)]
+    each = [answered(task, net, [one]) for one in given]  # rare: what was done for the others is done again
+    return [a for answers, _ in each for a in answers], [why for _, whys in each for why in whys]

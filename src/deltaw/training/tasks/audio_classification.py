@@ -20,7 +20,7 @@ from deltaw.training.hub import resolve
 from deltaw.training.listener import Listener
 from deltaw.training.log_mel import FRAME_PAIR, log_mel, samples
 from deltaw.training.sounds import read_sound, read_sounds
-from deltaw.training.task import Batch, Classified, Task
+from deltaw.training.task import Batch, Classified, Task, answer
 from deltaw.training.whisper import cut_context, empty_encoder, is_openai, load_pretrained_config, whisper_encoder
 
 CHUNK = 100
@@ -228,13 +228,7 @@ class AudioClassification(Task):
         for name in inputs:
             waves = read_sound(Path(name), shape.rate, shape.samples, shape.channels)
             shares = model(self.mel(waves[None]))[0].float().softmax(-1)
-            found.append(
-                {
-                    "text": name,
-                    "label": self.labels[int(shares.argmax())],
-                    "probabilities": {n: float(p) for n, p in zip(self.labels, shares)},
-                }
-            )
+            found.append(answer(name, self.labels, shares))
         return found
 
 

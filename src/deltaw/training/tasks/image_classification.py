@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltaw.errors import DataError
 from deltaw.training.config import RunConfig
 from deltaw.training.pictures import Pictures, read_picture
-from deltaw.training.task import Batch, Classified, Task
+from deltaw.training.task import Batch, Classified, Task, answer
 
 
 class ImageClassification(Task):
@@ -103,13 +103,7 @@ class ImageClassification(Task):
         for name in inputs:
             image = read_picture(Path(name), shape)
             shares = model(torch.from_numpy(image)[None])[0].float().softmax(-1)
-            found.append(
-                {
-                    "text": name,
-                    "label": self.labels[int(shares.argmax())],
-                    "probabilities": {n: float(p) for n, p in zip(self.labels, shares)},
-                }
-            )
+            found.append(answer(name, self.labels, shares))
         return found
 
     def facts(self) -> dict[str, Any]:

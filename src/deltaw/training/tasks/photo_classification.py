@@ -16,7 +16,7 @@ from deltaw.training.config import RunConfig
 from deltaw.training.image_files import ImageSource, open_picture, read_images
 from deltaw.training.preparation import Preparation
 from deltaw.training.rows import labelled, labelled_whole
-from deltaw.training.task import Batch, Classified, Task
+from deltaw.training.task import Batch, Classified, Task, answer
 from deltaw.training.vision_models import VisionModel
 
 Example = tuple[np.ndarray[Any, Any], int]
@@ -138,13 +138,7 @@ class PhotoClassification(Task):
         for name in inputs:
             image = self.preparation(open_picture(Path(name).expanduser()))
             shares = _logits(model(torch.from_numpy(image)[None]))[0].float().softmax(-1)
-            found.append(
-                {
-                    "text": name,
-                    "label": self.labels[int(shares.argmax())],
-                    "probabilities": {n: float(p) for n, p in zip(self.labels, shares)},
-                }
-            )
+            found.append(answer(name, self.labels, shares))
         return found
 
 

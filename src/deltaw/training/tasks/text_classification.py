@@ -13,7 +13,7 @@ from deltaw.errors import ConfigError, DataError, MissingExtra
 from deltaw.training.config import RunConfig
 from deltaw.training.hub import load_pretrained, quiet_transformers, resolve
 from deltaw.training.rows import all_rows, labelled_text
-from deltaw.training.task import Batch, Classified, Task
+from deltaw.training.task import Batch, Classified, Task, answer
 
 
 class TextClassification(Task):
@@ -162,17 +162,11 @@ class TextClassification(Task):
     def predict(self, model: nn.Module, inputs: Sequence[str]) -> list[dict[str, Any]]:
         """For each text: the label, and the probability of every class."""
         model.eval()
-        found = []
+        found: list[Tensor] = []
         for start in range(0, len(inputs), self.config.eval_batch_size):
             batch = self.collate(
                 self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]])
             )
             _, logits = self.loss(model, batch)
-            for row in logits.float().softmax(-1):
-                found.append(
-                    {
-                        "label": self.labels[int(row.argmax())],
-                        "probabilities": {n: float(p) for n, p in zip(self.labels, row)},
-                    }
-                )
-        return [{"text": text, **answer} for text, answer in zip(inputs, found)]
+            found += logits.float().softmax(-1)
+        return [answer(text, self.labels, shares) for text, shares in zip(inputs, found)]
