@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import workloads
 from benchmarks.measure import record, row
 
 METHODS = {
@@ -31,11 +33,11 @@ CLAIMED = 4
 """So many of them have a target; the others are measured on the first model only."""
 
 CHILD = """
-import dataclasses, gc, sys, warnings
+import dataclasses, gc, importlib, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 import deltaw as dw
-from benchmarks import methods, workloads
+from benchmarks import methods
 
 def kilobytes(name):
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name)).split()[1])
@@ -51,7 +53,8 @@ def compacted(contender):
 def query_and_value(work):
     return dataclasses.replace(work, targets=tuple(t for t in work.targets if t[0] in "qv"))
 
-work = workloads.all_workloads()[int(sys.argv[1])]
+module, _, name = sys.argv[1].partition(".")
+work = getattr(importlib.import_module("benchmarks." + module), name)()
 contender = eval(sys.argv[2])
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
@@ -62,30 +65,31 @@ print(kilobytes("VmHWM") - before)
 """
 
 
-def peak(work: int, method: str) -> float:
-    """MiB above the loaded model."""
+def peaks(work: str, methods: Sequence[str]) -> dict[str, float]:
+    """MiB above the loaded model, of each method. work: the function that makes the workload, "module.name"."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {m: round(p, 1) for m, p in zip(methods, pool.map(lambda m: peak(work, m), methods), strict=True)}
+
+
+def peak(work: str, method: str) -> float:
+    """The same of one."""
     root = Path(__file__).parents[1]
     # Freed memory goes back at once in every process, so that the peak counts what is in use.
     env = {**os.environ, "PYTHONPATH": str(root), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(work), METHODS[method]], cwd=root, env=env, capture_output=True, text=True
+        [sys.executable, "-c", CHILD, work, METHODS[method]], cwd=root, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout) / 1024
 
 
-def main(which: tuple[int, ...] = (0, 1, 2)) -> None:
+def main() -> None:
     rows: list[dict[str, Any]] = []
     table = {}
-    for index in which:
-        from benchmarks.workloads import all_workloads
-
-        name = all_workloads()[index].name
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            methods = list(METHODS) if index == which[0] else list(METHODS)[:CLAIMED]
-            peaks = pool.map(lambda method, index=index: peak(index, method), methods)
-            mib = {method: round(p, 1) for method, p in zip(methods, peaks, strict=True)}
+    for make in (workloads.whisper_tiny, workloads.minilm, workloads.smollm2):
+        name = make().name
+        mib = peaks(f"workloads.{make.__name__}", list(METHODS)[: CLAIMED if table else None])
         table[name] = mib
         rows.append(row(f"{name}: memory deltaw / PEFT", {"ratio": mib["deltaw"] / mib["peft"]}, 0.60))
         rows.append(row(f"{name}: memory deltaw / full", {"ratio": mib["deltaw"] / mib["full"]}, 0.65))

@@ -26,7 +26,6 @@ class Conv1DHost(ProductHost):
     """An adapted Conv1D of GPT-2."""
 
     family: ClassVar[str] = "conv1d_gpt2"
-    bias: Tensor
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:

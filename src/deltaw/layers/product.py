@@ -23,13 +23,14 @@ class ProductHost(OutputHost):
     """A layer that multiplies by its weight's matrix (out, in) and adds a bias."""
 
     takes_forms: ClassVar[bool] = True
+    bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         weight, form = self.dense_or_form(x)
         sites = self.active_sites()
         if not sites:
-            return adapted_linear(x, weight, self._parameters["bias"], (), training=self.training, frozen=form)
-        bias = self.changed_bias() if "bias" in sites else self._parameters["bias"]
+            return adapted_linear(x, weight, self.bias, (), training=self.training, frozen=form)
+        bias = self.changed_bias() if "bias" in sites else self.bias
         terms = self.low_rank()
         if terms is None and form is None:
             return nn.functional.linear(x, self.as_kept(self.changed("weight")), bias)
@@ -65,4 +66,4 @@ class ProductHost(OutputHost):
                 return None
             segments.append(Segment(start, stop, terms))
         weight, form = self.dense_or_form(x)
-        return grouped_linear(x, weight, self._parameters["bias"], segments, training=self.training, frozen=form)
+        return grouped_linear(x, weight, self.bias, segments, training=self.training, frozen=form)

@@ -5,8 +5,8 @@ W' = W + s B A costs 2r·in·out and a pass over the weight. So W' is cheaper wh
 up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never there.
 
 For a convolution it is passes that cost: factors make five of them over the output, forward and backward, W' the gradient
-of a whole weight. Measured with rank 8, W' is cheaper for kernels of up to `KERNEL` numbers at `PLACES` places or more
-(.6 to .96 of the factors' time from 32 x 16 to 256 x 256 numbers; 1.1 above).
+of a whole weight. Measured with rank 8 (benchmarks/convolution.py), W' is cheaper for kernels of up to `KERNEL` numbers at
+`PLACES` places or more (.52 to .95 of the factors' time; 1.07 or more above).
 
 Fused or composed. The fused operation saves passes and memory and has the faster products, for some 60 to 90
 microseconds of Python. Below `SMALL` multiplications that is more than it saves, and torch's own operations are composed.

@@ -95,6 +95,28 @@ def test_a_depthwise_convolution_runs_with_its_changed_weight(monkeypatch):
     torch.testing.assert_close(model(x), out)
 
 
+def test_a_small_kernel_runs_with_its_changed_weight_where_that_loses_nothing(monkeypatch):
+    monkeypatch.undo()  # the limits as they are
+    model = Wrapped(nn.Conv2d(16, 32, 3, padding=1))
+    dw.attach(model, dw.LoRA(rank=2, dropout=0.5), targets=["layer"])
+    host = type(model.layer)
+    calls = []
+    real = host.by_factors
+    monkeypatch.setattr(host, "by_factors", lambda *given: calls.append(1) or real(*given))
+    few, many = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 16, 16)
+    model.eval()
+    for x, expected in ((few, 1), (many, 0)):  # 4,608 numbers: from 256 places on
+        model(x)
+        assert len(calls) == expected
+        calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(many)
+    model.train()
+    model(many)  # dropout
+    model.eval().bfloat16()(many.bfloat16())
+    assert len(calls) == 3
+
+
 def test_true_groups_keep_their_channels_apart():
     model = Wrapped(nn.Conv1d(4, 12, 1, groups=2)).double()
     shaken(dw.attach(model, dw.LoRA(rank=2), targets=["layer"]))
