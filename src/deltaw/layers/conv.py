@@ -27,6 +27,7 @@ class ConvMatrix(OutputHost):
     """A convolution's weight (out, in/groups, *kernel) as the matrix (out, in/groups · kernel)."""
 
     groups: int
+    in_channels: int
     convolution: ClassVar[Callable[..., Tensor]]
 
     @classmethod
@@ -48,7 +49,6 @@ class ConvMatrix(OutputHost):
 class ConvHost(ConvMatrix):
     """An adapted convolution of any number of dimensions."""
 
-    in_channels: int
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: Any

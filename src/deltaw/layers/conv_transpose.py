@@ -22,7 +22,6 @@ from deltaw.layers.output import added, dropped_input
 class ConvTransposeMatrix(ConvMatrix):
     """A transposed convolution's weight as the matrix (out, in/groups · kernel)."""
 
-    in_channels: int
     out_channels: int
 
     @classmethod

@@ -130,7 +130,7 @@ def watch(layout: Layout, roster: Roster) -> None:
 
 
 def around(layout: Layout) -> list[nn.Module]:
-    """The modules with a host inside of them, each before those that it is in."""
+    """The modules with a host inside of them, in no order."""
     paths: dict[str, None] = {}
     for path, module in layout.layers.items():
         if isinstance(module, Host):
