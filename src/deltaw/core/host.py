@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.bare import Bare
 from deltaw.core.beside import own_class, plain_again
 from deltaw.core.frozen import FrozenWeight, foreign_dense
 from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
@@ -36,7 +37,7 @@ class Example(NamedTuple):
     kwargs: Mapping[str, Any] = {}
 
 
-class Adapters(nn.Module):
+class Adapters(Bare):
     """The child module of a host: adapter name -> `Changes`.
 
     tied: adapter name -> site -> (host, site) of another layer that has the very same parameter and holds its change.
@@ -53,7 +54,7 @@ class Adapters(nn.Module):
         return name in self._modules
 
 
-class Changes(nn.Module):
+class Changes(Bare):
     """What one adapter changes in one layer: site name -> `Delta`."""
 
     _modules: dict[str, Delta]  # type: ignore[assignment]
@@ -80,7 +81,7 @@ class Host(nn.Module):
     family: ClassVar[str]
     """The layer family's name in files and tables."""
     adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
-    """Layer classes that this host adapts, their subclasses too: of these, `accepts` is asked. (): it is asked of any layer."""
+    """Layer classes that this host adapts, their subclasses too (see `accepts_class`). (): any layer may be one of its kind."""
     base_class: ClassVar[type[nn.Module]]
     """The class that the layer had before."""
     host: ClassVar[type[Host]]
@@ -107,6 +108,11 @@ class Host(nn.Module):
     # ---- what a layer file fills in
 
     @classmethod
+    def accepts_class(cls, kind: type[nn.Module]) -> bool:
+        """Whether `accepts` is to be asked of layers of class `kind`; called once for a class. Default: as `adapts` says."""
+        return not cls.adapts or issubclass(kind, cls.adapts)
+
+    @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
         """Whether this host computes exactly what `layer` does. Default: `layer`'s class is in `adapts` or inherits its forward."""
         return isinstance(layer, cls.adapts) and own_class(layer).forward in [
@@ -127,6 +133,11 @@ class Host(nn.Module):
     def refusal(cls, layer: nn.Module) -> str | None:
         """Why a layer that `accepts` took cannot be adapted after all, or None. Asked at attach and load only."""
         return None
+
+    @classmethod
+    def reads_class(cls, kind: type[nn.Module]) -> bool:
+        """Whether `reads` is to be asked of layers of class `kind`; called once for a class. Default: one of `watches`."""
+        return issubclass(kind, cls.watches)
 
     @classmethod
     def reads(cls, layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.bare import Bare
 from deltaw.errors import AdapterError, ConfigError, did_you_mean
 
 
@@ -84,7 +85,7 @@ class Dense(FrozenMatrix):
         return self.weight
 
 
-class Delta(nn.Module, ABC):
+class Delta(Bare, ABC):
     """The change of one weight: its trained tensors and the formula that turns them into ΔW.
 
     Parameters and persistent buffers of this module are exactly what a file keeps of it.
@@ -143,13 +144,15 @@ class Delta(nn.Module, ABC):
             raise AdapterError(f"{variant} with {theirs} does not fit into the place of {self.variant} with {mine}")
         return dict(tensors)
 
-    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+    def hold(self, tensors: Mapping[str, Tensor], trained: bool) -> None:
         """Take exactly these tensors, themselves and not copies, as the delta's own (`state_dict`'s names).
+
+        trained: those that are parameters require a gradient.
 
         Raises:
             AdapterError: a tensor is missing, unknown, or of another shape.
         """
-        mine = self.state_dict(keep_vars=True)
+        mine = self.state_dict(keep_vars=True) if self._modules else self.held_here()
         if mine.keys() != tensors.keys():
             raise AdapterError(f"{self.variant} has the tensors {sorted(mine)}, the adapter holds {sorted(tensors)}")
         for key, tensor in tensors.items():
@@ -161,9 +164,15 @@ class Delta(nn.Module, ABC):
             path, _, name = key.rpartition(".")
             owner = self.get_submodule(path) if path else self
             if isinstance(old, nn.Parameter):
-                owner._parameters[name] = nn.Parameter(tensor, old.requires_grad)
+                owner._parameters[name] = nn.Parameter(tensor, trained)
             else:
                 owner._buffers[name] = tensor
+
+    def held_here(self) -> dict[str, Tensor]:
+        """Name -> parameter or persistent buffer of this module itself, as `state_dict` of one without children gives them."""
+        found = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+        passing = self._non_persistent_buffers_set
+        return found | {n: b for n, b in self._buffers.items() if b is not None and n not in passing}  # type: ignore[return-value]
 
     changes_bias: ClassVar[bool] = False
     """True if `delta_bias` is defined."""

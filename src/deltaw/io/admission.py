@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +32,7 @@ from deltaw.io.peft import Parsed, Shapes, grammar_for
 MAX_CONFIG = 1 << 20
 MAX_RANK = 1 << 16
 MUCH = 1 << 18
-"""Bytes that are hashed in a thread of their own."""
-
-T = TypeVar("T")
+"""Bytes that are read and hashed in a thread of their own."""
 
 
 @dataclass(frozen=True)
@@ -81,25 +79,51 @@ def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True, shape
         return admitted
 
 
+@dataclass(frozen=True)
+class Arriving:
+    """A folder whose weights are being read, and hashed then, beside other work. Call what it holds to wait for them.
+
+    sha: None if there is no checksum to compare with, or none is wanted.
+    """
+
+    folder: Folder
+    weights: Callable[[], memoryview]
+    sha: Callable[[], str] | None
+
+
+def arriving(source: str | os.PathLike[str] | Folder, *, verify: bool = True) -> Arriving:
+    """Begin to read a folder.
+
+    Raises:
+        AdapterError: it has not the files of an adapter.
+    """
+    folder = source if isinstance(source, Folder) else Folder(source)
+    with _naming(folder):
+        _check_names(folder)
+        file = folder.opened(WEIGHTS, aligned=tensor_file.data_start)
+        if not (verify and MANIFEST in folder.names):
+            return Arriving(folder, meanwhile(file.size, file.read)[0], None)
+        return Arriving(folder, *meanwhile(file.size, file.read, sha256))
+
+
 @contextmanager
 def admitting(
-    source: str | os.PathLike[str] | Folder, *, verify: bool = True, shapes: Shapes = None
+    source: str | os.PathLike[str] | Folder | Arriving, *, verify: bool = True, shapes: Shapes = None
 ) -> Iterator[Admitted]:
     """`admit` for a block that may run while checksums are still computed: it changes nothing outside of itself.
 
     Where the block ends, in an error too, the checksums are right, or it ends in an AdapterError that says otherwise.
     """
-    folder = source if isinstance(source, Folder) else Folder(source)
+    files = source if isinstance(source, Arriving) else arriving(source, verify=verify)
+    folder, sha = files.folder, files.sha
     with _naming(folder):
-        _check_names(folder)
-        raw_weights = folder.read(WEIGHTS, aligned=tensor_file.data_start)
-        sha = meanwhile(sha256, raw_weights) if verify and MANIFEST in folder.names else None
         body = (
             manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify)
             if MANIFEST in folder.names
             else None
         )
         raw_config = bytes(folder.read(CONFIG, MAX_CONFIG))
+        raw_weights = files.weights()
 
     def check_stamps() -> None:
         if body is not None and sha is not None:
@@ -216,15 +240,19 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def meanwhile(work: Callable[[bytes | memoryview], T], data: bytes | memoryview) -> Callable[[], T]:
-    """Begin `work(data)` in a thread of its own, if there is much to do; call the result to wait for what it gives.
+def meanwhile(
+    size: int, read: Callable[[], memoryview], then: Callable[[memoryview], str] = lambda data: ""
+) -> tuple[Callable[[], memoryview], Callable[[], str]]:
+    """Begin `read()` and `then(what it gave)` in a thread of its own, if there is much to do; call the results to wait for them.
 
-    For work that runs outside of Python's lock, as hashing does.
+    For work that runs outside of Python's lock, as reading and hashing do.
     """
-    if len(data) < MUCH:
-        done = work(data)
-        return lambda: done
+    if size < MUCH:
+        data = read()
+        done = then(data)
+        return lambda: data, lambda: done
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(work, data)
+    first = pool.submit(read)
+    second = pool.submit(lambda: then(first.result()))
     pool.shutdown(wait=False)  # no further work; what was begun goes on
-    return future.result
+    return first.result, second.result

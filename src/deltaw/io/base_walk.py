@@ -6,8 +6,8 @@ One walk costs well under a millisecond for a large model, however many adapters
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ PLAIN = (Tensor, nn.Parameter, nn.parameter.Buffer)
 
 @dataclass(frozen=True)
 class Inventory:
-    """What one walk found: `modules` by path, and `stored`, every parameter and buffer by name (all names of a tied one)."""
+    """What one walk found: `modules` by path, and `stored`, every parameter and buffer by name (all names of a tied one).
+
+    answers: to questions that were asked of it already, as it holds for one verb.
+    """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
     stored: Mapping[str, Tensor]
+    answers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -46,9 +50,9 @@ def inventory(model: nn.Module | Layout) -> Inventory:
             continue
         seen.add(id(module))
         modules[path] = module
-        front = f"{path}." if path else ""
-        for kept in (module._parameters, module._buffers):
-            for site, tensor in kept.items():
+        if module._parameters or module._buffers:
+            front = f"{path}." if path else ""
+            for site, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     stored[front + site] = tensor
     return Inventory(layout.root, modules, stored)

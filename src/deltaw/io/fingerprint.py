@@ -22,6 +22,7 @@ from deltaw.core.adapter import Adapter, join_key
 from deltaw.io.base_walk import Inventory, Kept, inventory, kept_weights
 from deltaw.io.known_weights import (
     Known,
+    Look,
     complete_all,
     completed,
     derived,
@@ -118,8 +119,8 @@ def compare(model: nn.Module | Inventory, recorded: Mapping[str, Any], without: 
     if not isinstance(there, Mapping) or recorded.get("version") != VERSION or not there:
         return Comparison(False, {}, {})
     base = model if isinstance(model, Inventory) else inventory(model)
-    model, known = base.model, unchanged(base)
-    if known is not None and there.keys() == known.keys() and all(same(e, known[n]) for n, e in there.items()):
+    model, look = base.model, unchanged(base)
+    if look is not None and agrees(look, there):
         return Comparison(True, {}, {})
     here = looked_at(model, without)
     if not without:
@@ -151,6 +152,16 @@ def compare(model: nn.Module | Inventory, recorded: Mapping[str, Any], without: 
         if aliases.get(name, name) not in there:
             other.setdefault(name, "not in the base that was trained on")
     return Comparison(True, other, precision)
+
+
+def agrees(look: Look, recorded: Mapping[str, Any]) -> bool:
+    """Whether a base that did not change has the very bytes that were recorded, to the last weight."""
+    if recorded == look.agreed:  # one table for all adapters of a base (io/entry_lines.py): quick to tell
+        return True
+    if recorded.keys() != look.known.keys() or not all(same(e, look.known[n]) for n, e in recorded.items()):
+        return False
+    look.agreed = dict(recorded)
+    return True
 
 
 def same(recorded: Any, known: Known) -> bool:

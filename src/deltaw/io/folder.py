@@ -52,12 +52,16 @@ class Folder:
             raise AdapterError(f"the folder {str(self.path)[:200]!r} cannot be opened: {error}") from error
 
     def read(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> memoryview:
-        """The content of a file directly inside the folder, in memory of its own.
+        """`opened(...).read()`: the content of a file directly inside the folder, in memory of its own."""
+        return self.opened(name, max_bytes, aligned).read()
+
+    def opened(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> Opened:
+        """A file directly inside the folder, ready to be read.
 
         aligned: from the file's first 8 bytes, the place in it that shall lie at a multiple of 64 in memory.
 
         Raises:
-            AdapterError: it is a link, no regular file, too large, or changes while it is read.
+            AdapterError: it is a link, no regular file, or too large.
         """
         if name not in self.names:
             raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names[:10]) or 'nothing'}")
@@ -74,8 +78,38 @@ class Folder:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 os.close(file)
                 raise AdapterError(f"{self.path / name} is not a regular file")
-            with os.fdopen(file, "rb") as stream:
-                return _read_all(stream, self.path / name, max_bytes, aligned)
+            return Opened(os.fdopen(file, "rb"), self.path / name, max_bytes, aligned)
+
+
+class Opened:
+    """A plain file, open, and memory of its `size` in bytes for what is in it."""
+
+    def __init__(self, stream: BufferedReader, path: Path, max_bytes: int, aligned: Aligned) -> None:
+        self.stream, self.path = stream, path
+        try:
+            about = os.fstat(stream.fileno())
+            self.size = about.st_size
+            if not stat.S_ISREG(about.st_mode):
+                raise AdapterError(f"{path} is not a regular file")
+            if self.size > max_bytes:
+                raise AdapterError(f"{path} holds {self.size:,} bytes; at most {max_bytes:,} are read")
+            room = np.empty(self.size + ALIGNMENT, np.uint8)  # a bytearray would be filled with zeros first
+            start = 0 if aligned is None else -(room.ctypes.data + aligned(stream.peek(8)[:8])) % ALIGNMENT
+            self.data = room[start : start + self.size].data
+        except BaseException:
+            stream.close()
+            raise
+
+    def read(self) -> memoryview:
+        """All of it, once. The file is closed then.
+
+        Raises:
+            AdapterError: it changed meanwhile.
+        """
+        with self.stream:
+            if self.stream.readinto(self.data) != self.size or self.stream.read(1):
+                raise AdapterError(f"{self.path} changed while it was read; try again")
+        return self.data
 
 
 class Files(Folder):
@@ -86,11 +120,10 @@ class Files(Folder):
         self.where = {name: Path(p).resolve() for name, p in where.items()}
         self.names = sorted(where)
 
-    def read(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> memoryview:
+    def opened(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> Opened:
         if name not in self.where:
             raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names)}")
-        with self.where[name].open("rb") as stream:
-            return _read_all(stream, self.path / name, max_bytes, aligned)
+        return Opened(self.where[name].open("rb"), self.path / name, max_bytes, aligned)
 
 
 @contextmanager
@@ -100,20 +133,6 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _read_all(stream: BufferedReader, path: Path, max_bytes: int, aligned: Aligned) -> memoryview:
-    about = os.fstat(stream.fileno())
-    if not stat.S_ISREG(about.st_mode):
-        raise AdapterError(f"{path} is not a regular file")
-    if about.st_size > max_bytes:
-        raise AdapterError(f"{path} holds {about.st_size:,} bytes; at most {max_bytes:,} are read")
-    room = np.empty(about.st_size + ALIGNMENT, np.uint8)  # a bytearray would be filled with zeros first
-    start = 0 if aligned is None else -(room.ctypes.data + aligned(stream.peek(8)[:8])) % ALIGNMENT
-    data = room[start : start + about.st_size].data
-    if stream.readinto(data) != about.st_size or stream.read(1):
-        raise AdapterError(f"{path} changed while it was read; try again")
-    return data
 
 
 def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:

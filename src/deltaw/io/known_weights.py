@@ -19,7 +19,7 @@ import secrets
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ LARGE = 64 << 20
 MAX_CACHED = 64 << 20
 CACHED_FILES = 64
 
+Place = tuple[tuple[int], tuple[int]] | None
+"""Size and stride of up to 16 evenly spaced values of a tensor that lies in memory as one piece; None for another one."""
+
 
 @dataclass
 class Known:
@@ -54,34 +57,46 @@ class Known:
     original: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Look:
-    """A base whose every weight is simply there and known. refs, states: of all that it stores, by name. samples: of `known`.
+    """A base whose every weight is simply there and known. refs, states: of all that it stores, by name.
 
-    passing: paths of layers -> buffers there that no file keeps.
+    passing: paths of layers -> buffers there that no file keeps. spots: where values of `known` are read, by its order.
+    values: what was there. agreed: the recorded entries that were last found to be those of `known`.
     """
 
     refs: dict[str, weakref.ref[Tensor]]
     states: list[tuple[Any, ...]]
     passing: dict[str, frozenset[str]]
-    samples: list[bytes]
+    spots: list[list[tuple[int, Place]]]
+    values: list[bytes]
     known: dict[str, Known]
+    agreed: dict[str, Any] = field(default_factory=dict)
 
 
 _seen: weakref.WeakKeyDictionary[nn.Module, dict[str, Known]] = weakref.WeakKeyDictionary()
 _looks: weakref.WeakKeyDictionary[nn.Module, Look] = weakref.WeakKeyDictionary()
 
 
-def unchanged(base: Inventory) -> Mapping[str, Known] | None:
-    """What is known of every weight of real numbers, if nothing in the base changed since the last look; else None."""
+def unchanged(base: Inventory) -> Look | None:
+    """The last look at the base, if nothing in it changed since then; else None. Found out once for each walk."""
+    if "unchanged" not in base.answers:
+        base.answers["unchanged"] = _unchanged(base)
+    found: Look | None = base.answers["unchanged"]
+    return found
+
+
+def _unchanged(base: Inventory) -> Look | None:
     look = _looks.get(base.model)
     if look is None or look.refs.keys() != base.stored.keys():
         return None
-    if not all(look.refs[name]() is tensor for name, tensor in base.stored.items()):
+    for name, tensor in base.stored.items():
+        if look.refs[name]() is not tensor:
+            return None
+    if list(map(lying, base.stored.values())) != look.states or passing(base) != look.passing:
         return None
-    if [seen_as(t) for t in base.stored.values()] != look.states or passing(base) != look.passing:
-        return None
-    return look.known if samples([base.stored[n] for n in look.known]) == look.samples else None
+    weights = [base.stored[n] for n in look.known]
+    return look if [together(views_at(weights, g)) for g in look.spots] == look.values else None
 
 
 def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
@@ -90,18 +105,22 @@ def remember(base: Inventory, found: Mapping[str, tuple[Kept, Known]]) -> None:
     if any(t.is_inference() or type(t) not in PLAIN for t in base.stored.values()):
         return
     refs = {name: weakref.ref(tensor) for name, tensor in base.stored.items()}
-    states = [seen_as(t) for t in base.stored.values()]
+    states = list(map(lying, base.stored.values()))
     for name, (weight, entry) in found.items():
         if weight.tensors[0] is not base.stored.get(name) or state_of(weight) != entry.state:
             return
     known = {name: known for name, (_, known) in found.items()}
-    _looks[base.model] = Look(refs, states, passing(base), [k.sample for k in known.values()], known)
+    weights = [base.stored[name] for name in known]
+    groups = spots(weights)
+    values = [together(views_at(weights, group)) for group in groups]
+    _looks[base.model] = Look(refs, states, passing(base), groups, values, known)
 
 
 def passing(base: Inventory) -> dict[str, frozenset[str]]:
     """`Look.passing` of a base."""
-    found = {path: module._non_persistent_buffers_set for path, module in base.modules.items()}
-    return {path: frozenset(names) for path, names in found.items() if names}
+    return {
+        p: frozenset(m._non_persistent_buffers_set) for p, m in base.modules.items() if m._non_persistent_buffers_set
+    }
 
 
 def looked_at(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Kept, Known]]:
@@ -138,8 +157,14 @@ def state_of(weight: Kept) -> tuple[Any, ...]:
 
 def seen_as(tensor: Tensor) -> tuple[Any, ...]:
     """What changes when a tensor is written to or given other memory, or another order of the same."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
+    if tensor.is_inference():
+        return tensor.data_ptr(), 0, tensor.shape, tensor.stride(), tensor.dtype
+    return lying(tensor)
+
+
+def lying(tensor: Tensor) -> tuple[Any, ...]:
+    """The same of a tensor that counts its versions."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def same_objects(known: Known, weight: Kept) -> bool:
@@ -150,32 +175,52 @@ def same_objects(known: Known, weight: Kept) -> bool:
     return len(known.refs) == len(weight.tensors)
 
 
-@torch.no_grad()
 def samples(tensors: Sequence[Tensor]) -> list[bytes]:
     """The bytes of up to 16 evenly spaced values of each tensor, read together per device and dtype."""
     found = [b""] * len(tensors)
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() and not tensor.is_meta:
-            groups.setdefault((tensor.device, tensor.dtype), []).append((i, spaced(tensor)))
-    for group in groups.values():
-        values = torch.cat([view for _, view in group]).cpu()
-        raw, width, at = values.view(torch.uint8).numpy().tobytes(), values.element_size(), 0
-        for i, view in group:
+    for group in spots(tensors):
+        views = views_at(tensors, group)
+        raw, at = together(views), 0
+        width = len(raw) // sum(view.shape[0] for view in views)
+        for (i, _), view in zip(group, views):
             end = at + width * view.shape[0]
             found[i] = raw[at:end]
             at = end
     return found
 
 
-def spaced(tensor: Tensor) -> Tensor:
-    """Up to 16 evenly spaced values of a tensor: a view of it, if it lies in memory as one piece."""
+def spots(tensors: Sequence[Tensor]) -> list[list[tuple[int, Place]]]:
+    """Where `samples` reads: (index, place) of each tensor that holds values, one list per device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Place]]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() and not tensor.is_meta:
+            one_piece = type(tensor) in PLAIN and tensor.is_contiguous()
+            groups.setdefault((tensor.device, tensor.dtype), []).append((i, place_in(tensor) if one_piece else None))
+    return list(groups.values())
+
+
+def place_in(tensor: Tensor) -> Place:
+    """Up to 16 values, evenly spaced."""
+    count = tensor.numel()
+    return ((count,), (1,)) if count < SAMPLES else ((SAMPLES,), (count // SAMPLES,))
+
+
+@torch.no_grad()
+def views_at(tensors: Sequence[Tensor], group: Sequence[tuple[int, Place]]) -> list[Tensor]:
+    """The values at these spots, (up to 16,) of each tensor."""
+    return [tensors[i].as_strided(*at) if at is not None else scattered(tensors[i]) for i, at in group]
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """The same of a tensor that does not lie in memory as one piece, or that another library keeps in a form of its own."""
     tensor = tensor if type(tensor) in PLAIN else tensor.data
     count = tensor.numel()
-    number, step = (count, 1) if count < SAMPLES else (SAMPLES, count // SAMPLES)
-    if tensor.is_contiguous():
-        return tensor.as_strided((number,), (step,))
-    return tensor.reshape(-1)[::step][:number]
+    return tensor.reshape(-1)[:: max(1, count // SAMPLES)][: min(count, SAMPLES)]
+
+
+def together(views: Sequence[Tensor]) -> bytes:
+    """The bytes of all of them."""
+    return torch.cat(list(views)).cpu().view(torch.uint8).numpy().tobytes()
 
 
 def spread(work: Any, weights: Sequence[Kept]) -> Iterable[Any]:

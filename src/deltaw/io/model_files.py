@@ -16,12 +16,13 @@ from deltaw.core.adapter import Adapter, split_key
 from deltaw.errors import AdapterError, BaseMismatch, did_you_mean
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
-from deltaw.io.admission import Admitted, admitting, check_values
+from deltaw.io.admission import Admitted, admitting, arriving, check_values
 from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
 from deltaw.io.fitting import check_dtypes, check_fit, check_names, folded, peft_can_place, task_of, tie_rows, tighten
 from deltaw.io.folder import CONFIG, Folder
+from deltaw.io.known_weights import unchanged
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_of
 from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_todays_names
@@ -157,8 +158,10 @@ def load(
         NameTaken, ModelError: the model is not in a state to take it.
     If anything is wrong, the model is left as it was.
     """
+    files = None if isinstance(source, Adapter) else arriving(found(source, revision, token), verify=verify)
     layout = state.Layout(model)
     base = inventory(layout)
+    unchanged(base)  # which takes as long as the file, and may be done before that is there
     if isinstance(source, Adapter):
         adapter = source if rename is None else moved(source, rename)
         check_values(adapter.tensors())
@@ -166,8 +169,8 @@ def load(
         notes += checked_for(base, adapter, allow_base_mismatch)
         adopt = False
     else:
-        folder = found(source, revision, token)
-        with admitting(folder, verify=verify, shapes=None if rename else base.shapes) as admitted:
+        assert files is not None
+        with admitting(files, verify=verify, shapes=None if rename else base.shapes) as admitted:
             adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
             notes += checked_for(base, adapter, allow_base_mismatch)
             # base weights would stay in memory beside it; and who trains may resize, offload and share memory

@@ -28,10 +28,13 @@ class Conv1DHost(ProductHost):
     family: ClassVar[str] = "conv1d_gpt2"
 
     @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        kind = type(layer)
+    def accepts_class(cls, kind: type[nn.Module]) -> bool:
         own: Any = next((c for c in kind.__mro__ if c.__name__ == NAME and c.__module__ == HOME), None)
         return own is not None and bool(kind.forward is own.forward)
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return cls.accepts_class(type(layer))
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:

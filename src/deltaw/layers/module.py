@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltaw.core.host import Host
 from deltaw.core.registry import host
 from deltaw.core.twin import shell
-from deltaw.layers.reading import read_hosts, written_in
+from deltaw.layers.reading import read_hosts, reads_in, written_in
 
 
 @host
@@ -47,6 +47,10 @@ class ModuleHost(Host):
     @classmethod
     def main_sites(cls, layer: nn.Module) -> tuple[str, ...]:
         return ()
+
+    @classmethod
+    def reads_class(cls, kind: type[nn.Module]) -> bool:
+        return bool(reads_in(kind))
 
     @classmethod
     def reads(cls, layer: nn.Module) -> bool:

@@ -122,17 +122,28 @@ def at_rest(layer: nn.Module, kind: type[nn.Module], tensors: dict[str, Tensor |
     return twin
 
 
+class OwnForwardHost(Host):
+    """A subclass of a class in `adapts` with a forward of its own, which takes a change in one of the `ways`."""
+
+    ways: ClassVar[tuple[Way, ...]]
+
+    @classmethod
+    def accepts_class(cls, kind: type[nn.Module]) -> bool:
+        return any(issubclass(kind, plain) and own_forwards(kind, plain) for plain in cls.adapts)
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return any(way_of(layer, plain) in cls.ways for plain in cls.adapts)
+
+
 @host
-class LinearBeneathHost(LinearHost):
+class LinearBeneathHost(OwnForwardHost, LinearHost):
     """A subclass of nn.Linear whose own forward calls `super().forward`."""
 
     family: ClassVar[str] = "linear (beneath own forward)"
     beneath: ClassVar[bool] = True
+    ways: ClassVar[tuple[Way, ...]] = ("beneath",)
     takes_forms: ClassVar[bool] = False  # the forward above may read the weight
-
-    @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        return way_of(layer, nn.Linear) == "beneath"
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -143,15 +154,12 @@ class LinearBeneathHost(LinearHost):
 
 
 @host
-class EmbeddingBeneathHost(EmbeddingHost):
+class EmbeddingBeneathHost(OwnForwardHost, EmbeddingHost):
     """A subclass of nn.Embedding whose own forward calls `super().forward`."""
 
     family: ClassVar[str] = "embedding (beneath own forward)"
     beneath: ClassVar[bool] = True
-
-    @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        return way_of(layer, nn.Embedding) == "beneath"
+    ways: ClassVar[tuple[Way, ...]] = ("beneath",)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -159,15 +167,16 @@ class EmbeddingBeneathHost(EmbeddingHost):
 
 
 @host
-class OwnForwardLinearHost(OutputHost):
+class OwnForwardLinearHost(OwnForwardHost, OutputHost):
     """A subclass of nn.Linear that multiplies by its weight in a forward of its own."""
 
     family: ClassVar[str] = "linear (own forward)"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    ways: ClassVar[tuple[Way, ...]] = ("added", "unused")
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return way_of(layer, nn.Linear) in ("added", "unused") and not is_foreign(layer)
+        return super().accepts(layer) and not is_foreign(layer)
 
     @classmethod
     def sites(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -210,6 +219,10 @@ class ForeignLinearHost(OwnForwardLinearHost):
     foreign: ClassVar[bool] = True
 
     @classmethod
+    def accepts_class(cls, kind: type[nn.Module]) -> bool:
+        return issubclass(kind, nn.Linear)
+
+    @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear) and is_foreign(layer)
 
@@ -230,14 +243,10 @@ class ForeignLinearHost(OwnForwardLinearHost):
         return super().forward(x)
 
 
-class ChangedHost(WeightHost):
+class ChangedHost(OwnForwardHost, WeightHost):
     """A layer whose own forward runs on W + ΔW."""
 
-    plain: ClassVar[type[nn.Module]]
-
-    @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        return way_of(layer, cls.plain) == "changed"
+    ways: ClassVar[tuple[Way, ...]] = ("changed",)
 
 
 @host
@@ -245,7 +254,7 @@ class ChangedLinearHost(ChangedHost, OutputHost):
     """A subclass of nn.Linear that does something else with its weight than to multiply by it."""
 
     family: ClassVar[str] = "linear (on W + ΔW)"
-    plain: ClassVar[type[nn.Module]] = nn.Linear
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -257,7 +266,7 @@ class ChangedEmbeddingHost(ChangedHost, EmbeddingMatrix):
     """A subclass of nn.Embedding that reads its weight itself (positions by slicing, as HF's Whisper)."""
 
     family: ClassVar[str] = "embedding (on W + ΔW)"
-    plain: ClassVar[type[nn.Module]] = nn.Embedding
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -270,10 +279,7 @@ class ChangedConvHost(ChangedHost, ConvMatrix):
 
     family: ClassVar[str] = "convolution (on W + ΔW)"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, cls.adapts) and any(way_of(layer, plain) is not None for plain in cls.adapts)
+    ways: ClassVar[tuple[Way, ...]] = ("beneath", "changed")
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -288,10 +294,7 @@ class ChangedConvTransposeHost(ChangedHost, ConvTransposeMatrix):
 
     family: ClassVar[str] = "transposed convolution (on W + ΔW)"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-    @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, cls.adapts) and any(way_of(layer, plain) is not None for plain in cls.adapts)
+    ways: ClassVar[tuple[Way, ...]] = ("beneath", "changed")
 
 
 # ---- examples

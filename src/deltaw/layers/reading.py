@@ -123,7 +123,7 @@ def is_read(layer: Host, read: Read) -> bool:
     """Whether `read` takes more from `layer` than a call gives: a weight, or a method that may use one."""
     if read.site in layer.held():
         return True
-    if not read.values:
+    if not read.values or (not read.site and not never_called(layer)):
         return False
     method = getattr(layer.base_class, read.site, None) if read.site not in ("", "forward") else None
     own = isinstance(method, FunctionType) and not hasattr(nn.Module, read.site)

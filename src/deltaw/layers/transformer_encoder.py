@@ -21,8 +21,8 @@ class ReadingHost(Host):
     """A module without weights of its own that reads those of the layers inside it."""
 
     @classmethod
-    def accepts(cls, layer: nn.Module) -> bool:
-        return False
+    def accepts_class(cls, kind: type[nn.Module]) -> bool:
+        return False  # of its own it has no weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         whole = self.training or not speaks(self)

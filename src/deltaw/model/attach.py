@@ -6,6 +6,7 @@ the deltas, and only then the model.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -257,20 +258,25 @@ def loaded(
     adopt: they take the tensors themselves, if all of them can be taken so.
     """
     shared: dict[str, Any] = {}
-    meta = torch.device("meta")
     sites = [item.site_seen() for item in plan]
     changes = [adapter.changes[item.key].tensors for item in plan]
     adopted = adopt and adoptable([(t, s) for s, tensors in zip(sites, changes) for t in tensors.values()])
     found = []
     for item, site, tensors in zip(plan, sites, changes):
-        delta = item.variant.create(replace(site, device=meta), shared)
+        delta = item.variant.create(without_memory(site), shared)
         try:
-            delta.hold({k: t.detach() if adopted else copied(t, site) for k, t in tensors.items()})
+            delta.hold({k: t.detach() if adopted else copied(t, site) for k, t in tensors.items()}, trainable)
         except AdapterError as error:
             raise AdapterError(f"{item.key!r}: {error}") from None
         delta.site = site
-        found.append((item, delta.requires_grad_(trainable)))
+        found.append((item, delta))
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def without_memory(site: Site) -> Site:
+    """The same site on the meta device."""
+    return replace(site, device=torch.device("meta"))
 
 
 def copied(tensor: Tensor, site: Site) -> Tensor:

@@ -118,7 +118,7 @@ def host_for(layer: nn.Module) -> type[Host] | None:
 def askable(registered: int, kind: type) -> tuple[type[Host], ...]:
     """The hosts, of so many that are `registered`, that may accept a layer of class `kind`; later registrations first."""
     hosts = (cls for _, cls in reversed(host_registry.items()) if not cls.full_only)
-    return tuple(cls for cls in hosts if not cls.adapts or issubclass(kind, cls.adapts))
+    return tuple(cls for cls in hosts if cls.accepts_class(kind))
 
 
 def parts_of(target: Target) -> tuple[Target, tuple[tuple[int, int], ...]]:
@@ -162,9 +162,7 @@ def reader_of(layer: nn.Module) -> type[Host] | None:
 @functools.lru_cache(maxsize=1024)
 def readers(registered: int, kind: type) -> tuple[type[Host], ...]:
     """The hosts, of so many that are `registered`, that may say so of a module of class `kind`; later registrations first."""
-    hosts = (cls for _, cls in reversed(host_registry.items()))
-    own = Host.reads.__func__  # type: ignore[attr-defined]
-    return tuple(cls for cls in hosts if issubclass(kind, cls.watches) or cls.reads.__func__ is not own)
+    return tuple(cls for _, cls in reversed(host_registry.items()) if cls.reads_class(kind))
 
 
 def host_of_any(layer: nn.Module) -> type[Host]:

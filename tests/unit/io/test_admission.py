@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import deltaw as dw
 from deltaw.errors import AdapterError, BaseMismatch, DeltawError, ModelError
-from deltaw.io.admission import admit
-from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
+from deltaw.io import folder as folders_of
+from deltaw.io.admission import MUCH, admit
+from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS, Opened
 from tests.unit.io.adapter_folders import KINDS, bits, make, net, parts, put, shaken
 
 SEALED = KINDS[:2]
@@ -120,6 +121,27 @@ def test_damage_is_called_damage_whatever_it_looks_like(tmp_path: Path, rank: in
     (tmp_path / "a" / WEIGHTS).write_bytes(whole[:header] + damage + whole[header + 4 :])
     with pytest.raises(AdapterError, match="not the file that was written"):
         admit(tmp_path / "a")
+
+
+@pytest.mark.parametrize("width", [4, 1024])  # read here, and in a thread beside the walk over the model
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    model = nn.Sequential(nn.Linear(width, width))
+    dw.attach(model, dw.LoRA(rank=40), ["0"])
+    dw.save(shaken(model), tmp_path / "a")
+    dw.detach(model)
+    size = (tmp_path / "a" / WEIGHTS).stat().st_size
+    assert (size > MUCH) == (width > 4)
+
+    class Cut(Opened):
+        def read(self) -> memoryview:
+            os.truncate(self.path, self.size - 1)
+            return super().read()
+
+    monkeypatch.setattr(folders_of, "Opened", Cut)
+    before = bits(model)
+    with pytest.raises(AdapterError, match="changed while it was read"):
+        dw.load(model, tmp_path / "a")
+    assert bits(model) == before
 
 
 def test_a_flipped_bit_in_a_foreign_file_loads_whole_or_not_at_all(folders: dict[str, Path], tmp_path: Path) -> None:

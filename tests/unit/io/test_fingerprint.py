@@ -223,6 +223,24 @@ def test_nothing_that_changes_after_a_look_is_taken_for_unchanged(what: str, mon
         assert set(compare(model, before).other) == names
 
 
+def test_a_base_that_agreed_with_one_record_need_not_agree_with_another(tmp_path: Path) -> None:
+    folder = saved(tmp_path, wide())
+    model, adapter = wide(), dw.read(folder)
+    recorded = adapter.base["fingerprint"]
+    entries = recorded["parameters"]
+    name = next(iter(entries))
+    for i in range(3):  # the first look is the long one
+        dw.load(model, folder, name=f"n{i}")
+    for wrong in ({**entries, name: {**entries[name], "sha256": "0" * 64}}, {**entries, "more": entries[name]}):
+        with pytest.raises(BaseMismatch):
+            dw.load(
+                model, adapter.replace(base={**adapter.base, "fingerprint": {**recorded, "parameters": wrong}}), "x"
+            )
+    fewer = {n: e for n, e in entries.items() if n != name}
+    with pytest.raises(BaseMismatch):
+        dw.load(model, adapter.replace(base={**adapter.base, "fingerprint": {**recorded, "parameters": fewer}}), "x")
+
+
 def test_adapters_that_come_and_speak_are_no_change_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Tied()
     before = fingerprint(model)
