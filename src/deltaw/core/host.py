@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from deltaw.core.bare import Bare
 from deltaw.core.beside import own_class, plain_again
+from deltaw.core.dropped import dropped
 from deltaw.core.frozen import FrozenWeight, foreign_dense
+from deltaw.core.host_class import blank, host_class
 from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
-from deltaw.core.recall import in_backward, note_silent_call, recall, remember
 from deltaw.core.roster import Active, Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
-from deltaw.ops.compact import hooks_in_force
 
 CHILD = "adapters"
 FORMS = "forms"
@@ -406,7 +406,7 @@ class Host(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         forms = self._modules.get(FORMS)
         held = () if forms is None else tuple(forms._modules)
-        return _blank, (self.host, self.base_class, held), self.__getstate__()
+        return blank, (self.host, self.base_class, held), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         base_state = getattr(self.base_class, "__getstate__", None)
@@ -414,81 +414,8 @@ class Host(nn.Module):
         return dict(state)
 
 
-def _blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:
-    cls = host_class(host, base, held)
-    return cls.__new__(cls)
-
-
-def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
-    """`host`'s forward with what holds for every call of every host: rows with their own adapters, and recomputation."""
-    own = base.forward if host.beneath else host.forward
-
-    @functools.wraps(base.forward)
-    def forward(self: Host, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return own(self, *args, **kwargs)
-        roster, grad = self.roster, torch.is_grad_enabled()
-        if roster.uncalled:
-            roster.uncalled.discard(id(self))
-        if grad and in_backward() and not getattr(roster.local, "again", False):
-            speaking = recall(roster)
-            if speaking is not None:
-                with roster.using(speaking):
-                    return forward(self, *args, **kwargs)
-        if not grad:
-            note_silent_call(roster)
-        since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        rows = getattr(roster.local, "rows", None)
-        output = own(self, *args, **kwargs) if rows is None else rows.call(self, own, args, kwargs)
-        if grad and hooks_in_force() is not None:  # as in a checkpointed part: only what runs again asks
-            remember(roster, output, since)
-        return output
-
-    return forward
-
-
-_classes: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
-
-
-def host_class(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> type[Host]:
-    """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well.
-
-    held: the parameters that are kept in another form; as attributes they give the kept tensor.
-    """
-    if (host, base, held) not in _classes:
-        body = {"base_class": base, "host": host, "__module__": base.__module__, "forward": called(host, base)}
-        body |= {name: property(functools.partial(_kept, name=name)) for name in held}
-        parents = (base, host) if host.beneath else (host, base)
-        _classes[host, base, held] = type(f"{base.__name__}Host", parents, body)
-    return _classes[host, base, held]
-
-
 def parameter_names(layer: nn.Module) -> list[str]:
     """The names of a layer's own parameters, those that are kept in another form included."""
     forms = layer._modules.get(FORMS) if isinstance(layer, Host) else None
     held = [] if forms is None else list(forms._modules)
     return held + [name for name, parameter in layer._parameters.items() if parameter is not None]
-
-
-def _kept(layer: Host, name: str) -> Tensor:
-    form = layer.form(name)
-    assert form is not None
-    return form.codes
-
-
-def dropped(delta: Delta, weight: Tensor) -> Tensor | None:
-    """ΔW (..., out, in) under the variant's dropout of whole features, or None if it has no dropout to apply."""
-    terms = delta.low_rank(Dense(weight))
-    if terms is None or not any(t.dropout for t in terms):
-        return None
-    total = torch.zeros((), dtype=delta.site.dtype, device=weight.device)
-    for t in terms:
-        A, B = t.A, t.B
-        if t.dropout and t.dropout_at == "input":
-            A = A * nn.functional.dropout(torch.ones_like(A[..., :1, :]), t.dropout)
-        elif t.dropout:
-            B = B * nn.functional.dropout(torch.ones_like(B[..., :, :1]), t.dropout)
-        total = total + t.scale * (B @ A)
-        if t.gain is not None:
-            total = total + t.gain.unsqueeze(-1) * weight
-    return total

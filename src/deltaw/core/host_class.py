@@ -1,0 +1,72 @@
+"""The class of an adapted layer, made once for each pair of a host and the layer's own class, and its forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.recall import in_backward, note_silent_call, recall, remember
+from deltaw.ops.compact import hooks_in_force
+
+if TYPE_CHECKING:
+    from deltaw.core.host import Host
+
+
+_classes: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
+
+
+def host_class(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> type[Host]:
+    """The class of an adapted `base`: `host` mixed in front of it, named so that `print(model)` reads well.
+
+    held: the parameters that are kept in another form; as attributes they give the kept tensor.
+    """
+    if (host, base, held) not in _classes:
+        body = {"base_class": base, "host": host, "__module__": base.__module__, "forward": called(host, base)}
+        body |= {name: property(functools.partial(_kept, name=name)) for name in held}
+        parents = (base, host) if host.beneath else (host, base)
+        _classes[host, base, held] = type(f"{base.__name__}Host", parents, body)
+    return _classes[host, base, held]
+
+
+def _kept(layer: Host, name: str) -> Tensor:
+    form = layer.form(name)
+    assert form is not None
+    return form.codes
+
+
+def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
+    """`host`'s forward with what holds for every call of every host: rows with their own adapters, and recomputation."""
+    own = base.forward if host.beneath else host.forward
+
+    @functools.wraps(base.forward)
+    def forward(self: Host, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return own(self, *args, **kwargs)
+        roster, grad = self.roster, torch.is_grad_enabled()
+        if roster.uncalled:
+            roster.uncalled.discard(id(self))
+        if grad and in_backward() and not getattr(roster.local, "again", False):
+            speaking = recall(roster)
+            if speaking is not None:
+                with roster.using(speaking):
+                    return forward(self, *args, **kwargs)
+        if not grad:
+            note_silent_call(roster)
+        since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        rows = getattr(roster.local, "rows", None)
+        output = own(self, *args, **kwargs) if rows is None else rows.call(self, own, args, kwargs)
+        if grad and hooks_in_force() is not None:  # as in a checkpointed part: only what runs again asks
+            remember(roster, output, since)
+        return output
+
+    return forward
+
+
+def blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:
+    """An adapted layer without its state, for copies and pickles."""
+    cls = host_class(host, base, held)
+    return cls.__new__(cls)
