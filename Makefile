@@ -1,4 +1,4 @@
-# make demo   fine-tune a real model on real data four ways, compare them (about 6 minutes on 2 cores)
+# make demo   fine-tune a real model on real data four ways, compare them (about 4 minutes on 2 cores, once everything is installed)
 # make test   the tests          make check   formatting, lint, types          make bench   the benchmarks
 # All of them make the virtual environment first; the second time that is quick.
 

@@ -42,7 +42,8 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         for row in rows:
             case = row["what"].rpartition(": ")[0]
             target = f" (≤ {row['target']:.2f}{'' if row['met'] else ', **missed**'})" if "target" in row else ""
-            each.append(f"{case + ' ' if case else ''}**{row['ratio']:.2f}**{target}")
+            near = "target" in row and not row["met"] and f"{row['ratio']:.2f}" == f"{row['target']:.2f}"
+            each.append(f"{case + ' ' if case else ''}**{row['ratio']:.{3 if near else 2}f}**{target}")
         found.append(f"| {result['claim']} | {TITLES[result['claim']]} | {comparison} | {'; '.join(each)} |")
     return found
 

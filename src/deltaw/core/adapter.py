@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.core.variant import Variant
-from deltaw.errors import ConfigError
+from deltaw.core.variant import Dense, Site, Variant, fits
+from deltaw.errors import AdapterError, ConfigError
 
 ALIGNMENT = 64
 """Bytes at a multiple of which torch lays its tensors: where they lie elsewhere, kernels may round otherwise."""
@@ -44,21 +44,33 @@ class Change:
         return self.variant.matrix_shape(self.tensors)
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The dense ΔW (out, in). `weight` is needed by variants whose change depends on W (DoRA, Full, IA3)."""
-        from deltaw.core.variant import Site
+        """The dense ΔW (out, in), in the precision of its tensors. `weight`: W, for changes that depend on it (DoRA, Full, IA3).
 
+        Raises:
+            ConfigError: the change depends on W, and it was not given.
+            AdapterError: W is of another shape than the change.
+        """
         first = next(iter(self.tensors.values()))
         shape = self.matrix_shape if weight is None else tuple(weight.shape)
-        if -1 in shape:
-            raise ValueError(f"the tensors of {self.variant} do not tell the weight's shape: pass `weight`")
-        delta = self.variant.create(Site(shape, first.dtype, torch.device("meta")), {}).eval()
-        delta.load_state_dict(dict(self.tensors), assign=True)
-        reference = torch.empty(shape, device="meta", dtype=first.dtype) if weight is None else weight
-        with torch.no_grad():
-            dense = delta.delta_weight(reference)
-        if dense.is_meta:
-            raise ValueError(f"ΔW of {self.variant} depends on the base weight: pass `weight`")
-        return dense
+        if not fits(self.matrix_shape, shape):
+            raise AdapterError(f"the change is of a {self.matrix_shape} weight, `weight` is {shape}")
+        if -1 not in shape:
+            delta = self.variant.create(Site(shape, first.dtype, torch.device("meta")), {}).eval()
+            delta.load_state_dict(dict(self.tensors), assign=True)
+            absent = torch.empty(shape, device="meta", dtype=first.dtype)
+            try:
+                with torch.no_grad():
+                    if weight is not None:
+                        delta.prepare(Dense(weight))
+                    dense = delta.delta_weight(absent if weight is None else weight)
+                if not dense.is_meta:
+                    return dense
+            except (NotImplementedError, RuntimeError):  # a real tensor met the absent weight
+                if weight is not None:
+                    raise
+        raise ConfigError(
+            f"ΔW of {self.variant} depends on the base weight, or the weight's shape is needed: pass `weight`"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.options import Options
 from deltaw.core.registry import foreign_readers
 from deltaw.core.variant import FrozenMatrix
 from deltaw.ops.choices import Choices
@@ -72,8 +73,8 @@ class FrozenWeight(nn.Module, FrozenMatrix):
         return f"{self.form}, {self.shape[0]} x {self.shape[1]}, {self.nbytes:,} bytes"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Form(Options, ABC):
     """Options and identity of one form. Equal forms are equal values; printing one prints the call that makes it."""
 
     kind: ClassVar[str]
@@ -93,13 +94,6 @@ class Form(ABC):
     def examples(cls) -> Iterable[Form]:
         """Instances for the laws."""
         return (cls(),)
-
-    def options(self) -> dict[str, Any]:
-        """Field name -> value, those that differ from the default only."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
 
 
 def foreign_dense(layer: nn.Module, weight: Tensor) -> Tensor | None:

@@ -1,11 +1,42 @@
-"""Checks that several variants make of their options, with messages that say how to mend them."""
+"""Options as values: given by name, compared, printed as the call that makes them; and checks that several make of theirs."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import fields
+from typing import Any, Self
 
 from deltaw.errors import ConfigError, did_you_mean
+
+
+class Options:
+    """What variants and forms of the frozen weight have in common, as frozen dataclasses (`kw_only=True, repr=False`).
+
+    Raises:
+        ConfigError: an option that there is not, or one without its name.
+    """
+
+    def __new__(cls, *given: Any, **options: Any) -> Self:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        if given and not known:
+            raise ConfigError(f"{cls.__name__} has no options: leave out {given[0]!r}")
+        if given:
+            name = "rank" if "rank" in known else known[-1]
+            raise ConfigError(f"{cls.__name__} takes its options by name, as in {cls.__name__}({name}={given[0]!r})")
+        for name in options:
+            if name not in known:
+                raise ConfigError(
+                    f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)} "
+                    f"({'known: ' + ', '.join(known) if known else 'it has none'})"
+                )
+        return super().__new__(cls)
+
+    def options(self) -> dict[str, Any]:
+        """Field name -> value, those that differ from the default only."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
 
 
 def positive_int(name: str, value: Any) -> None:

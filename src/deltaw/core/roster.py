@@ -32,7 +32,9 @@ Speaking = Active | ByRow
 class Roster:
     """Shared by all hosts of one model.
 
+    names: of its adapters, in the order in which they came. notes: of each, what its file said of base and extra facts.
     default: active in every thread that is not inside `use` or `disabled`.
+    local: per thread, `override` (who is active inside of `use`), `rows` (who is, row by row), `again` (a recomputation says so).
     frozen: parameter name -> whether it required a gradient before the first attach; `detach` restores it.
     merged: None, or what `unmerge` needs.
     quantized: parameter name -> what `dequantize` needs.

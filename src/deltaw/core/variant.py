@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.core.bare import Bare
-from deltaw.errors import AdapterError, ConfigError, did_you_mean
+from deltaw.core.options import Options
+from deltaw.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class Delta(Bare, ABC):
         return repr(self.variant)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Variant(Options, ABC):
     """Options and identity of one method. Equal variants are equal values; printing one prints the call that makes it.
 
     bias: also train the bias of every adapted layer, as a copy of its own.
@@ -198,18 +199,6 @@ class Variant(ABC):
     """Options that do not show in what a trained change computes."""
 
     bias: bool = False
-
-    def __new__(cls, *given: Any, **options: Any) -> Self:
-        known = [f.name for f in fields(cls)]
-        if given:
-            name = "rank" if "rank" in known else known[-1]
-            raise ConfigError(f"{cls.__name__} takes its options by name, as in {cls.__name__}({name}={given[0]!r})")
-        for name in options:
-            if name not in known:
-                raise ConfigError(
-                    f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
-                )
-        return super().__new__(cls)
 
     @abstractmethod
     def create(self, site: Site, shared: dict[str, Any]) -> Delta:
@@ -232,16 +221,9 @@ class Variant(ABC):
         """Called by `dw.after_step` once per optimizer step, for methods that reallocate their rank (AdaLoRA)."""
         return None
 
-    def options(self) -> dict[str, Any]:
-        """Field name -> value, those that differ from the default only."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-
     def at_work(self) -> dict[str, Any]:
         """The options that show in what a trained change computes."""
         return {k: v for k, v in self.options().items() if k not in self.only_training}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
 
 
 def fits(found: Iterable[int], expected: Iterable[int]) -> bool:

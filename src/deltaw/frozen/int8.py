@@ -17,7 +17,15 @@ from torch import Tensor
 from deltaw.core.frozen import Form, FrozenWeight
 from deltaw.core.registry import form
 from deltaw.ops.choices import Choices
-from deltaw.ops.int8 import LEVELS, TINY, Int8Weight, int8_available, int8_matmul, int8_matmul_grad, pack_int8
+from deltaw.ops.int8 import (
+    TINY,
+    Int8Weight,
+    int8_available,
+    int8_matmul,
+    int8_matmul_grad,
+    kernels_of,
+    quantize_outputs,
+)
 from deltaw.ops.matmul import linear
 from deltaw.ops.terms import flat
 
@@ -51,9 +59,8 @@ class Int8FrozenWeight(FrozenWeight):
 
     def __init__(self, form: Int8, weight: Tensor) -> None:
         super().__init__(form, weight)
-        wide = weight.detach().float()
-        scales = wide.abs().amax(1).clamp_min(TINY) / LEVELS  # (out, in) -> (out,)
-        self.register_buffer("codes", (wide / scales[:, None]).round_().to(torch.int8).contiguous())
+        codes, scales = quantize_outputs(weight)
+        self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scales", scales)
         self.choices = Choices()
         self.packed: tuple[tuple[int, ...], Int8Weight] | None = None
@@ -64,7 +71,7 @@ class Int8FrozenWeight(FrozenWeight):
             return None
         state = self.codes.data_ptr(), self.codes._version, self.scales.data_ptr(), self.scales._version
         if self.packed is None or self.packed[0] != state:
-            self.packed = state, pack_int8(self.codes, self.scales)
+            self.packed = state, kernels_of(self.codes, self.scales)
         return self.packed[1]
 
     def matmul(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ LIMIT = 0.15
 FEW = 100
 """One feature in so many may be an outlier."""
 SAMPLE = 64
-"""Rows that are looked at."""
+"""Rows that are looked at, at least (where there are so many), and fewer than twice as many."""
 
 Side = Literal["forward", "gradient"]
 SIDES: tuple[Side, Side] = ("forward", "gradient")

@@ -78,17 +78,33 @@ def int8_available() -> bool:
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
-    """Codes, scales and packed forms of `weight` (out, in)."""
+    """`weight` (out, in) for the processor's kernels.
+
+    Raises:
+        ConfigError: it is not finite, or there are no such kernels.
+    """
+    return kernels_of(*quantize_outputs(weight))
+
+
+def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 (out, in) and scales fp32 (out,): W[n, :] = scale[n] · codes[n, :], scale = max|W[n, :]| / 127.
+
+    Raises:
+        ConfigError: the weight is not finite.
+    """
     wide = weight.detach().float()
     if not bool(torch.isfinite(wide).all()):
         raise ConfigError("a weight that is not finite cannot be kept in 8 bit: found NaN or infinity in it")
-    scales = wide.abs().amax(1).clamp_min_(TINY).div_(LEVELS)  # (out,)
-    codes = (wide / scales[:, None]).round_().to(torch.int8)
-    return pack_int8(codes, scales)
+    scales = wide.abs().amax(1).clamp_min_(TINY).div_(LEVELS)
+    return (wide / scales[:, None]).round_().to(torch.int8), scales
 
 
-def pack_int8(codes: Tensor, scales: Tensor) -> Int8Weight:
-    """An `Int8Weight` from its codes (out, in) and scales (out,), as a file keeps them."""
+def kernels_of(codes: Tensor, scales: Tensor) -> Int8Weight:
+    """What the processor's kernels take; each form of the codes is made when it is first asked for.
+
+    Raises:
+        ConfigError: there are no such kernels here.
+    """
     if not int8_available():
         raise ConfigError(
             "8-bit products were asked for, but this processor has no VNNI or this torch no oneDNN; keep the weight "
@@ -136,8 +152,13 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows(flat(x))
     if last is not None and last[0]() is x and last[1] == x._version:
         return last[2]
-    found = quantize_rows(flat(x))
-    _last.entry = weakref.ref(x), x._version, found
+    found, mine = quantize_rows(flat(x)), _last.__dict__  # of this thread
+
+    def forget(dead: weakref.ref[Tensor]) -> None:
+        if mine.get("entry", (None,))[0] is dead:
+            del mine["entry"]
+
+    _last.entry = weakref.ref(x, forget), x._version, found
     return found
 
 

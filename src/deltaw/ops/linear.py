@@ -9,6 +9,7 @@ adapter, h = drop(x) Aᵀ and u = s g B, both (T, r). Then
     ∂A = uᵀ drop(x)                   ∂B = s gᵀ h
     ∂gain = Σ_t g ⊙ z                 z is not kept, nor computed again: y = c z + b + s h Bᵀ is, by what follows it, so
                                       c ∂gain = Σ_t g ⊙ y - b ⊙ Σ_t g - Σ_r B ⊙ ∂B     (∂B taken without merging)
+                                      (in 16 bit y is rounded at the size of b, so that with a bias z is computed again)
 
 Where W' = c W + Σ s B A is cheaper to form than the adapters are to apply (select.py), the base product runs on W' and
 the adapters cost nothing in forward and in ∂x; W' is formed again in backward, not kept. Otherwise, and for adapters
@@ -33,11 +34,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from deltaw.ops.compact import as_saved
+from deltaw.ops.compact import are_compact, as_saved, hooks_in_force
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import by_onednn, linear
 from deltaw.ops.recompute import Recipe, recipe_of
-from deltaw.ops.select import is_small, use_merged
+from deltaw.ops.select import WIDE, is_small, use_merged
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -73,6 +74,7 @@ def adapted_linear(
 
     Adapters kept in another precision than x are rounded to x's for the products; their gradients come back in theirs.
     With B = 0 and gain = 0 the result equals `F.linear(x, weight, bias)` to the bit.
+    Derivatives of the derivatives: only of the plain twin, and of products as small as `select.is_small` says.
     """
     if not adapters and weight is not None:
         return F.linear(x, weight, bias)
@@ -101,7 +103,9 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Ter
         return composed(flat(x), weight, bias, terms).view(*x.shape[:-1], weight.shape[0])
     y = F.linear(x, weight, bias)
     gain = total_gain(terms)
-    if gain is not None:  # c z + b from z + b: exact where gain is 0
+    if gain is not None and bias is not None and not is_kept_wide(y):  # z + b is rounded at the size of b
+        y = (y + gain * F.linear(x, weight)).to(y.dtype)
+    elif gain is not None:  # c z + b from z + b: exact where gain is 0
         y = (y * (1 + gain) if bias is None else torch.addcmul(-gain * bias, y, 1 + gain)).to(y.dtype)
     for t in terms:
         A, B = (t.A, t.B) if t.A.dtype == t.B.dtype == y.dtype else (t.A.to(y.dtype), t.B.to(y.dtype))
@@ -112,6 +116,11 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Ter
         else:
             y = torch.addcmul(y, h @ B.t(), drop, value=t.scale)
     return y
+
+
+def is_kept_wide(y: Tensor) -> bool:
+    """Whether backward will see y in 32 bit or more."""
+    return y.dtype in WIDE and not are_compact(hooks_in_force())
 
 
 def reads_x(weight: Tensor | None, terms: Sequence[Term]) -> bool:
@@ -140,7 +149,7 @@ def plain(
 ) -> Tensor:
     """The formula of the header, term by term."""
     if weight is None:
-        base: Tensor = FrozenLinear.apply(frozen, x)  # type: ignore[no-untyped-call]
+        base: Tensor = FrozenMatmul.apply(frozen, x)  # type: ignore[no-untyped-call]
     else:
         base = F.linear(x, weight)
     y = base if bias is None else base + bias
@@ -159,7 +168,7 @@ def plain(
     return y
 
 
-class FrozenLinear(torch.autograd.Function):
+class FrozenMatmul(torch.autograd.Function):
     """x Wᵀ for a W that only knows its two products."""
 
     @staticmethod
@@ -199,7 +208,8 @@ class AdaptedLinear(torch.autograd.Function):
         y, products = adapted_values(x, weight, bias, terms, merge, frozen, keep)
         products = [None if h is None else as_saved(h) for h in products]
         kept = None  # y, from which ∂gain is read
-        if any(t.gain is not None and t.gain.requires_grad for t in terms) and not torch.compiler.is_compiling():
+        learns_gain = any(t.gain is not None and t.gain.requires_grad for t in terms)
+        if learns_gain and not torch.compiler.is_compiling() and (bias is None or is_kept_wide(y)):
             kept, ctx.witness = alias(y)
         ctx.plan, ctx.merge, ctx.frozen, ctx.recipe, ctx.sources = plan, merge, frozen, recipe, len(sources)
         ctx.columns = x.shape[-1]

@@ -12,7 +12,8 @@ linear keeps what x's producer keeps already, and makes x again, one elementwise
 
 Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Left
 alone: graphs under saved-tensor hooks (checkpointing, offloading; not compact.py's), compilers (they decide themselves),
-small inputs.
+small inputs, and an x that was written to since its producer made it, with or without autograd knowing of it. (Such a write
+to the inner product of γ · (a · b) does not show in x, and is not seen.)
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
         return None
     node: Any = x.grad_fn
     known = None if node is None else PRODUCERS.get(node.name())
-    if known is None:
+    if known is None or x._version:
         return None
     hooks = hooks_in_force()
     if hooks is not None and not are_compact(hooks):  # they may count on being asked for x
@@ -110,19 +111,22 @@ def product(node: Any) -> Found:
 
 def layer_norm(node: Any) -> Found:
     """x = (z - mean) rstd γ + β; mean and rstd have one entry per row."""
-    gamma, beta = node._saved_weight, node._saved_bias
-    tensors = [node._saved_input, node._saved_result1, node._saved_result2]
+    affine = {"gamma": node._saved_weight, "beta": node._saved_bias}
+    names = [name for name, t in affine.items() if t is not None]
+    tensors = (node._saved_input, node._saved_result1, node._saved_result2, *(affine[name] for name in names))
 
-    def make(z: Tensor, mean: Tensor, rstd: Tensor, *affine: Tensor) -> Tensor:
-        wide = torch.addcmul(-mean * rstd, z, rstd)
-        rest = list(affine)
-        scale = None if gamma is None else rest.pop(0)
-        shift = rest.pop(0) if rest else None
-        if scale is not None:
-            wide = wide.mul_(scale) if shift is None else torch.addcmul(shift, wide, scale, out=wide)
+    def make(z: Tensor, mean: Tensor, rstd: Tensor, *given: Tensor) -> Tensor:
+        wide, known = torch.addcmul(-mean * rstd, z, rstd), dict(zip(names, given, strict=True))
+        gamma, beta = known.get("gamma"), known.get("beta")
+        if gamma is not None and beta is not None:
+            wide = torch.addcmul(beta, wide, gamma, out=wide)
+        elif gamma is not None:
+            wide.mul_(gamma)
+        elif beta is not None:
+            wide.add_(beta)
         return wide.to(z.dtype)
 
-    return (*tensors, *(t for t in (gamma, beta) if t is not None)), make
+    return tensors, make
 
 
 def attention(node: Any) -> Found:

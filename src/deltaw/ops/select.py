@@ -1,4 +1,4 @@
-"""Which kernel runs, and why: the rules that `deltaw ops` prints, and the choices made by timing.
+"""Which kernel runs, and why: the rules that `deltaw ops` prints. The choices made by timing are in choices.py.
 
 Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operations and a pass over the output; forming
 W' = W + s B A costs 2r·in·out and a pass over the weight. So W' is cheaper where T > in·out / (in + out). It is exact
@@ -11,7 +11,7 @@ of a whole weight. Measured with rank 8 (benchmarks/convolution.py), W' is cheap
 Fused or composed. The fused operation saves passes and memory and has the faster products, for some 60 to 90
 microseconds of Python. Below `SMALL` multiplications that is more than it saves, and torch's own operations are composed.
 
-Dense or 8 bit: see choices.py. A small weight that is kept in 8 or 4 bit is made dense for each call (`is_formed`): what
+A small weight that is kept in 8 or 4 bit is made dense for each call (`is_formed`): what
 its inputs' quantisation costs in Python, the narrow product cannot save.
 """
 

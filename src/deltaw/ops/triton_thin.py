@@ -2,7 +2,7 @@
 """Triton kernels for the three thin products of an adapter, dropout made in registers, for one adapter or a sorted batch.
 
     shrink     h = drop(x) Aᵀ                           (T, in)  -> (T, r)     also u = g B, with B as Aᵀ
-    expand_    y ← c ⊙ y + shift + s drop(h Bᵀ)         (T, r)   -> (T, out)   in place, y read and written once
+    expand_    y ← c ⊙ y + shift + s drop(h Bᵀ)         (T, r)   -> (T, out)   in place, y read and written once; takes Bᵀ
     outer      ∂A = uᵀ drop(x)                          (T, r), (T, in) -> (r, in)   also ∂Bᵀ = hᵀ g
 
 `drop` is the mask of dropout.py, entry by entry from the formula: no mask is ever in memory. In `shrink` and `expand_`
@@ -86,11 +86,11 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def expand_kernel(  # type: ignore[no-untyped-def]
-    y, h, B, gain, shift, tiles, seed, T, N, R, scale, height, threshold, inverse,
+    y, h, Bt, gain, shift, tiles, seed, T, N, R, scale, height, threshold, inverse,
     GROUPED: tl.constexpr, DROP: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
     ROWS: tl.constexpr, SIDE: tl.constexpr, RANK: tl.constexpr, TAPE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y (T, N) from h (T, R) and B (G, R, N)."""
+    """One tile of y (T, N) from h (T, R) and Bt (G, R, N)."""
     first, stop, adapter = tile_of(tiles, T, GROUPED, ROWS)
     rows = first + tl.arange(0, ROWS)
     columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
@@ -100,7 +100,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
         h + rows[:, None] * R + ranks[None, :], mask=(rows < stop)[:, None] & (ranks < R)[None, :], other=0.0
     )
     wide = tl.load(
-        B + adapter * R * N + ranks[:, None] * N + columns[None, :],
+        Bt + adapter * R * N + ranks[:, None] * N + columns[None, :],
         mask=(ranks < R)[:, None] & (columns < N)[None, :],
         other=0.0,
     )
@@ -150,14 +150,15 @@ def tiles_of(segments: Sequence[tuple[int, int, int]], device: torch.device) -> 
 
 def shrink(x: Tensor, A: Tensor, *, seed: Tensor | None = None, p: float = 0.0, tiles: Tensor | None = None) -> Tensor:
     """h = drop(x) Aᵀ, fp32 (T, r), of x (T, in) and A (r, in); with `tiles`, A is (G, r, in)."""
+    x = unit(x)
     rows, width = x.shape
     rank = A.shape[-2]
     h = torch.zeros(rows, rank, dtype=torch.float32, device=x.device)
     count = triton.cdiv(rows, ROWS) if tiles is None else tiles.shape[0]
     if count and h.numel():
         shrink_kernel[(count,)](
-            unit(x), A.contiguous(), h, h if tiles is None else tiles, h if seed is None else seed,
-            rows, width, rank, unit(x).stride(0), *dropping(width, p),
+            x, A.contiguous(), h, h if tiles is None else tiles, h if seed is None else seed,
+            rows, width, rank, x.stride(0), *dropping(width, p),
             GROUPED=tiles is not None, DROP=seed is not None, ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), TAPE=TAPE,
         )  # fmt: skip
     return h
@@ -166,7 +167,7 @@ def shrink(x: Tensor, A: Tensor, *, seed: Tensor | None = None, p: float = 0.0, 
 def expand_(
     y: Tensor,
     h: Tensor,
-    B: Tensor,
+    Bt: Tensor,
     scale: float,
     *,
     gain: Tensor | None = None,
@@ -175,13 +176,13 @@ def expand_(
     p: float = 0.0,
     tiles: Tensor | None = None,
 ) -> Tensor:
-    """y ← (1 + gain) ⊙ y + shift + s drop(h B), in place, of y (T, out), h (T, r), B (r, out); with `tiles` (G, r, out)."""
+    """y ← (1 + gain) ⊙ y + shift + s drop(h Bt), in place, of y (T, out), h (T, r), Bt (r, out); with `tiles` (G, r, out)."""
     rows, width = y.shape
     rank = h.shape[1]
     count = triton.cdiv(rows, ROWS) if tiles is None else tiles.shape[0]
     if count and y.numel():
         expand_kernel[(count, triton.cdiv(width, SIDE))](
-            y, h.contiguous(), B.contiguous(), y if gain is None else gain, y if shift is None else shift,
+            y, h.contiguous(), Bt.contiguous(), y if gain is None else gain, y if shift is None else shift,
             h if tiles is None else tiles, h if seed is None else seed, rows, width, rank, scale, *dropping(width, p),
             GROUPED=tiles is not None, DROP=seed is not None, GAIN=gain is not None, SHIFT=shift is not None,
             ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), TAPE=TAPE,
@@ -191,11 +192,12 @@ def expand_(
 
 def outer(u: Tensor, x: Tensor, *, seed: Tensor | None = None, p: float = 0.0) -> Tensor:
     """uᵀ drop(x), fp32 (r, in), of u (T, r) and x (T, in)."""
+    x = unit(x)
     (rows, rank), width = u.shape, x.shape[1]
     out = torch.zeros(rank, width, dtype=torch.float32, device=x.device)
     if rows and out.numel():
         outer_kernel[(triton.cdiv(width, SIDE),)](
-            u.contiguous(), unit(x), out, out if seed is None else seed, rows, width, rank, unit(x).stride(0),
+            u.contiguous(), x, out, out if seed is None else seed, rows, width, rank, x.stride(0),
             *dropping(width, p), DROP=seed is not None, ROWS=ROWS, SIDE=SIDE, RANK=padded(rank), TAPE=TAPE,
         )  # fmt: skip
     return out
@@ -209,7 +211,7 @@ def shrink_reference(x: Tensor, A: Tensor, *, seed: Tensor | None = None, p: flo
 def expand_reference(
     y: Tensor,
     h: Tensor,
-    B: Tensor,
+    Bt: Tensor,
     scale: float,
     *,
     gain: Tensor | None = None,
@@ -220,7 +222,7 @@ def expand_reference(
     """`expand_` of one adapter in plain PyTorch, as a fresh tensor."""
     value = y.float() if gain is None else y.float() * (1 + gain.float())
     value = value if shift is None else value + shift.float()
-    return (value + dropped(scale * (h @ B.float()), seed, p)).to(y.dtype)
+    return (value + dropped(scale * (h @ Bt.float()), seed, p)).to(y.dtype)
 
 
 def outer_reference(u: Tensor, x: Tensor, *, seed: Tensor | None = None, p: float = 0.0) -> Tensor:

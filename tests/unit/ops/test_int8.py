@@ -84,7 +84,7 @@ def test_other_dtypes_come_back_as_they_went_in(dtype: torch.dtype) -> None:
 
 def test_codes_and_scales_are_enough_to_build_it_again() -> None:
     w, x = int8.quantize_int8(torch.randn(16, 32)), torch.randn(5, 32)
-    again = int8.pack_int8(w.codes.clone(), w.scales.clone())
+    again = int8.kernels_of(w.codes.clone(), w.scales.clone())
     assert torch.equal(int8.int8_matmul(x, again), int8.int8_matmul(x, w))
 
 
@@ -116,3 +116,15 @@ def test_who_never_trains_packs_one_form() -> None:
     assert w.nbytes == 16 * 32
     int8.int8_matmul_grad(torch.randn(5, 16), w)
     assert w.nbytes == 2 * 16 * 32
+
+
+def test_codes_are_forgotten_with_what_they_were_made_of() -> None:
+    w = int8.quantize_int8(torch.randn(8, 16))
+    x, y = torch.randn(4, 16), torch.randn(4, 16)
+    int8.int8_matmul(x, w)
+    assert int8._last.entry[0]() is x
+    int8.int8_matmul(y, w)
+    del x
+    assert int8._last.entry[0]() is y
+    del y
+    assert not hasattr(int8._last, "entry")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import deltaw as dw
 from deltaw.core.variant import LowRank
 from deltaw.ops import adapted_linear, adapted_linear_reference, select
 from deltaw.ops import linear as module
@@ -97,6 +102,35 @@ def test_the_output_may_be_changed_in_place() -> None:
             y = torch.relu_(case.run(op))
             results.append([y, *torch.autograd.grad(y.square().sum(), case.tensors)])
         torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_large_bias_does_not_drown_the_gains_gradient(dtype: torch.dtype) -> None:
+    """Where y is rounded to 16 bit, or kept so (compact), it is rounded at the size of the bias."""
+    case = Case(lead=(256,), width=96, out=80, gain=True)
+    x, weight, bias, A, B, gain = (t.detach() for t in case.tensors)
+    exact = [x, weight, 100 * bias, A, B, 0.1 * gain]
+    exact = [t.to(dtype).double() for t in exact[:3]] + exact[3:]
+    grad = torch.randn(256, 80, dtype=torch.float64).to(dtype).double()
+
+    def of_gain(op: Any, narrow: torch.dtype, packed: bool) -> Tensor:
+        tensors = [t.to(narrow) for t in exact[:3]] + [
+            t.to(torch.promote_types(narrow, torch.float32)) for t in exact[3:]
+        ]
+        tensors = [t.detach().requires_grad_(i > 2) for i, t in enumerate(tensors)]
+        with dw.compact(torch.nn.Module()) if packed else contextlib.nullcontext():
+            y = case.run(op, tuple(tensors))
+        y.backward(grad.to(y.dtype))
+        assert tensors[-1].grad is not None
+        return tensors[-1].grad.double()
+
+    right = of_gain(adapted_linear_reference, torch.float64, False)
+    packed = dtype == torch.float32
+    ours, plain = (
+        float((of_gain(op, dtype, packed) - right).norm() / right.norm())
+        for op in (adapted_linear, adapted_linear_reference)
+    )
+    assert ours <= 2 * plain + 1e-3
 
 
 def test_the_gains_gradient_where_the_strength_is_small_or_zero() -> None:

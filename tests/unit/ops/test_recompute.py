@@ -30,10 +30,18 @@ PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": norm,
     "norm without affine": lambda z: F.layer_norm(z, (32,)),
     "norm without shift": lambda z: F.layer_norm(z, (32,), torch.linspace(-1, 1, 32, dtype=z.dtype)),
+    "norm without scale": lambda z: F.layer_norm(z, (32,), None, torch.linspace(-1, 1, 32, dtype=z.dtype)),
+    "kept: written to behind autograd's back": lambda z: blanked(F.gelu(z)),
     "kept: relu": F.relu,
     "kept: by a number": lambda z: z * 3,
     "kept: a view": lambda z: F.gelu(z).transpose(0, 1),
 }
+
+
+def blanked(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x[..., :8] = 0
+    return x
 
 
 def attended(z: Tensor) -> Tensor:
