@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 import deltaw as dw
 from deltaw.io.notices import AdapterNotice
@@ -251,3 +251,24 @@ def test_a_renamed_base(base: nn.Module, tmp_path: Path) -> None:
         dw.load(copy.deepcopy(base.bert), tmp_path / "b")
     with pytest.raises(dw.errors.AdapterError, match="no parameter of the adapter starts with"):
         dw.load(copy.deepcopy(base), tmp_path / "b", rename={"bart": "bert"})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
+def test_layers_that_peft_ties_on_request(tmp_path: Path, targets: list[str]) -> None:
+    """`ensure_weight_tying`: the file has tensors for the head, which the config does not name, or for the embedding."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=50, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    model = Qwen2ForCausalLM(config).eval()
+    tied = peft.LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True)
+    theirs = shaken(peft.get_peft_model(copy.deepcopy(model), tied))
+    theirs.save_pretrained(tmp_path / "a")
+    expected = logits(theirs)
+    assert not torch.allclose(expected, logits(model))
+    torch.testing.assert_close(logits(dw.load(model, tmp_path / "a")), expected, rtol=1e-5, atol=1e-5)
+    untied = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"ensure_weight_tying": False}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(untied))
+    dw.detach(model)
+    with pytest.raises(dw.errors.AdapterError, match="does not target"):
+        dw.load(model, tmp_path / "a")

@@ -6,7 +6,7 @@ A form file knows matrices only, as a variant file does. It never learns which l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.core.options import Options
 from deltaw.core.registry import foreign_readers
-from deltaw.core.variant import FrozenMatrix
+from deltaw.core.variant import FrozenMatrix, state_of
 from deltaw.ops.choices import Choices
 
 
@@ -50,6 +50,9 @@ class FrozenWeight(nn.Module, FrozenMatrix):
     @abstractmethod
     def dense(self) -> Tensor:
         """The weight that this stands for, (out, in), in `dtype`."""
+
+    def state(self) -> Hashable:
+        return state_of(*(b for b in self._buffers.values() if b is not None))
 
     @property
     def nbytes(self) -> int:

@@ -275,7 +275,12 @@ class Host(nn.Module):
     def frozen(self, site: str) -> FrozenMatrix:
         """The frozen weight of a site as a matrix."""
         form = self.form(site)
-        return form if form is not None else Dense(self.matrix(site, self.parameter(site)))
+        return form if form is not None else self.dense(site)
+
+    def dense(self, site: str) -> Dense:
+        """The same of a weight that is kept in no form."""
+        stored = self.parameter(site)
+        return Dense(self.matrix(site, stored), stored)
 
     # ---- what the forwards use
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,12 @@ def _kept(layer: Host, name: str) -> Tensor:
 def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
     """`host`'s forward with what holds for every call of every host: rows with their own adapters, and recomputation."""
     own = base.forward if host.beneath else host.forward
+    names = {} if host.beneath else called_otherwise(base.forward, own)
 
     @functools.wraps(base.forward)
     def forward(self: Host, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and names:
+            kwargs = {names.get(name, name): value for name, value in kwargs.items()}
         if torch.compiler.is_compiling():
             return own(self, *args, **kwargs)
         roster, grad = self.roster, torch.is_grad_enabled()
@@ -64,6 +68,18 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
         return output
 
     return forward
+
+
+def called_otherwise(theirs: Callable[..., Any], ours: Callable[..., Any]) -> dict[str, str]:
+    """The layer's names of arguments -> those of the host's forward at the same places, where they differ."""
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        places = [
+            [p.name for p in inspect.signature(f).parameters.values() if p.kind in by_place] for f in (theirs, ours)
+        ]
+    except (TypeError, ValueError):  # no Python function
+        return {}
+    return {name: own for name, own in zip(*places) if name != own}
 
 
 def blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:

@@ -6,7 +6,7 @@ A variant file knows matrices only. It never learns which layer the matrix belon
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,7 +62,17 @@ class LowRank(NamedTuple):
 
 
 class FrozenMatrix(ABC):
-    """What a delta may ask of the frozen weight W (out, in): products, and W itself as the last resort."""
+    """What a delta may ask of the frozen weight W (out, in): products, and W itself as the last resort.
+
+    lasting: the values are those that the layer keeps, not of one call only.
+    """
+
+    lasting: bool = True
+
+    @abstractmethod
+    def state(self) -> Hashable:
+        """Another one after W was written to, moved or replaced (not by a write through `.data`, which PyTorch does not
+        count). None where that cannot be told."""
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
@@ -74,16 +84,29 @@ class FrozenMatrix(ABC):
 
 
 class Dense(FrozenMatrix):
-    """A frozen matrix that is simply there. `weight` is (out, in)."""
+    """A frozen matrix that is simply there. `weight` is (out, in); `stored` the parameter of which it is the matrix."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, stored: Tensor | None = None) -> None:
         self.weight = weight
+        self.stored = weight if stored is None else stored
+        self.lasting = stored is not None
+
+    def state(self) -> Hashable:
+        return state_of(self.stored)
 
     def matmul(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
     def dense(self) -> Tensor:
         return self.weight
+
+
+def state_of(*tensors: Tensor) -> Hashable:
+    """`FrozenMatrix.state` of what these tensors decide."""
+    try:
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+    except RuntimeError:  # no memory of its own (a transform's), or no versions (made in inference mode)
+        return None
 
 
 class Delta(Bare, ABC):

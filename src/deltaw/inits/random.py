@@ -13,7 +13,8 @@ from deltaw.core.registry import init
 @init("kaiming")
 def kaiming(A: Tensor, B: Tensor) -> None:
     """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), what loralib and PEFT use)."""
-    bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(A.shape[-1]))  # rounded as nn.init.kaiming_uniform_ does
+    inputs = max(1, A.shape[-1])
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(inputs))  # rounded as nn.init.kaiming_uniform_ does
     A.detach().uniform_(-bound, bound)
     B.detach().zero_()
 

@@ -116,7 +116,7 @@ def entry_of(tensor: Tensor) -> dict[str, Any]:
 def compare(model: nn.Module | Inventory, recorded: Mapping[str, Any], without: Collection[str] = ()) -> Comparison:
     """Compare the base of a model, or of a walk over it, with a recorded fingerprint. `without`: names that need not agree."""
     there = recorded.get("parameters")
-    if not isinstance(there, Mapping) or recorded.get("version") != VERSION or not there:
+    if not isinstance(there, Mapping) or recorded.get("version") != VERSION or not (there or without):
         return Comparison(False, {}, {})
     base = model if isinstance(model, Inventory) else inventory(model)
     model, look = base.model, unchanged(base)

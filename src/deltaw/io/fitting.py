@@ -80,11 +80,16 @@ def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
 
 
 def within(key: str, base: Inventory, claims: Claims) -> bool:
-    """Whether the config of a file accounts for a change of `key`; PEFT adapts an attention's `out_proj` with it."""
+    """Whether the config of a file accounts for a change of `key`; PEFT adapts an attention's `out_proj` with it, and on
+    request the layers that share a targeted parameter."""
     path, site = split_key(key)
     module, outer = base.modules.get(path), path.removesuffix(".out_proj")
     if module is None or not _adaptable(module) or claims.adapts(key):
         return True
+    if claims.ties:
+        mine = base.stored.get(key)
+        if any(tensor is mine and claims.adapts(name) for name, tensor in base.stored.items()):
+            return True
     return isinstance(base.modules.get(outer), nn.MultiheadAttention) and claims.adapts(join_key(outer, site))
 
 

@@ -29,6 +29,7 @@ from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_tod
 from deltaw.io.starts import without_start
 from deltaw.model import state
 from deltaw.model.attach import get, installed
+from deltaw.model.lasting import lasting
 
 Source = str | os.PathLike[str] | Folder | Adapter
 
@@ -129,6 +130,7 @@ def described(model: nn.Module, adapter: Adapter) -> Adapter:
     return adapter.replace(base=base, extra=extra)
 
 
+@lasting
 def load(
     model: nn.Module,
     source: Source,

@@ -56,6 +56,9 @@ class ModuleHost(Host):
     def reads(cls, layer: nn.Module) -> bool:
         return bool(read_hosts(layer))
 
+    def bias_of(self, site: str) -> tuple[str, slice | None] | None:
+        return None  # what an unknown forward adds its bias to, nobody knows
+
     def read_inside(self) -> Iterable[Host]:
         return read_hosts(self).values()
 

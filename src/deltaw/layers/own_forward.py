@@ -192,15 +192,15 @@ class OwnForwardLinearHost(OwnForwardHost, OutputHost):
     def examples(cls) -> Iterable[Example]:
         yield Example("casting", lambda: CastingLinear(7, 5), lambda dtype: (torch.randn(3, 7, dtype=dtype),))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sites = self.active_sites()
         own = self.base_class.forward
         if not sites:
-            return own(self, x)  # type: ignore[no-any-return]
+            return own(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         terms = self.low_rank()
-        if not terms:
+        if not terms or args or kwargs:  # what further arguments do to the weight, the probe has not seen
             tensors: dict[str, Tensor | None] = {s: self.changed(s, dropout=self.training) for s in sites}
-            return own(shell(self, self.base_class, tensors), x)  # type: ignore[no-any-return]
+            return own(shell(self, self.base_class, tensors), x, *args, **kwargs)  # type: ignore[no-any-return]
         bias = self.changed_bias()
         y: Tensor = own(shell(self, self.base_class, {"bias": bias}) if "bias" in sites else self, x)
 
@@ -237,10 +237,10 @@ class ForeignLinearHost(OwnForwardLinearHost):
     def listed_as(self) -> str:
         return LinearHost.family
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if "weight" in self.active_sites() and self.low_rank() is None:
             return nn.functional.linear(x, self.changed("weight").to(x.dtype), self.changed_bias())
-        return super().forward(x)
+        return super().forward(x, *args, **kwargs)
 
 
 class ChangedHost(OwnForwardHost, WeightHost):

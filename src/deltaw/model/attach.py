@@ -23,6 +23,7 @@ from deltaw.core.variant import Delta, Dense, Site, Variant
 from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
 from deltaw.model import state, targeting
 from deltaw.model.fit import fitted
+from deltaw.model.lasting import lasting
 from deltaw.model.placing import forget, place
 from deltaw.model.plan import planned
 from deltaw.model.planned import Planned
@@ -32,6 +33,7 @@ CHECKED_AT_ONCE = 2**24
 """Up to so many values in all, the targeted weights are checked to be finite at attach; larger ones where they are read anyway."""
 
 
+@lasting
 def attach(
     model: nn.Module,
     variants: Variant | Mapping[targeting.Target, Variant],
@@ -69,10 +71,6 @@ def attach(
     layout = state.Layout(model)
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "attach")
-    if torch.is_inference_mode_enabled():
-        raise ModelError(
-            "cannot attach inside of torch.inference_mode(): what is made there can never be trained; leave it first"
-        )
     plan = planned(layout, pairs(variants, targets), train, exclude, layers)
     check_finite(plan)
     shared: dict[str, Any] = {}
@@ -197,6 +195,7 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
     return Adapter(changes, notes.get("base", {}), notes.get("extra", {}))
 
 
+@lasting
 def install(
     model: nn.Module,
     adapter: Adapter,
@@ -232,10 +231,6 @@ def installed(
     adopt: bool = False,
 ) -> None:
     """`install`, where the model has been walked already. adopt: the adapter's tensors are for this model alone."""
-    if trainable and torch.is_inference_mode_enabled():
-        raise ModelError(
-            "cannot load a trainable adapter inside of torch.inference_mode(): what is made there can never be trained"
-        )
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
     deltas = loaded(fitted(layout, adapter), adapter, trainable, adopt)

@@ -13,6 +13,7 @@ from deltaw.core.variant import Variant
 from deltaw.errors import ConfigError, ModelError
 from deltaw.model import state
 from deltaw.model.attach import attach, checked_name, detach, install
+from deltaw.model.lasting import lasting
 from deltaw.model.summary import Status, adapters
 
 
@@ -30,6 +31,7 @@ def add(model: nn.Module, what: Adapter | Variant, name: str, **options: Any) ->
     raise ConfigError(f"add takes an Adapter or a variant such as dw.LoRA(rank=8); found {type(what).__name__}")
 
 
+@lasting
 def copy(model: nn.Module, source: str, name: str) -> nn.Module:
     """A second adapter `name` with the values of `source`, its own tensors, trainable as those are. Not switched to.
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key, split_key
 from deltaw.core.frozen import FrozenWeight
-from deltaw.core.host import Host
+from deltaw.core.host import Host, parameter_names
 from deltaw.core.roster import Active
 from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
+from deltaw.model.lasting import lasting
 from deltaw.model.targeting import layers_of
 from deltaw.model.ties import identity, others, refuse_one_sided, shared
 
@@ -99,6 +100,7 @@ class Change:
     tied: list[tuple[str, nn.Module, str]]
 
 
+@lasting
 def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: Into = "dequantized") -> MergeReport:
     """Write the changes of `names` (default: the active adapters) into the weights, rounding once to their dtype.
 
@@ -223,6 +225,12 @@ def undropped(hosts: Iterable[Host]) -> Iterator[None]:
 def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, FrozenWeight | None, MergedWeight]:
     """The new values of one site, the same in the form in which it is kept (if it is), and its line of the report."""
     here = host.parameter(site)
+    if site not in parameter_names(host) and site not in host._buffers:
+        raise ModelError(
+            f"cannot merge into {key!r}: since the adapter was attached it is computed from other parameters at every call "
+            "(pruning, weight_norm, a parametrization); make it a plain weight first (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     if host.foreign and site == "weight":
         raise ModelError(
             f"cannot merge into {key!r}: another library keeps it quantised; load the base model in 16 or 32 bit, load "
@@ -238,8 +246,9 @@ def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, 
     exact = host.changed(site, dtype=torch.float64)
     if not bool(torch.isfinite(exact).all()):
         raise NonFinite(f"cannot merge: the change of {key!r} holds NaN or infinity; the adapter is damaged")
-    new = exact.to(here.dtype).contiguous().clone()
     form = host.form(site)
+    laid_as = exact.contiguous() if form is not None else here  # as the layer's own lies in memory
+    new = torch.empty_like(laid_as, dtype=here.dtype, requires_grad=False).copy_(exact)
     again = None if form is None else form.form.keep(host.to_matrix(site, new))
     delta = exact - here.to(exact.dtype)
     size = float(torch.linalg.vector_norm(delta))
@@ -266,6 +275,7 @@ def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, 
     return new, again, line
 
 
+@lasting
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the original weights back, bit for bit.
 

@@ -147,6 +147,8 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
     if name in roster.names:
         roster.names.remove(name)
     roster.notes.pop(name, None)
+    if roster.merged is not None and roster.merged.final and not set(roster.merged.names) & set(roster.names):
+        roster.merged = None  # what was merged for good is the base now
     roster.default = tuple((n, w) for n, w in roster.default if n != name)
     last = not roster.names
     mine = [host for _, host in layout.hosts() if host.roster is roster]

@@ -71,6 +71,11 @@ class Planned:
     def site_seen(self) -> Site:
         """The site as the variant sees it: shape, dtype and device of the adapter's tensors."""
         stored = self.stored
+        if stored.is_complex():
+            raise TargetError(
+                f"{self.key!r} holds complex numbers ({str(stored.dtype).removeprefix('torch.')}), which no method here changes: "
+                "leave it out of the targets (exclude=) and of train="
+            )
         buffer = self.site in self.layer._buffers
         dtype = stored.dtype
         if not buffer and (dtype.itemsize <= 2 or not dtype.is_floating_point):

@@ -78,6 +78,9 @@ def adapted_linear(
     """
     if not adapters and weight is not None:
         return F.linear(x, weight, bias)
+    if x.is_nested and x.layout == torch.jagged:  # sequences of different lengths, their rows one after the other
+        rows = adapted_linear(x.values(), weight, bias, adapters, training=training, frozen=frozen)
+        return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths())  # type: ignore[attr-defined]
     x, weight, bias = as_autocast(x, weight, bias)
     tokens, compiled = math.prod(x.shape[:-1]), torch.compiler.is_compiling()
     if weight is not None and not compiled and is_small(weight.shape[0], weight.shape[1], tokens):
@@ -368,7 +371,10 @@ def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
 
 def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
     """y ⊙ (1 + gain) + shift in place, for y (T, out); computed in the wider of the precisions."""
-    if gain is not None and shift is not None and y.dtype == gain.dtype == shift.dtype:
+    alike = gain is not None and shift is not None and y.dtype == gain.dtype == shift.dtype
+    if alike and not torch.compiler.is_compiling():  # a compiler makes one pass of two; torch.export knows no `out=`
+        assert gain is not None
+        assert shift is not None
         torch.addcmul(shift, y, 1 + gain, out=y)
         return
     if gain is not None:

@@ -6,7 +6,7 @@ paper's section 4.3). m starts as the very norm that the forward computes, so c 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,14 +41,16 @@ class DoRA(LoRA):
 
 
 class DoRADelta(LoRADelta):
-    """A, B and the row lengths m (out,). `squares` caches ‖W‖² per row while the frozen weight is at hand."""
+    """A, B and the row lengths m (out,). `squares` keeps ‖W‖² per row, of the W that `measured` tells."""
 
     squares: Tensor | None
+    measured: Hashable
 
     def __init__(self, variant: DoRA, site: Site) -> None:
         super().__init__(variant, site)
         self.m = nn.Parameter(torch.empty(site.shape[:-1], dtype=site.dtype, device=site.device))
         self.register_buffer("squares", None, persistent=False)
+        self.__dict__["measured"] = None
 
     def start(self, frozen: FrozenMatrix) -> None:
         super().start(frozen)
@@ -67,11 +69,25 @@ class DoRADelta(LoRADelta):
     def prepare(self, frozen: FrozenMatrix) -> None:
         with torch.no_grad():
             self.squares = row_squares(frozen.dense().to(self.site.dtype))
+            self.__dict__["measured"] = frozen.state()
+
+    def squares_of(self, frozen: FrozenMatrix) -> Tensor:
+        """‖W‖² per row, (out,): what was kept, if W is still the same. Compiled code takes what was kept."""
+        if self.squares is not None and torch.compiler.is_compiling():
+            return self.squares
+        state = frozen.state()
+        if self.squares is not None and state is not None and state == self.measured:
+            return self.squares
+        if state is not None and frozen.lasting:
+            self.prepare(frozen)
+            assert self.squares is not None
+            return self.squares
+        return row_squares(frozen.dense().to(self.site.dtype))
 
     def norms(self, frozen: FrozenMatrix) -> Tensor:
         """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated."""
-        squares = row_squares(frozen.dense().to(self.site.dtype)) if self.squares is None else self.squares
         with torch.no_grad():
+            squares = self.squares_of(frozen)
             A, B = self.factors()
             product = frozen.matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
             return row_norms(squares, product, A, B, self.variant.scale)

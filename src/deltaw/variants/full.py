@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.core.registry import variant
 from deltaw.core.variant import Delta, FrozenMatrix, Site, Variant
+from deltaw.errors import ModelError
 
 
 @variant
@@ -52,4 +53,9 @@ class FullDelta(Delta):
         return self.value - weight
 
     def new_weight(self, weight: Tensor) -> Tensor:
+        if self.value.shape != weight.shape:
+            raise ModelError(
+                f"a parameter is {tuple(weight.shape)} now and was {tuple(self.value.shape)} when its trained copy was made: "
+                "resize the model (as resize_token_embeddings does) before attaching or loading"
+            )
         return self.value.to(weight.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaw as dw
-from deltaw.errors import AdapterError, BaseMismatch, DeltawError, ModelError
+from deltaw.errors import AdapterError, BaseMismatch, DeltawError
 from deltaw.io import folder as folders_of
 from deltaw.io.admission import MUCH, admit
 from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS, Opened
@@ -419,15 +419,6 @@ def test_damage_is_told_before_that_the_base_is_another(folders: dict[str, Path]
         dw.load(model, folder)
     assert not isinstance(caught.value, BaseMismatch)
     assert not any(".adapters." in name for name, _ in model.named_modules())
-
-
-def test_nothing_that_can_never_be_trained_is_loaded_to_be_trained(folders: dict[str, Path]) -> None:
-    model = net()
-    with torch.inference_mode():
-        with pytest.raises(ModelError, match="can never be trained"):
-            dw.load(model, folders["ours"], trainable=True)
-        dw.load(model, folders["ours"])
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_memory_of_a_trainable_adapter_is_its_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,3 +261,12 @@ def test_a_wrapped_model_is_the_model() -> None:
     before = fingerprint(model)
     assert fingerprint(torch.compile(model)) == before
     assert not compare(torch.compile(model), before).other
+
+
+def test_an_adapter_that_replaces_every_weight_of_its_base_has_nothing_to_be_compared(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(5, 7))
+    dw.attach(model, dw.Full(), ["0"])
+    dw.save(model, tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dw.load(nn.Sequential(nn.Linear(5, 7)), tmp_path / "a")

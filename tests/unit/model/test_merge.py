@@ -156,3 +156,11 @@ def test_the_merged_context():
     assert torch.equal(twin(X), active)
     with pytest.raises(ModelError, match="nothing is merged"):
         dw.unmerge(model)
+
+
+def test_merged_weights_lie_as_the_layers_own() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shaken(dw.attach(model, dw.LoRA(rank=2), ["0"]))
+    strides = model[0].weight.stride()
+    dw.merge(model)
+    assert model[0].weight.stride() == strides

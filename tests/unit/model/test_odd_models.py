@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import deltaw as dw
 from deltaw.core.host import Host
@@ -76,11 +76,192 @@ def test_layers_that_cannot_be_adapted_yet_or_any_more(model, words):
         dw.attach(model, dw.LoRA(rank=2), ["layers.0"])
 
 
-def test_inside_of_inference_mode_nothing_is_attached():
-    model = Model(nn.Linear(4, 4))
-    with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode"):
-        dw.attach(model, dw.LoRA(rank=2))
-    assert not any(isinstance(m, Host) for m in model.modules())
+def test_what_verbs_make_inside_of_inference_mode_can_be_trained(tmp_path):
+    model, x = Model(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+
+    def trains(*names):
+        for speaking in names:
+            with dw.use(model, speaking):
+                model(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert not parameter.is_inference()
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            parameter.grad = None
+
+    with torch.inference_mode():
+        dw.attach(model, dw.DoRA(rank=2), ["layers.0"], train=["layers.1"])
+        dw.copy(model, "default", "other")
+        dw.save(model, tmp_path / "a", name="default")
+    trains("default", "other")
+    with torch.inference_mode():
+        dw.load(model, tmp_path / "a", name="third", active=False)
+        dw.load(model, tmp_path / "a", name="fourth", trainable=True)
+    trains("default", "other", "fourth")
+    dw.activate(model, "third")
+    model(x.clone().requires_grad_()).sum().backward()
+    with torch.inference_mode():
+        dw.merge(model, "third")
+        dw.unmerge(model)
+        dw.merge(model, "third", keep=None)
+    dw.detach(model)
+    model.requires_grad_(True)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_module_of_complex_numbers_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 2, dtype=torch.complex64))
+    for targets, train in ((["0"], []), (["0"], ["1"])):
+        with pytest.raises(TargetError, match="complex numbers"):
+            dw.attach(model, dw.LoRA(rank=2), targets, train=train)
+    assert type(model[0]) is nn.Linear
+
+
+def test_layers_are_called_by_torchs_own_keywords():
+    cases = [
+        (nn.Linear(4, 4), {"input": torch.randn(2, 4)}),
+        (nn.Embedding(5, 4), {"input": torch.tensor([1, 2])}),
+        (nn.Conv1d(3, 4, 2), {"input": torch.randn(2, 3, 5)}),
+        (nn.ConvTranspose1d(3, 4, 3, stride=2), {"input": torch.randn(2, 3, 5), "output_size": [12]}),
+    ]
+    for layer, given in cases:
+        for variant in (dw.LoRA(rank=1), dw.DoRA(rank=1), dw.Full()):
+            model = nn.Sequential(layer)
+            dw.attach(model, variant, ["0"])
+            shaken(model)
+            assert torch.equal(model[0](**given), model[0](*given.values()))
+            dw.detach(model)
+
+
+class Scaled(nn.Linear):
+    """A forward with an argument of which the probe knows nothing."""
+
+    def forward(self, x, scale=1.0):
+        return nn.functional.linear(x, self.weight * scale, self.bias)
+
+
+def test_further_arguments_of_an_own_forward_reach_it():
+    model, x = nn.Sequential(Scaled(4, 4)), torch.randn(2, 4)
+    shaken(dw.attach(model, dw.LoRA(rank=2), ["0"]))
+    found = [model[0](x), model[0](x, 0.5), model[0](x, scale=0.5), model[0](x=x)]
+    dw.merge(model)
+    expected = [model[0](x), model[0](x, 0.5), model[0](x, scale=0.5), model[0](x)]
+    for y, z in zip(found, expected):
+        torch.testing.assert_close(y, z)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Bilinear(5, 4, 3)
+
+    def forward(self, a, b):
+        return self.mix(a, b)
+
+
+def test_ia3_on_a_parameter_of_an_unknown_module_leaves_its_bias_alone():
+    model, a, b = Mixed(), torch.randn(2, 5), torch.randn(2, 4)
+    shaken(dw.attach(model, dw.IA3(), ["mix.weight"]))
+    y = model(a, b)
+    dw.merge(model)
+    torch.testing.assert_close(model(a, b), y)
+
+
+def test_a_parameter_that_was_resized_under_its_trained_copy_is_told():
+    model = Model(nn.Embedding(5, 4))
+    dw.attach(model, {"layers.0": dw.Full()})
+    model.layers[0].weight = nn.Parameter(torch.zeros(7, 4))
+    with pytest.raises(ModelError, match=r"is \(7, 4\) now and was \(5, 4\)"):
+        model(torch.tensor([6]))
+
+
+def test_sequences_of_different_lengths_in_one_nested_tensor():
+    x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged)
+    model = nn.Sequential(nn.Linear(6, 8))
+    plain = model(x).detach()
+    dw.attach(model, dw.DoRA(rank=2), ["0"])
+    assert all(torch.equal(a, b) for a, b in zip(model(x).unbind(), plain.unbind(), strict=True))
+    shaken(model)
+    (model(x) + plain).values().sum().backward()  # both are of one shape
+    for y, part in zip(model(x).unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(y, model(part))
+
+
+def test_a_layer_without_inputs():
+    model = nn.Sequential(nn.Linear(0, 5))
+    dw.attach(model, dw.LoRA(rank=2), ["0"])
+    assert model(torch.randn(3, 0)).shape == (3, 5)
+
+
+BASE_CHANGES = {
+    "a checkpoint is loaded": lambda layer: layer.load_state_dict(nn.Linear(4, 4).state_dict(), strict=False),
+    "written in place": lambda layer: torch.no_grad()(layer.weight.mul_)(3),
+    "a new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(4, 4))),
+    "new data": lambda layer: setattr(layer.weight, "data", torch.randn(4, 4)),
+}
+
+
+@pytest.mark.parametrize("change", BASE_CHANGES)
+def test_dora_follows_a_base_that_changes_after_attach(change):
+    model, x = Model(nn.Linear(4, 4)), torch.randn(3, 4)
+    layer = model.layers[0]
+    shaken(dw.attach(model, dw.DoRA(rank=2), ["layers.0"]))
+    model(x)
+    BASE_CHANGES[change](layer)
+    delta = layer.adapters.default.weight
+    changed = (layer.weight + delta.variant.scale * delta.B @ delta.A).double()
+    expected = x.double() @ (delta.m[:, None] * changed / changed.norm(dim=1, keepdim=True)).T + layer.bias
+    y = model(x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    dw.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_follows_a_base_that_is_trained_with_it():
+    model, x = Model(nn.Linear(4, 4)), torch.randn(3, 4)
+    shaken(dw.attach(model, dw.DoRA(rank=2), ["layers.0"], freeze=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(4):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    y = model(x)
+    model.layers[0].adapters.default.weight.squares = None
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_weight_that_became_computed_is_not_merged_into():
+    for compute in (parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)):
+        model, x = Model(nn.Linear(4, 4)), torch.randn(3, 4)
+        shaken(dw.attach(model, dw.LoRA(rank=2), ["layers.0"]))
+        compute(model.layers[0])
+        y = model(x)
+        with pytest.raises(ModelError, match=r"'layers.0.weight'.*is computed from other parameters"):
+            dw.merge(model)
+        assert torch.equal(model(x), y)
+
+
+def test_what_was_merged_for_good_is_the_base_of_the_others(tmp_path):
+    model, x = Model(nn.Linear(4, 4)), torch.randn(3, 4)
+    for name in ("a", "b"):
+        shaken(dw.attach(model, dw.LoRA(rank=2), ["layers.0"], name=name))
+    with dw.use(model, "a"):
+        y = model(x)
+    dw.merge(model, "a", keep=None)
+    dw.detach(model, "a")
+    with dw.disabled(model):
+        torch.testing.assert_close(model(x), y)
+    dw.activate(model, "b")
+    z = model(x)
+    dw.save(model, tmp_path / "b", name="b")
+    dw.detach(model)
+    torch.testing.assert_close(dw.load(model, tmp_path / "b")(x), z)
+
+
+def test_dora_is_exported():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)).eval(), torch.randn(4, 6)
+    shaken(dw.attach(model, dw.DoRA(rank=2), nn.Linear))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
 def test_a_layer_without_parameters_that_looks_like_a_container():

@@ -39,6 +39,8 @@ class Claims:
     """Modules to save that must be there if the model has them, named by the config or implied by the task type."""
     parameters: tuple[str, ...] = ()
     """`target_parameters`: parameters that are adapted wherever their module is."""
+    ties: bool = False
+    """`ensure_weight_tying`: a layer that shares its parameter with a targeted one is adapted with it."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Claims:
@@ -73,6 +75,7 @@ class Claims:
             patterns,
             (*(save or ()), *heads),
             parameters or (),
+            config.get("ensure_weight_tying") is True,
         )
 
     @property
