@@ -148,6 +148,11 @@ class Host(nn.Module):
         """The changed layers inside whose weights this layer's own code reads, and which then take effect. Default: none."""
         return ()
 
+    @classmethod
+    def methods(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        """Methods of the layer's class `base`, besides its forward, that an adapted layer has in another way. Default: none."""
+        return {}
+
     def bias_of(self, site: str) -> tuple[str, slice | None] | None:
         """The bias (and which rows of it) that is added to what a weight's site computes, or None. Default: "bias"."""
         return ("bias", None) if site == "weight" and self._parameters.get("bias") is not None else None

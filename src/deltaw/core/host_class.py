@@ -27,6 +27,7 @@ def host_class(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = 
     """
     if (host, base, held) not in _classes:
         body = {"base_class": base, "host": host, "__module__": base.__module__, "forward": called(host, base)}
+        body |= host.methods(base)
         body |= {name: property(functools.partial(_kept, name=name)) for name in held}
         parents = (base, host) if host.beneath else (host, base)
         _classes[host, base, held] = type(f"{base.__name__}Host", parents, body)

@@ -8,12 +8,15 @@ The forward runs on a shell, a per-call shallow twin with the changed tensors: n
 may use two adapters. It also keeps running statistics still: in training a frozen BatchNorm normalises with the batch,
 as it always did, and updates a throw-away copy of its buffers.
 
-A module whose own code reads the weight of a changed layer inside it becomes this host too (see reading.py).
+A module whose own code reads the weight of a changed layer inside it becomes this host too (see reading.py). Other methods
+than forward that read the module's own changed parameters (CLIP's encode_text and its projection) see W + ΔW as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from deltaw.core.host import Host
 from deltaw.core.registry import host
 from deltaw.core.twin import shell
-from deltaw.layers.reading import read_hosts, reads_in, written_in
+from deltaw.layers.reading import Read, other_readers, read_hosts, reads_in, written_in
 
 
 @host
@@ -68,6 +71,10 @@ class ModuleHost(Host):
     def from_matrix(self, site: str, matrix: Tensor) -> Tensor:
         return matrix_form(self, matrix)
 
+    @classmethod
+    def methods(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        return {name: on_twin(function, reads) for name, (function, reads) in other_readers(base).items()}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites = self.active_sites()
         still = self.training and bool(self._buffers)
@@ -92,6 +99,21 @@ class ModuleHost(Host):
             value: Tensor = active[0][0].value  # type: ignore[assignment]
             return value
         return self.changed(site)
+
+
+def on_twin(method: FunctionType, reads: Sequence[Read]) -> Callable[..., Any]:
+    """A method that reads parameters as `reads` says (CLIP's encode_text), seeing W + ΔW when it is called by itself."""
+    names = {name for read in reads for name in read.path[:1]}
+
+    @functools.wraps(method)
+    def call(self: ModuleHost, *args: Any, **kwargs: Any) -> Any:
+        sites = names & self._parameters.keys() & self.active_sites() if self.adapters._modules else ()
+        if not sites:
+            return method(self, *args, **kwargs)
+        changed: dict[str, Tensor | None] = {s: self.changed(s, dropout=self.training) for s in sites}
+        return method(shell(self, self.base_class, changed), *args, **kwargs)
+
+    return call
 
 
 def matrix_form(layer: nn.Module, stored: Tensor) -> Tensor:

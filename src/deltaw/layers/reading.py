@@ -102,6 +102,43 @@ def chains(code: CodeType) -> Iterator[Read]:
             yield Read(tuple(names), "", not asked)
 
 
+WRITERS = (
+    "reset",
+    "init",
+    "load",
+    "save",
+    "tie",
+    "resize",
+    "set",
+    "get",
+    "register",
+    "add",
+    "remove",
+    "prune",
+    "freeze",
+)
+"""Beginnings of the names of methods that change a module or hand out its parts."""
+
+
+def other_readers(kind: type[nn.Module]) -> dict[str, tuple[FunctionType, list[Read]]]:
+    """The public methods of a class, besides forward, that only read what is taken as `self.<name>`, and what they take.
+
+    Told from their code: none that stores an attribute, uses `.data` or something of a name with "_" at its end.
+    """
+    found = {}
+    for name in {n for c in kind.__mro__ if not c.__module__.startswith("torch.nn.") for n in c.__dict__}:
+        function = inspect.getattr_static(kind, name)
+        if name.startswith(("_", *WRITERS)) or name == "forward" or not isinstance(function, FunctionType):
+            continue
+        code = inspect.unwrap(function).__code__
+        writes = any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code))
+        if not writes and not any(n == "data" or n.endswith("_") for n in code.co_names):
+            reads = list(chains(code))
+            if reads:
+                found[name] = function, reads
+    return found
+
+
 def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     """Path -> layer inside `module` that is changed (or kept in another form), and that the module's own code reads."""
     kind = module.base_class if isinstance(module, Host) else type(module)

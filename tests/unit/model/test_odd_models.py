@@ -334,3 +334,46 @@ def test_parameters_that_are_reached_by_ways_unknown_are_refused_and_nothing_cha
         dw.attach(model, dw.LoRA(rank=2), ["first", "named.k"])
     assert not any(isinstance(m, Host) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Tower(nn.Module):
+    """As CLIP: a parameter of its own that is read by a method which is called by itself as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.Linear(6, 5)
+        self.projection = nn.Parameter(torch.randn(5, 4))
+        self.seen = 0
+
+    def encode(self, x):
+        return self.tower(x) @ self.projection
+
+    def count(self):
+        self.seen += self.projection.shape[0]
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.projection)
+
+    def forward(self, x):
+        return nn.functional.normalize(self.encode(x), dim=-1)
+
+
+@pytest.mark.parametrize("targets", [["tower"], ["tower", "projection"]])
+def test_methods_besides_forward_see_a_changed_parameter(targets):
+    model, x = Tower(), torch.randn(3, 6)
+    plain = model.encode(x)
+    dw.attach(model, dw.LoRA(rank=2), targets, train=["projection"] if len(targets) == 1 else [])
+    assert torch.equal(model.encode(x), plain)
+    shaken(model)
+    y = model.encode(x)
+    torch.testing.assert_close(nn.functional.normalize(y, dim=-1), model(x))
+    with dw.merged(model):
+        torch.testing.assert_close(model.encode(x), y)
+    with dw.disabled(model):
+        assert torch.equal(model.encode(x), plain)
+    model.count()
+    model.reset_parameters()
+    assert model.seen == 5
+    assert not model.projection.any()
+    dw.detach(model)
+    assert "encode" not in vars(type(model)) or type(model) is Tower
