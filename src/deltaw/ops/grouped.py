@@ -111,6 +111,7 @@ def grouped_linear_reference(
     frozen: FrozenProduct | None = None,
 ) -> Tensor:
     """The same function, segment by segment, in plain differentiable PyTorch."""
+    x, weight, bias = as_autocast(x, weight, bias)
     parts = [
         (start, stop, [in_force(a, training, False, x.device) for a in adapters])
         for start, stop, adapters in segments
@@ -206,7 +207,7 @@ class GroupedLinear(torch.autograd.Function):
                         base = linear(own, weight) if weight is not None else ctx.frozen.matmul(own)
                     dgain = column_dots(g[start:stop], base).to(t.gain.dtype)
                 out += [dA, dB, dgain, None]
-        dweight = scaled.t() @ rows if needs_weight else None
+        dweight = linear(scaled.t(), rows.t()) if needs_weight else None
         dbias = g.sum(0) if needs_bias else None
         return None, None, None if dx is None else dx.view(x.shape), dweight, dbias, *out
 
