@@ -22,7 +22,7 @@ import numpy as np
 from deltaw.errors import DataError, MissingExtra, did_you_mean
 from deltaw.training.config import DataConfig
 from deltaw.training.pictures import Pictures, read_pictures
-from deltaw.training.rows import READABLE, SPLIT_NAMES, Row, read_source
+from deltaw.training.rows import READABLE, SPLIT_NAMES, Row, by_split, read_source
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 COLUMNS = ("image", "file_name", "path", "file")
@@ -56,7 +56,7 @@ def read_images(data: DataConfig) -> ImageSource:
     path = Path(data.path).expanduser()
     if data.path == DIGITS:
         return _arrays(*read_pictures(None), data)
-    if path.suffix == ".npz" or (path.is_dir() and any(path.glob("**/*idx3-ubyte*"))):
+    if path.suffix.lower() == ".npz" or (path.is_dir() and any(path.glob("**/*idx3-ubyte*"))):
         return _arrays(*read_pictures(data.path, colour=True), data)
     if path.is_dir() and not _tables(path):
         return _folders(path, data)
@@ -74,12 +74,12 @@ def read_images(data: DataConfig) -> ImageSource:
 
 def _tables(folder: Path) -> list[Path]:
     named = {*SPLIT_NAMES, "metadata"}
-    return [p for p in sorted(folder.iterdir()) if p.suffix in READABLE and p.stem.lower() in named]
+    return [p for p in sorted(folder.iterdir()) if p.suffix.lower() in READABLE and p.stem.lower() in named]
 
 
 def _folders(folder: Path, data: DataConfig) -> ImageSource:
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    parts = {SPLIT_NAMES[p.name.lower()]: p for p in inside if p.name.lower() in SPLIT_NAMES} or {"train": folder}
+    parts = by_split(inside) or {"train": folder}
     found = ImageSource(str(folder))
     for split, part in parts.items():
         entries: list[tuple[Item | None, Any]] = []
@@ -130,7 +130,7 @@ def _item(value: Any, folder: Path | None) -> Item | None:
 def _arrays(parts: Mapping[str, Pictures], where: str, data: DataConfig) -> ImageSource:
     found = ImageSource(where)
     for split, part in parts.items():
-        whole = (part.images.clip(0, 1) * 255).round().astype(np.uint8)
+        whole = (part.images * 255).round().astype(np.uint8)
         _admit(found, split, zip(whole, part.labels.tolist()), data)
     return found
 

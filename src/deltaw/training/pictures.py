@@ -15,14 +15,17 @@ from deltaw.errors import DataError, MissingExtra
 from deltaw.training.order import generator
 
 Array = np.ndarray[Any, Any]
+ROUNDING = 1e-6
+"""How far scaled pixels may lie beyond 0 .. 1."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """images: (count, height, width), float32, 0 .. 1. labels: (count,), int64."""
+    """images: (count, height, width), float32, 0 .. 1. labels: (count,), int64. unlabelled: how many more had no label."""
 
     images: Array
     labels: Array
+    unlabelled: int = 0
 
     def __getitem__(self, chosen: Array | slice) -> Pictures:
         return Pictures(self.images[chosen], self.labels[chosen])
@@ -36,7 +39,7 @@ def read_pictures(source: str | None, colour: bool = False) -> tuple[dict[str, P
     colour: an npz may also hold (count, height, width, 3).
 
     Raises:
-        DataError: the source is missing, unreadable, empty or of one class only.
+        DataError: the source is missing, unreadable, empty or of one class only, or its pixels are of an unknown scale.
     """
     if source is None:
         found, where = (
@@ -51,6 +54,8 @@ def read_pictures(source: str | None, colour: bool = False) -> tuple[dict[str, P
         raise DataError(f"source={source}: no such file or folder")
     else:
         found, where = from_hub(source), source
+    if unlabelled := sum(part.unlabelled for part in found.values()):
+        where = f"{where} (dropped: {unlabelled:,} without label)"
     for name, part in found.items():
         if len(part.images) != len(part.labels) or len(part.labels) == 0:
             raise DataError(f"{where}: {name} has {len(part.images):,} pictures and {len(part.labels):,} labels")
@@ -180,4 +185,47 @@ def _pictures(images: Array, labels: Array, where: Path, colour: bool = False) -
         raise DataError(
             f"{where}: pictures must be (count, height, width) and labels (count,); found {images.shape} and {labels.shape}"
         )
-    return Pictures(images.astype(np.float32) / (255.0 if images.dtype == np.uint8 else 1.0), labels.astype(np.int64))
+    if labels.dtype.kind != "f" or len(images) != len(labels):
+        return Pictures(_pixels(images, where), labels.astype(np.int64))
+    known = ~np.isnan(labels)
+    return Pictures(_pixels(images[known], where), _whole(labels[known], where), int((~known).sum()))
+
+
+def _whole(labels: Array, where: Path) -> Array:
+    """Labels that were saved as floats, as int64."""
+    odd = labels[~np.isfinite(labels) | (labels != np.round(labels))]
+    if len(odd):
+        raise DataError(
+            f"{where}: {len(odd):,} labels are no whole numbers, the first is {odd[0]:g}: number the classes"
+        )
+    return labels.astype(np.int64)
+
+
+def _pixels(images: Array, where: Path) -> Array:
+    """Pixels as float32, 0 .. 1: integers are parts of 255, floats and booleans are taken as they are.
+
+    Raises:
+        DataError: their scale is another, or some are no numbers.
+    """
+    kind = images.dtype.kind
+    if kind not in "biuf":
+        raise DataError(f"{where}: pixels of type {images.dtype}; wanted: uint8 in 0 .. 255, or floats in 0 .. 1")
+    if kind == "f" and not np.isfinite(images).all():
+        bad = int((~np.isfinite(images.reshape(len(images), -1)).all(axis=1)).sum())
+        raise DataError(
+            f"{where}: {bad:,} of {len(images):,} pictures hold NaN or infinity: mend them or leave them out"
+        )
+    low, high = (images.min(), images.max()) if images.size else (0, 0)
+    if kind in "iu":
+        if low < 0 or high > 255:
+            raise DataError(
+                f"{where}: {images.dtype} pixels range from {low} to {high}; integers must lie in 0 .. 255: "
+                "scale them there and save them as uint8, or to 0 .. 1 and save them as floats"
+            )
+        return images.astype(np.float32) / np.float32(255)
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        how = "divide them by 255" if low >= 0 and high <= 255 else "scale them with (x - lowest) / (highest - lowest)"
+        raise DataError(
+            f"{where}: {images.dtype} pixels range from {low:g} to {high:g}; floats must lie in 0 .. 1: {how}"
+        )
+    return images.astype(np.float32).clip(0, 1)

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,8 @@ def read_source(data: DataConfig) -> tuple[dict[str, list[Row]], str]:
         )
     path = Path(data.path).expanduser()
     if path.is_dir():
-        found = {}
-        for file in sorted(path.iterdir()):
-            split = SPLIT_NAMES.get(file.stem.lower())
-            if split and file.suffix in READABLE:
-                found[split] = list(read_file(file))
+        files = by_split(p for p in path.iterdir() if p.suffix.lower() in READABLE and p.is_file())
+        found = {split: list(read_file(file)) for split, file in files.items()}
         if "train" not in found:
             raise DataError(
                 f"{path}: no train file (train.jsonl, train.csv, train.parquet ...) among {sorted(p.name for p in path.iterdir())[:10]}"
@@ -60,10 +58,30 @@ def read_source(data: DataConfig) -> tuple[dict[str, list[Row]], str]:
         only = COPIES[data.path].only
         rows = [r for r in read_file(copy) if all(r.get(c) == v for c, v in only)]
         return {"train": rows}, f"{data.path}, from the installed package {COPIES[data.path].package}"
-    if path.suffix in READABLE or path.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1:
+    if path.suffix.lower() in READABLE or path.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise DataError(f"data={data.path}: no such file{near}")
     return from_hub(data), data.path
+
+
+def by_split(paths: Iterable[Path]) -> dict[str, Path]:
+    """Split name -> the file or folder that is named for it; others are left out.
+
+    Raises:
+        DataError: two of them mean the same split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        split = SPLIT_NAMES.get((path.name if path.is_dir() else path.stem).lower())
+        if split is None:
+            continue
+        if split in found:
+            raise DataError(
+                f"{path.parent}: {found[split].name} and {path.name} both mean the {split} split: "
+                "keep one of them, or join them"
+            )
+        found[split] = path
+    return found
 
 
 def from_hub(data: DataConfig) -> dict[str, list[Row]]:
@@ -102,32 +120,30 @@ def read_file(path: Path) -> Iterator[Row]:
     """The rows of one file, by its ending.
 
     Raises:
-        DataError: the file cannot be read, or a row is no mapping of column names, or has more values than columns.
+        DataError: the file cannot be read, a column comes twice, or a row is no mapping of column names, or has more
+            values than columns.
     """
     for number, row in enumerate(_rows(path), 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: {str(row)[:60]!r} is no object with named columns")
-        if None in row:  # where csv.DictReader puts what is left over
-            raise DataError(
-                f"{path}, row {number}: {len(row) - 1 + len(row[None])} values for {len(row) - 1} columns; "
-                "a value that holds the separator must stand in double quotes"
-            )
         yield row
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    if path.suffix not in READABLE:
+    kind = path.suffix.lower()
+    if kind not in READABLE:
         raise DataError(
             f"{path}: cannot read {path.suffix or 'a file without ending'}; readable: {', '.join(READABLE)}"
         )
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            yield from json.loads(path.read_text(encoding="utf-8-sig"))
-        elif path.suffix == ".jsonl":
+        if kind == ".parquet":
+            yield from _parquet(path)
+        elif kind == ".json":
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(content, Iterable):
+                raise DataError(f"{path}: holds {str(content)[:60]}; wanted: a list of objects with named columns")
+            yield from content
+        elif kind == ".jsonl":
             with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
@@ -136,15 +152,63 @@ def _rows(path: Path) -> Iterator[Any]:
                         except json.JSONDecodeError as error:
                             raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
         else:
-            csv.field_size_limit(1 << 30)
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            yield from _table(path, "\t" if kind == ".tsv" else ",")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({error}): save it as UTF-8") from error
-    except (json.JSONDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
+        raise DataError(f"{path}: cannot be read as {kind[1:]} ({error}): save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: cannot be read as {kind[1:]} ({error})") from error
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet
     except ImportError as error:
         raise MissingExtra("parquet files need pyarrow: pip install 'deltaw[train]'") from error
+    try:
+        _distinct(path, pyarrow.parquet.read_schema(path).names)
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read as parquet ({why}): write it again") from error
+    return rows
+
+
+def _table(path: Path, separator: str) -> Iterator[Row]:
+    """The rows of a csv or tsv file whose first row names the columns. A short row lacks its last values: None."""
+    records = filter(None, _records(path, separator))
+    columns = next(records, [])
+    _distinct(path, columns)
+    for number, values in enumerate(records, 1):
+        if len(values) > len(columns):
+            raise DataError(
+                f"{path}, row {number}: {len(values)} values for {len(columns)} columns; "
+                "a value that holds the separator must stand in double quotes"
+            )
+        yield dict(zip_longest(columns, values))
+
+
+def _records(path: Path, separator: str) -> Iterator[list[str]]:
+    """The values of every row; a value in quotes may hold line breaks, and so a row may be several lines."""
+    csv.field_size_limit(1 << 30)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        first = 1
+        try:
+            for values in reader:
+                yield values
+                first = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: the row that begins in line {first} cannot be read as {path.suffix[1:].lower()} ({error}): "
+                "close the quote there; inside a quoted value, a quote is written twice"
+            ) from error
+
+
+def _distinct(path: Path, columns: Iterable[str]) -> None:
+    """Refuse a name that two columns have; columns without a name (a spreadsheet's trailing commas) do not matter."""
+    twice = [name for name, count in Counter(columns).items() if name and count > 1]
+    if twice:
+        raise DataError(f"{path}: {' and '.join(map(repr, twice))} names more than one column: rename or remove one")
 
 
 @dataclass(frozen=True)
@@ -328,7 +392,7 @@ def _clean(rows: Iterable[Row], data: DataConfig, claimed: set[str], dropped: Co
     for row in rows:
         text, label = row.get(data.text), row.get(data.label)
         text = text.strip() if isinstance(text, str) else ""
-        label = "" if label is None else str(label).strip()
+        label = "" if label is None or label != label else str(label).strip()  # NaN, the missing number, is not itself
         if not text:
             dropped["without text"] += 1
         elif not label:

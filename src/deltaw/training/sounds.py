@@ -16,12 +16,14 @@ import numpy as np
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import SPLIT_NAMES
+from deltaw.training.rows import by_split
 from deltaw.training.signals_file import Signals, read_signals
 
 Array = np.ndarray[Any, Any]
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 RATE = 16_000
+LOUDEST = 1e12
+"""The energy of a louder sample may overflow float32."""
 
 
 def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tuple[dict[str, Signals], list[str]]:
@@ -39,7 +41,7 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
         raise DataError(f"data={data.path}: no such folder; `deltaw data gw --out {data.path}` makes one")
-    files = {SPLIT_NAMES[p.stem]: p for p in sorted(folder.glob("*.safetensors")) if p.stem in SPLIT_NAMES}
+    files = by_split(p for p in folder.iterdir() if p.suffix.lower() == ".safetensors")
     notes = [f"data: {data.path}"]
     found = {name: read_signals(path) for name, path in files.items()} if files else _folders(folder, seconds, notes)
     if "train" not in found:
@@ -77,30 +79,29 @@ def read_sound(path: Path, rate: float, samples: int, channels: int) -> Array:
     """One recording as (channels, samples) at `rate`, cut or padded with zeros.
 
     Raises:
-        DataError: it is unreadable, or has another number of channels (one channel is copied to all of them).
+        DataError: it is unreadable or empty, or has another number of channels (one channel is copied to all of them).
     """
     if path.suffix == ".npy":
         waves = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
+        own = rate
+        _check_finite(waves, path)
     else:
         waves, own = _audio(path)
-        waves = _at_rate(waves, own, rate)
+    if waves.shape[-1] == 0:
+        raise DataError(f"{path}: holds no samples")
+    waves = _at_rate(waves, own, rate)
     if channels == 1 and len(waves) > 1:
         waves = waves.mean(axis=0, keepdims=True)
     if len(waves) == 1 and channels > 1:
         waves = np.repeat(waves, channels, axis=0)
     if len(waves) != channels:
         raise DataError(f"{path}: {len(waves)} channels, {channels} are needed")
-    if not np.isfinite(waves).all():
-        raise DataError(f"{path}: holds NaN or infinity")
     waves = waves[:, :samples]
     return np.pad(waves, ((0, 0), (0, samples - waves.shape[1])))
 
 
 def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str, Signals]:
-    parts = {
-        SPLIT_NAMES[p.name.lower()]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in SPLIT_NAMES
-    }
-    parts = parts or {"train": folder}
+    parts = by_split(p for p in folder.iterdir() if p.is_dir()) or {"train": folder}
     listed = {
         split: [(file, one.name) for one in sorted(part.iterdir()) if one.is_dir() for file in sorted(one.rglob("*"))]
         for split, part in parts.items()
@@ -149,7 +150,7 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
 
 
 def _audio(path: Path) -> tuple[Array, float]:
-    """(channels, samples) and the rate of an audio file."""
+    """(channels, samples) and the rate of an audio file, all of it finite; maybe without samples."""
     try:
         import soundfile
     except ImportError as error:
@@ -160,7 +161,14 @@ def _audio(path: Path) -> tuple[Array, float]:
         waves, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise DataError(f"{path}: cannot be read as audio ({error})") from error
+    _check_finite(waves, path)
     return waves.T, float(rate)
+
+
+def _check_finite(waves: Array, path: Path) -> None:
+    """Refuse what has no spectrogram of finite numbers."""
+    if not (np.abs(waves) <= LOUDEST).all():  # NaN is not below anything either
+        raise DataError(f"{path}: holds NaN or infinity, or samples beyond {LOUDEST:g}, where full scale is 1")
 
 
 def _at_rate(waves: Array, own: float, rate: float) -> Array:
@@ -170,7 +178,7 @@ def _at_rate(waves: Array, own: float, rate: float) -> Array:
 
     from deltaw.training.log_mel import resample
 
-    return resample(torch.from_numpy(np.ascontiguousarray(waves)), round(waves.shape[1] * rate / own)).numpy()
+    return resample(torch.from_numpy(np.ascontiguousarray(waves)), max(1, round(waves.shape[1] * rate / own))).numpy()
 
 
 def _cut(part: Signals, share: float, random: np.random.Generator) -> tuple[Signals, Signals]:

@@ -145,11 +145,11 @@ class Classified(Tally):
 def area_under_curve(score: Tensor, label: Tensor) -> float:
     """Probability that a positive example scores above a negative one, ties counted half. `label` is 0 or 1.
 
-    By ranks (Mann-Whitney U). NaN if one of the classes is absent.
+    By ranks (Mann-Whitney U). NaN if one of the classes is absent, or a score is none.
     """
     positive = int(label.sum())
     negative = label.numel() - positive
-    if positive == 0 or negative == 0:
+    if positive == 0 or negative == 0 or bool(score.isnan().any()):
         return float("nan")
     score = score.double()
     ordered = score.sort().values

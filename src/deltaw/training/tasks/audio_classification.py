@@ -134,6 +134,8 @@ class AudioClassification(Task):
         """The score of a logistic regression on the maximum of each mel band, as a line of the log."""
         tally = Classified(len(self.labels))
         logits = band_maxima(self.mels["train"], self.targets_of["train"], self.mels["validation"])
+        if not logits.isfinite().all():  # ranks of NaN would make an area above 1
+            return "baseline: none (the regression on the maximum of each mel band gave no finite numbers)"
         missing = len(self.labels) - logits.shape[1]
         tally.add(nn.functional.pad(logits, (0, missing), value=-1e9), {"labels": self.targets_of["validation"]})
         scores = "  ".join(f"{name} {value:.4f}" for name, value in tally.scores().items())
