@@ -56,7 +56,8 @@ def run() -> None:
         sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != DEBUG)]
     code = 0
     try:
-        app(standalone_mode=False)
+        returned = app(standalone_mode=False)  # what a command gives to typer.Exit comes back as a number
+        code = returned if isinstance(returned, int) else 0
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -68,7 +69,8 @@ def run() -> None:
         code = 0
     except Exception as error:
         code = _other(error, debug)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.flush()
     sys.exit(code)
 
 

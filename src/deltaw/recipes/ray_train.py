@@ -26,7 +26,8 @@ import torch
 from deltaw.errors import ConfigError
 from deltaw.recipes.configure import load
 from deltaw.recipes.start import start
-from deltaw.training.run import METRICS, RESULTS, STATUS, status
+from deltaw.training.record import METRICS
+from deltaw.training.run import RESULTS, STATUS, status
 
 
 def train_func(config: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from deltaw.model.state import names, whole
 from deltaw.ops.choices import Choices
 from deltaw.ops.compact import compact
 from deltaw.training import checkpoint, trained
+from deltaw.training.beginning import Beginning, check_same
 from deltaw.training.config import RunConfig
 from deltaw.training.loader import ROWS, Epoch, micro_batches
 from deltaw.training.order import batches, in_order
@@ -68,6 +69,7 @@ class Fit:
 
     body: a recorded frozen prefix and its outputs per split, if there is one.
     frozen_body: a module that stays in eval mode because nothing in it is trained.
+    began: marks of base and data, which checkpoints keep and a resumed run must have again, where they are known.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Fit:
         if body is not None:
             self.prefix, self.recorded = body
         self.frozen_body = frozen_body
+        self.began: Beginning | None = None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = State(micro=config.batch_size)
         self.best: dict[str, Tensor] = {}
@@ -116,6 +119,9 @@ class Fit:
         state = dict(found.state)
         plain = state.pop("optimizer")
         state.pop("config")
+        began = state.pop("began", None)
+        if began is not None and self.began is not None:
+            check_same(began, self.began)
         scaler, processes = state.pop("scaler", None), state.pop("processes", 1)
         if processes != self.accelerator.num_processes:
             raise ConfigError(
@@ -163,6 +169,7 @@ class Fit:
                 **asdict(self.state),
                 "optimizer": plain,
                 "config": self.config.nested(),
+                "began": self.began,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "processes": world,
                 "kernels": None if self.kernels is None else self.kernels.to_json(),
@@ -239,7 +246,8 @@ class Fit:
                 self._after_step(len(order))
         state.epoch += 1
         state.batch = 0
-        if config.checkpoint_every == 0 or state.epoch == config.epochs or self._told_to_stop():
+        due = config.checkpoint_every == 0 or state.step % config.checkpoint_every == 0
+        if due or state.epoch == config.epochs or self._told_to_stop():
             self.save()
         self.stop.check()
 

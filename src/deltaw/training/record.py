@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deltaw.errors import ConfigError
+
+METRICS = "metrics.jsonl"
 
 try:
     import fcntl
@@ -47,7 +50,7 @@ class Record:
     def write(self, row: dict[str, Any]) -> None:
         """Add a line."""
         if self.file is not None:
-            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.write(json.dumps(jsonable(row)).encode() + b"\n")
             self.file.flush()
             self.follow(row)
 
@@ -70,6 +73,15 @@ class Record:
         if self.file is not None:
             with contextlib.suppress(OSError):  # a full disk: what could not be written was said before
                 self.file.close()
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with None for what JSON has no word for: NaN (the AUC of one class alone) and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: jsonable(each) for key, each in value.items()}
+    return [jsonable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:

@@ -28,13 +28,14 @@ from deltaw.model.quantize import kernel_choices
 from deltaw.model.state import rosters
 from deltaw.ops.choices import Choices
 from deltaw.training import checkpoint, memory, trained
+from deltaw.training.beginning import beginning
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
 from deltaw.training.place import check_place
 from deltaw.training.prefix import frozen_prefix
 from deltaw.training.progress import Progress
-from deltaw.training.record import Record
+from deltaw.training.record import METRICS, Record, jsonable
 from deltaw.training.signals import Interrupted, Stop
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task
@@ -42,7 +43,7 @@ from deltaw.training.trackers import Trackers, chosen
 
 CONFIG = "config.resolved.yaml"
 STATUS = "run.json"
-METRICS = "metrics.jsonl"
+
 RESULTS = "results.json"
 FACTS = "deltaw_facts.json"
 
@@ -75,6 +76,7 @@ def train(
         for note in task.notes:
             progress.say(note)
         model = task.build()
+        began = beginning(model, task)
         plain = parameters(model)
         prepared = prepare(model, task, config, accelerator.num_processes)
         if (quantized := quantize_base(model, config)) is not None:
@@ -105,6 +107,7 @@ def train(
             record.follow = reports.report
             stack.callback(reports.finish)
             fit, spent_before = _fit(model, task, config, accelerator, prepared, record, progress, stop, checkpoints)
+            fit.began = began
             if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not fit.sharded:
                 progress.say(
                     "FSDP was asked for, but accelerate shards on GPUs only: each process holds the whole model"
@@ -152,7 +155,7 @@ def train(
                     "machine": machine(),
                 }
                 record.write({"event": "end", "step": state.step, "test": test, "seconds": results["seconds"]})
-                checkpoint.write_atomic(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+                checkpoint.write_atomic(folder / RESULTS, json.dumps(jsonable(results), indent=2) + "\n")
                 set_status(folder, "finished", model)
                 if config.keep_checkpoints:
                     checkpoint.remove_leftovers(checkpoints)
@@ -277,7 +280,7 @@ def keep_result(
     model: nn.Module, task: Task, config: RunConfig, prepared: Prepared, folder: Path, test: dict[str, float] | None
 ) -> int:
     """Write what must be kept for the task; returns its size in bytes."""
-    facts = {**task.facts(), "recipe": config.recipe, "test": test}
+    facts = jsonable({**task.facts(), "recipe": config.recipe, "test": test})
     if prepared.adapter is not None:
         for roster in rosters(model):
             notes = roster.notes.setdefault(prepared.adapter, {})

@@ -42,8 +42,8 @@ def add(app: typer.Typer) -> None:
         findings = look(
             values, base_weights(base, values, allow_base_mismatch), energy=energy, top=top, intruders_of=intruders
         )
-        folder = new_folder(out, "analysis", overwrite)
-        write(findings, folder)
+        with new_folder(out, "analysis", overwrite, "analysis") as folder:
+            write(findings, folder)
         if as_json:
             typer.echo(json.dumps(findings.facts(), indent=1))
             return

@@ -44,9 +44,9 @@ def add(app: typer.Typer) -> None:
                 f"--seeds {seeds}: whole numbers with commas between them, for example --seeds 0,1,2"
             ) from None
         configs = plan(config, chosen, numbers)
-        folder = new_folder(out, f"compare-{config.recipe}", overwrite)
         command = shlex.join(["deltaw", *sys.argv[1:]])
-        rows, _, sentence = run(configs, folder, command)
+        with new_folder(out, f"compare-{config.recipe}", overwrite, "comparison") as folder:
+            rows, _, sentence = run(configs, folder, command)
         show(rows, sentence, str(folder), as_json=as_json)
 
 

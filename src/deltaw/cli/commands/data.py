@@ -44,9 +44,9 @@ def add(app: typer.Typer) -> None:
         sky = Sky(snr=_range("snr", snr), masses=_range("masses", masses), approximant=approximant)
         whitener()  # says at once if lalsuite is missing
         sizes = {"train": n, "validation": n if validation is None else validation, **({"test": test} if test else {})}
-        folder = new_folder(out, "gw-data", overwrite)
         started = time.perf_counter()
-        facts = make(folder, sizes, seed, sky, dtype=dtype, processes=processes)
+        with new_folder(out, "gw-data", overwrite, "data set") as folder:
+            facts = make(folder, sizes, seed, sky, dtype=dtype, processes=processes)
         spent = time.perf_counter() - started
         if as_json:
             typer.echo(json.dumps({**facts, "folder": str(folder), "seconds": round(spent, 2)}))

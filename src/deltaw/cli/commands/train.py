@@ -31,6 +31,7 @@ def add(app: typer.Typer) -> None:
         from deltaw.recipes.configure import load
         from deltaw.recipes.start import start
         from deltaw.training.methods import check_method
+        from deltaw.training.record import jsonable
 
         config = load(source, overrides or (), {"method": method})
         if dry_run:
@@ -40,13 +41,13 @@ def add(app: typer.Typer) -> None:
             facts = rehearse(lambda: recipe_of(config).task(config), config)
             typer.echo(json.dumps(facts, indent=2) if as_json else text(facts))
             return
-        check_method(config)  # before --overwrite takes away what is there
-        folder = new_folder(out, f"{config.recipe}-{config.method.replace(':', '')}", overwrite)
-        results = start(config, folder, quiet=as_json)
+        check_method(config)
+        with new_folder(out, f"{config.recipe}-{config.method.replace(':', '')}", overwrite, "run") as folder:
+            results = start(config, folder, quiet=as_json)
         if not results:
             return
         if as_json:
-            typer.echo(json.dumps({**results, "folder": str(folder)}, indent=2))
+            typer.echo(json.dumps(jsonable({**results, "folder": str(folder)}), indent=2))
         else:
             best, test = results["best"], results["test"] or {}
             metric = results["metric"]
