@@ -64,12 +64,14 @@ def difference(names: tuple[str, str], one: Sequence[Answer], other: Sequence[An
     """Compare the answers called `names[0]` and `names[1]`, input by input.
 
     Raises:
-        DataError: nothing to compare, or not as many answers in one as in the other.
+        DataError: nothing to compare, not as many answers in one as in the other, or an answer without probabilities.
     """
     if len(one) != len(other) or not one:
         raise DataError(
             f"{len(one)} answers of {names[0]} and {len(other)} of {names[1]}: they must answer the same inputs"
         )
+    if not all(one) or not all(other):
+        raise DataError(f"answers of {names[0]} or {names[1]} say no probabilities: their distance is not defined")
     distances = tuple(total_variation(a, b) for a, b in zip(one, other))
     order = sorted(range(len(one)), key=lambda n: -distances[n])
     flips = tuple(top(a) != top(b) for a, b in zip(one, other))

@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaw.core.adapter import Adapter
-from deltaw.errors import BaseMismatch
+from deltaw.errors import BaseMismatch, ConfigError
 from deltaw.io.fingerprint import TOLERANCE
 from deltaw.io.sketch import distance
+
+LABELS = ("labels", "id2label")
+"""The facts of an adapter that name its classes: a list, or PEFT's table of numbers."""
 
 
 def agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,3 +79,48 @@ def agreed_extra(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Facts that travel with the result: those that all adapters have, and alike (a label map; not their metrics)."""
     common = agreed([adapter.extra for adapter in adapters])
     return {k: v for k, v in common.items() if all(k in a.extra for a in adapters) and k != "combined"}
+
+
+def class_names(facts: Mapping[str, Any]) -> list[str]:
+    """The class names in the order of the classes; empty where there are none."""
+    table = dict(facts.get("id2label") or {})
+    ordered = [table[key] for key in sorted(table, key=lambda key: (len(str(key)), str(key)))]
+    return [str(name) for name in facts.get("labels") or ordered]
+
+
+def said_labels(facts: Mapping[str, Any]) -> list[str] | None:
+    """`class_names`; None where there are none, or only the placeholders of transformers."""
+    names = class_names(facts)
+    return None if not names or all(name == f"LABEL_{n}" for n, name in enumerate(names)) else names
+
+
+def unlabelled(adapter: Adapter) -> Adapter:
+    """The adapter without its class names."""
+    return adapter.replace(extra={k: v for k, v in adapter.extra.items() if k not in LABELS})
+
+
+def agreed_labels(adapters: Sequence[Adapter], weights: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The label facts of the classifier that the result has, from the adapters that take part in it; empty if none says any.
+
+    A classifier is a weight with as many rows as its adapter has class names.
+
+    Raises:
+        ConfigError: classifiers of different labels are blended: class 0 of one is not class 0 of the other.
+    """
+    named = {i: names for i, adapter in enumerate(adapters) if (names := said_labels(adapter.extra))}
+    facts: dict[str, Any] = {}
+    for key, shares in weights.items():
+        parts = [i for i, w in enumerate(shares) if w and key in adapters[i].changes]
+        heads = [i for i in parts if i in named]
+        if not any(adapters[i].changes[key].matrix_shape[:1] == (len(named[i]),) for i in heads):
+            continue
+        for i in heads[1:]:
+            if named[i] != named[heads[0]]:
+                raise ConfigError(
+                    f"{key} is a classifier of {named[heads[0]]} in adapter {heads[0] + 1} and of {named[i]} in adapter "
+                    f"{i + 1}: combine adapters of the same labels in the same order, or give {key.rpartition('.')[0]!r} "
+                    "the weight of one adapter only"
+                )
+        if heads == parts:
+            facts = {k: v for i in heads for k, v in adapters[i].extra.items() if k in LABELS}
+    return facts

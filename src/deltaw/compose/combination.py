@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from deltaw.compose.agreement import agreed_base, agreed_extra
+from deltaw.compose.agreement import agreed_base, agreed_extra, agreed_labels
 from deltaw.compose.combiner import Combiner, combiners
 from deltaw.compose.one_weight import OneWeight, Part
 from deltaw.compose.weights import Weights, weights_by_parameter
@@ -51,7 +51,8 @@ def combine(
     have them or was not given ("averaged").
 
     Raises:
-        ConfigError: options that contradict each other, a change that depends on a base that was not given.
+        ConfigError: options that contradict each other, a change that depends on a base that was not given, or
+            classifiers of different labels.
         AdapterError: adapters of different shapes, or with values that are not finite.
         BaseMismatch: adapters of different bases.
     """
@@ -69,6 +70,7 @@ def combine(
 
     keys = list(dict.fromkeys(key for adapter in adapters for key in adapter.changes))
     table = weights_by_parameter(weights, keys, len(adapters))
+    labels = agreed_labels(adapters, table)
     one = OneWeight(how=blender, rank=rank, energy=energy, seed=seed, base=base)
     changes: dict[str, Change] = {}
     error: dict[str, float] = {}
@@ -94,7 +96,9 @@ def combine(
         "truncation": truncation,
         "averaged": averaged,
     }
-    return Adapter(changes=changes, base=known, extra={**agreed_extra(adapters), "combined": record}, error=error)
+    return Adapter(
+        changes=changes, base=known, extra={**agreed_extra(adapters), **labels, "combined": record}, error=error
+    )
 
 
 def _combiner(how: str | Combiner, options: dict[str, Any]) -> Combiner:

@@ -307,7 +307,7 @@ def check_base(base: Inventory, adapter: Adapter, allow: bool) -> list[str]:
         ]
     if result.other:
         lines = [f"{name}: {why}" for name, why in result.other.items()]
-        total = len(recorded["parameters"])
+        total = len(recorded["parameters"].keys() | result.other.keys())
         message = (
             f"the adapter was trained on another base{_named(adapter)}: {len(lines)} of {total} parameters differ\n  "
             + "\n  ".join(lines[:6])

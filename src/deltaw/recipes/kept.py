@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.errors import ConfigError, DataError
+from deltaw.compose.agreement import class_names as names_of
+from deltaw.errors import BaseMismatch, ConfigError, DataError
 from deltaw.io import AdapterNotice, load, read
 from deltaw.io.folder import CONFIG as ADAPTER_CONFIG
 from deltaw.recipes.configure import build, overridden, recipe_of
@@ -48,10 +50,22 @@ def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, 
     if (folder / ADAPTER_CONFIG).is_file():
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", AdapterNotice)
-            load(bare, folder)
+            _loaded(bare, folder)
         for note in notes:
-            print(f"note: {note.message}", flush=True)
+            print(f"note: {note.message}", file=sys.stderr, flush=True)
     return config, task, bare.eval()
+
+
+def _loaded(bare: nn.Module, folder: Path) -> None:
+    """Load the adapter; a mismatch advises what there is here: another base, by `model`."""
+    try:
+        load(bare, folder)
+    except BaseMismatch as error:
+        advice = (
+            "load that base, or pass allow_base_mismatch=True if you mean this one",
+            "name that base with --model (eval: model=)",
+        )
+        raise BaseMismatch(str(error).replace(*advice)) from error
 
 
 def base_of(config: RunConfig, folder: Path) -> str | None:
@@ -78,7 +92,7 @@ def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
     name = adapter.base.get("name")
     if facts.get("task_type") == "SEQ_CLS":
         facts.setdefault("recipe", "text-classification")
-        facts.setdefault("labels", list(facts.get("id2label", {}).values()) or class_names(adapter))
+        facts.setdefault("labels", names_of(facts) or class_names(adapter))
     if "recipe" not in facts:
         raise ConfigError(
             f"{folder} does not say which recipe it is of: use dw.load in Python, or keep it in its run folder"

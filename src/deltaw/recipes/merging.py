@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deltaw.compose.agreement import class_names
 from deltaw.core.adapter import Adapter, Change, split_key
 from deltaw.core.base_weights import base_weight
 from deltaw.core.host import Host
@@ -106,7 +107,7 @@ def _merge_transformers(base: str, adapter: Path, draft: Path, allow: bool) -> s
 
     found = read(adapter)
     folder, _ = resolve(base)
-    labels = found.extra.get("labels") or list(dict(found.extra.get("id2label") or {}).values())
+    labels = class_names(found.extra)
     task = found.extra.get("task_type") or ("SEQ_CLS" if labels else None)
     options: dict[str, Any] = {}
     if task == "SEQ_CLS":

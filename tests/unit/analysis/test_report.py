@@ -170,6 +170,8 @@ def test_outputs_are_compared_by_total_variation():
     assert total_variation({"a": 1.0}, {"b": 1.0}) == 1.0
     with pytest.raises(errors.DataError, match="same inputs"):
         difference(("x", "y"), one, other[:1])
+    with pytest.raises(errors.DataError, match="no probabilities"):
+        difference(("x", "y"), one, [{} for _ in one])
 
 
 class TestCommands:

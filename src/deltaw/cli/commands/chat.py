@@ -50,10 +50,13 @@ def add(app: typer.Typer) -> None:
 
 def _typed() -> Iterator[str]:
     """Lines as they are typed (or piped in), until an empty one or the end."""
+    from deltaw.cli.commands.predict import typed
+
+    lines = typed()
     while True:
         if sys.stdin.isatty():
             print("you      ", end="", flush=True)
-        line = sys.stdin.readline().strip()
+        line = next(lines, "").strip()
         if not line:
             return
         yield line

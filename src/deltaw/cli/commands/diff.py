@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -18,12 +20,13 @@ def add(app: typer.Typer) -> None:
         data: str = typer.Option(..., "--data", "-d", help="Inputs: a line each, or .jsonl / .csv with a column."),
         column: str = typer.Option("text", "--column", help="The column of .jsonl and .csv."),
         model: str = typer.Option(None, "--model", help="The base, where it is not at its recorded place."),
-        show: int = typer.Option(10, "--show", "-n", help="How many inputs of each list are printed."),
+        show: int = typer.Option(10, "--show", "-n", min=1, help="How many inputs of each list are printed."),
         as_json: bool = typer.Option(False, "--json", help="Print all as JSON."),
     ) -> None:
         """Compare answers with and without the adapter, and of two adapters, input by input."""
         from deltaw.analysis.outputs import difference
         from deltaw.cli.commands.analyze import distinct
+        from deltaw.cli.commands.eval import strict
         from deltaw.errors import ConfigError
         from deltaw.io.model_files import load
         from deltaw.model.activate import disabled, use
@@ -33,6 +36,13 @@ def add(app: typer.Typer) -> None:
             raise ConfigError(f"diff compares one adapter with its base, or two adapters; {len(runs)} were given")
         texts = inputs(Path(data), column)
         _, task, net = open_kept(Path(runs[0]), model)
+        if not hasattr(task, "labels"):
+            raise ConfigError(
+                f"{runs[0]} is a result of {type(task).__name__}, whose answers are no classes: they cannot be compared; "
+                "`deltaw chat` shows the answers of a language model beside those of its base"
+            )
+        for other in runs[1:]:
+            same_labels(runs[0], list(task.labels), other)
         names = distinct(runs)
         answers = {}
         try:
@@ -60,7 +70,7 @@ def add(app: typer.Typer) -> None:
                 }
                 for pair, d in found.items()
             ]
-            typer.echo(json.dumps(facts, indent=1))
+            typer.echo(strict(facts, indent=1))
             return
         for (one, other), d in found.items():
             typer.echo(
@@ -70,8 +80,39 @@ def add(app: typer.Typer) -> None:
                 typer.echo(f"  {row['distance']:.3f}  {row[one]} -> {row[other]}  | {row['input']}")
 
 
+def same_labels(first: str, labels: list[str], other: str) -> None:
+    """Refuse `other` if it says other class names than those of `first`, or the same in another order.
+
+    Raises:
+        ConfigError: it does.
+    """
+    from deltaw.compose.agreement import said_labels
+    from deltaw.errors import ConfigError
+
+    mine, theirs = said_labels({"labels": labels}), said_labels(facts_of(other))
+    if mine and theirs and mine != theirs:
+        raise ConfigError(
+            f"{first} tells {mine} apart and {other} {theirs}: their answers cannot be compared; "
+            "compare results of the same classes in the same order, or each with its base alone"
+        )
+
+
+def facts_of(source: str) -> Mapping[str, Any]:
+    """What a run, or else an adapter, says of its task."""
+    from deltaw.io.admission import admit
+    from deltaw.io.model_files import found
+    from deltaw.recipes.kept import described
+    from deltaw.training.run import CONFIG
+
+    return described(Path(source))[1] if (Path(source) / CONFIG).is_file() else admit(found(source)).adapter.extra
+
+
 def inputs(path: Path, column: str) -> list[str]:
-    """The texts of a file: lines, or a column of JSON lines or CSV; empty ones are refused."""
+    """The texts of a file: lines, or a column of JSON lines or CSV. Empty ones are left out, and counted on stderr.
+
+    Raises:
+        DataError: the file is missing, not readable, or holds no text.
+    """
     import csv
 
     from deltaw.errors import DataError
@@ -79,18 +120,20 @@ def inputs(path: Path, column: str) -> list[str]:
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
     try:
-        if path.suffix in (".jsonl", ".json"):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            found = [str(row[column]) for row in rows]
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else None) as file:
+            if path.suffix.lower() in (".jsonl", ".json"):
+                found = [json.loads(line)[column] for line in file if line.strip()]
+            elif path.suffix.lower() == ".csv":
                 found = [row[column] for row in csv.DictReader(file)]
-        else:
-            found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            else:
+                found = [line.rstrip("\n") for line in file]
     except (KeyError, TypeError):
         raise DataError(f"--data {path}: a row has no {column!r}; name the column with --column") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(f"--data {path}: not readable ({error})") from None
-    if not found or not all(text.strip() for text in found):
-        raise DataError(f"--data {path}: no inputs, or an empty one")
-    return found
+    texts = [str(text) for text in found if text is not None and str(text).strip()]
+    if not texts:
+        raise DataError(f"--data {path}: no text in its {len(found)} rows; give one input a line, or name the --column")
+    if len(texts) < len(found):
+        typer.echo(f"--data {path}: {len(found) - len(texts)} of {len(found)} rows are empty and left out", err=True)
+    return texts

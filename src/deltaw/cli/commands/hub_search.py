@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,13 @@ def add(app: typer.Typer) -> None:
     ) -> None:
         """Search weights; go on with --out's trace if there is one; keep the combination; compare on held-out data."""
         from deltaw.cli.commands.analyze import distinct
+        from deltaw.cli.commands.eval import strict
+        from deltaw.cli.commands.merge import option_named
+        from deltaw.compose.agreement import unlabelled
         from deltaw.compose.combination import combine
         from deltaw.compose.hub import BASE, measured, search
         from deltaw.compose.hub_plot import plot
+        from deltaw.errors import ConfigError
         from deltaw.io.files import write
         from deltaw.io.model_files import load
         from deltaw.model.activate import use
@@ -48,12 +51,15 @@ def add(app: typer.Typer) -> None:
         from deltaw.recipes.configure import recipe_of
         from deltaw.training.fit import evaluate
 
+        if examples < 1:
+            raise ConfigError(f"--examples {examples}: the search needs at least one example to measure weights on")
+        check_distinct(adapters)
         config = configured(task, settings or ())
         problem = recipe_of(config).task(config)
         model = problem.build().eval()
         names = distinct(adapters)
         for name, source in zip(names, adapters):
-            with warnings.catch_warnings(record=True) as notes:
+            with warnings.catch_warnings(record=True) as notes, option_named():
                 warnings.simplefilter("always")
                 load(model, source, name, active=False, allow_base_mismatch=allow_base_mismatch)
             for note in notes:
@@ -73,10 +79,10 @@ def add(app: typer.Typer) -> None:
             trace=folder / "trace.jsonl",
         )
         plot(found, folder / "trace.png")
-        values = [get(model, name) for name in names]
+        values = [unlabelled(get(model, name)) for name in names]  # the classes are those of the new task
         if any(found.best.weights):
             kept = combine(values, list(found.best.weights), base=model, rank=rank, how="svd" if rank else "cat")
-            write(kept, folder / "adapter")
+            write(kept.replace(extra={**kept.extra, **label_facts(problem)}), folder / "adapter")
 
         split = "test" if "test" in problem.splits else "validation"
         held_out: dict[str, Any] = {}
@@ -97,15 +103,35 @@ def add(app: typer.Typer) -> None:
         )
         facts = {**found.facts(), "split": split, "metric": metric, "held_out": held_out, "held_out_verdict": said}
         facts["examples"] = {"count": len(chosen), "indices": chosen, "seed": seed}
-        (folder / "results.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (folder / "results.json").write_text(strict(facts, indent=2) + "\n", encoding="utf-8")
         if as_json:
-            typer.echo(json.dumps(facts, indent=2))
+            typer.echo(strict(facts, indent=2))
             return
         typer.echo(f"on the {len(chosen)} examples: {found.verdict}")
         typer.echo(said)
         if not any(found.best.weights):
             typer.echo("nothing was better than the base alone: no adapter is kept")
         typer.echo(f"kept in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def check_distinct(sources: list[str]) -> None:
+    """Refuse an adapter that is given twice.
+
+    Raises:
+        ConfigError: one is.
+    """
+    from deltaw.errors import ConfigError
+
+    places = [str(Path(source).resolve()) if Path(source).exists() else source for source in sources]
+    for source, place in zip(sources, places):
+        if places.count(place) > 1:
+            raise ConfigError(f"{source} is given {places.count(place)} times: give each adapter once")
+
+
+def label_facts(problem: Any) -> dict[str, Any]:
+    """The class names of the task, as an adapter carries them; empty for a task without classes."""
+    labels = problem.facts().get("labels")
+    return {"labels": labels, "id2label": {str(n): name for n, name in enumerate(labels)}} if labels else {}
 
 
 def few(problem: Any, count: int, seed: int) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -25,5 +27,17 @@ def add(app: typer.Typer) -> None:
 
         from deltaw.recipes.merging import merge_folder
 
-        said = merge_folder(base, Path(adapter), Path(out), allow_base_mismatch=allow_base_mismatch)
+        with option_named():
+            said = merge_folder(base, Path(adapter), Path(out), allow_base_mismatch=allow_base_mismatch)
         typer.echo(json.dumps({"out": out, "report": said}) if as_json else f"{said}\nwrote {out}")
+
+
+@contextmanager
+def option_named(advice: str = "give --allow-base-mismatch if you mean this one") -> Iterator[None]:
+    """Let a mismatch of bases advise what the command line has in the place of Python's `allow_base_mismatch`."""
+    from deltaw.errors import BaseMismatch
+
+    try:
+        yield
+    except BaseMismatch as error:
+        raise BaseMismatch(str(error).replace("pass allow_base_mismatch=True if you mean this one", advice)) from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -29,17 +29,20 @@ def add(app: typer.Typer) -> None:
         """Label new inputs, with probabilities."""
         from pathlib import Path
 
+        from deltaw.cli.commands.eval import strict
         from deltaw.errors import DataError
         from deltaw.recipes.kept import open_kept
 
-        given = list(inputs or ()) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        given = list(inputs or ()) or [line for line in typed() if line.strip()]
         if not given or any(not text.strip() for text in given):
             raise DataError("an input is empty: give texts on the command line, or one per line on stdin")
+        if strange := [text for text in given if text != text.encode(errors="replace").decode()]:
+            raise DataError(f"the input {strange[0]!r} is not UTF-8: convert it to UTF-8")
         _, task, net = open_kept(Path(run), model)
         answers, unreadable = answered(task, net, given)
         for answer in answers:
             if as_json:
-                typer.echo(json.dumps(answer))
+                typer.echo(strict(answer))
                 continue
             shares = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
             typer.echo(
@@ -61,3 +64,19 @@ def answered(task: Task, net: nn.Module, given: list[str]) -> tuple[list[dict[st
             return [], [str(error)]
     each = [answered(task, net, [one]) for one in given]  # rare: what was done for the others is done again
     return [a for answers, _ in each for a in answers], [why for _, whys in each for why in whys]
+
+
+def typed() -> Iterator[str]:
+    """The lines of stdin as they come, without their ends and a byte order mark.
+
+    Raises:
+        DataError: one is not UTF-8.
+    """
+    from deltaw.errors import DataError
+
+    for number, raw in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin: line {number} is not UTF-8 ({error.reason}): convert the input to UTF-8") from None
+        yield line.rstrip("\r\n")
