@@ -95,7 +95,7 @@ def importing(rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int = 11) -> None:
     attach = attaching(rounds)
     with tempfile.TemporaryDirectory() as folder:
         load, switch = loading_and_switching(rounds, Path(folder))
