@@ -1,4 +1,4 @@
-"""Where results go: a new folder unless told otherwise, and never over something that is there.
+"""Where results go: JSON on stdout, or a new folder unless told otherwise, and never over something that is there.
 
 `--overwrite` puts what is there aside, and takes it away when the new result is there; if nothing came of the command, it
 is put back.
@@ -6,26 +6,34 @@ is put back.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deltaw.errors import ConfigError
 
-Kind = Literal["run", "comparison", "data set", "analysis"]
+Kind = Literal["run", "comparison", "data set", "report"]
 MARKS: dict[Kind, tuple[str, ...]] = {
     "run": ("run.json", "metrics.jsonl", "pretrained/run.json"),
     "comparison": ("compare.json",),
     "data set": ("dataset.json",),
-    "analysis": ("analysis.json",),
+    "report": ("analysis.json",),
 }
 """A folder that holds one of these is what a command of ours has written."""
 RESULTS = ("checkpoints", "adapter_model.safetensors", "model.safetensors", "dataset.json", "analysis.json")
 """What a command that came to something leaves, somewhere in its folder."""
+
+
+def strict(facts: Any, indent: int | None = None) -> str:
+    """`facts` as JSON; null in the place of numbers that JSON cannot write (NaN, infinity)."""
+    from deltaw.training.record import jsonable
+
+    return json.dumps(jsonable(facts), indent=indent, allow_nan=False)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_run_replaces_a_run_and_nothing_else(deltaw, run, words, tmp_path):
     assert listed(run) == before
     deltaw("analyze", run, "--out", "report")
     deltaw("analyze", run, "--out", "report", "--overwrite")
-    assert "holds a analysis" in deltaw(*words, "--out", "report", "--overwrite", code=2).err
+    assert "holds a report" in deltaw(*words, "--out", "report", "--overwrite", code=2).err
     deltaw(*words, "--out", run, "--overwrite")
     assert listed(run).keys() <= before.keys() | {"deltaw_manifest.json"}
     assert listed(run) != before
@@ -58,53 +59,41 @@ def test_a_comparison_that_cannot_begin_takes_nothing_away(deltaw, tiny, tmp_pat
     assert listed(tmp_path / "c") == before
 
 
-@pytest.fixture
-def live(words, tmp_path):
-    """A run that trains in another process until the test ends."""
-    command = [sys.executable, "-m", "deltaw.cli", *words, "epochs=5000", "checkpoint_every=5", "--out", "live"]
+@contextmanager
+def training(words, where):
+    """A run that trains in another process, in `where`/live, from its first checkpoint on; killed at the end."""
     process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
+        [sys.executable, "-m", "deltaw.cli", *words, "epochs=5000", "checkpoint_every=5", "--out", "live"],
+        cwd=where,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 120
-    while not list((tmp_path / "live").glob("checkpoints/step-*")):
+    try:
+        until = time.monotonic() + 120
+        while not list((where / "live").glob("checkpoints/step-*")):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_folder_in_which_a_process_trains_is_not_replaced(deltaw, words, tmp_path):
+    with training(words, tmp_path) as process:
+        assert "another process is training" in deltaw(*words, "--out", "live", "--overwrite", code=2).err
         assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    yield tmp_path / "live", process
-    process.kill()
-    process.wait()
-
-
-def test_a_folder_in_which_a_process_trains_is_not_replaced(deltaw, words, live):
-    folder, process = live
-    assert "another process is training" in deltaw(*words, "--out", folder, "--overwrite", code=2).err
-    assert process.poll() is None
-    assert (folder / "metrics.jsonl").is_file()
+        assert (tmp_path / "live" / "metrics.jsonl").is_file()
 
 
 @pytest.mark.parametrize("change", ["base", "labels", "fewer"])
 def test_a_run_goes_on_only_from_what_it_began_with(deltaw, tiny, tmp_path, change):
     shutil.copytree(tiny / "model", tmp_path / "model")
     shutil.copy(tiny / "data.csv", tmp_path / "data.csv")
-    words = ["train", "text-classification", "model=model", "data=data.csv", "epochs=5000", "checkpoint_every=5"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deltaw.cli", *words, "--out", "run"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    until = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("checkpoints/step-*")):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
+    with training(["train", "text-classification", "model=model", "data=data.csv"], tmp_path):
+        pass
     header, *lines = (tmp_path / "data.csv").read_text().splitlines()
     if change == "base":
         weights = tmp_path / "model" / "model.safetensors"
@@ -115,7 +104,7 @@ def test_a_run_goes_on_only_from_what_it_began_with(deltaw, tiny, tmp_path, chan
         (tmp_path / "data.csv").write_text("\n".join([header, *lines]) + "\n")
     else:
         (tmp_path / "data.csv").write_text("\n".join([header, *lines[:-20]]) + "\n")
-    answer = deltaw("resume", "run", code=2)
+    answer = deltaw("resume", "live", code=2)
     assert ("the base" if change == "base" else "the data: ") in answer.err
     assert "is not what this run began with" in answer.err
 

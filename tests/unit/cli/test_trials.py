@@ -14,7 +14,7 @@ import deltaw as dw
 from deltaw import errors
 from deltaw.cli.app import app
 from deltaw.cli.commands.diff import inputs
-from deltaw.cli.commands.eval import strict
+from deltaw.cli.outputs import strict
 from tests.tiny_chat import make_chat_model
 
 

@@ -42,7 +42,7 @@ def add(app: typer.Typer) -> None:
         findings = look(
             values, base_weights(base, values, allow_base_mismatch), energy=energy, top=top, intruders_of=intruders
         )
-        with new_folder(out, "analysis", overwrite, "analysis") as folder:
+        with new_folder(out, "analysis", overwrite, "report") as folder:
             write(findings, folder)
         if as_json:
             typer.echo(json.dumps(findings.facts(), indent=1))

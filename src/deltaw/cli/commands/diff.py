@@ -26,7 +26,7 @@ def add(app: typer.Typer) -> None:
         """Compare answers with and without the adapter, and of two adapters, input by input."""
         from deltaw.analysis.outputs import difference
         from deltaw.cli.commands.analyze import distinct
-        from deltaw.cli.commands.eval import strict
+        from deltaw.cli.outputs import strict
         from deltaw.errors import ConfigError
         from deltaw.io.model_files import load
         from deltaw.model.activate import disabled, use

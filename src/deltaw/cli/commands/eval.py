@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import typer
 
 
@@ -25,13 +22,8 @@ def add(app: typer.Typer) -> None:
 
         found = score(Path(run), overrides or (), split)
         if as_json:
+            from deltaw.cli.outputs import strict
+
             typer.echo(strict(found))
         else:
             typer.echo("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
-
-
-def strict(facts: Any, indent: int | None = None) -> str:
-    """`facts` as JSON; null in the place of numbers that JSON cannot write (NaN, infinity)."""
-    from deltaw.training.record import jsonable
-
-    return json.dumps(jsonable(facts), indent=indent, allow_nan=False)

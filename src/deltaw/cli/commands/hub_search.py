@@ -36,8 +36,8 @@ def add(app: typer.Typer) -> None:
     ) -> None:
         """Search weights; go on with --out's trace if there is one; keep the combination; compare on held-out data."""
         from deltaw.cli.commands.analyze import distinct
-        from deltaw.cli.commands.eval import strict
         from deltaw.cli.commands.merge import option_named
+        from deltaw.cli.outputs import strict
         from deltaw.compose.agreement import unlabelled
         from deltaw.compose.combination import combine
         from deltaw.compose.hub import BASE, measured, search

@@ -29,7 +29,7 @@ def add(app: typer.Typer) -> None:
         """Label new inputs, with probabilities."""
         from pathlib import Path
 
-        from deltaw.cli.commands.eval import strict
+        from deltaw.cli.outputs import strict
         from deltaw.errors import DataError
         from deltaw.recipes.kept import open_kept
 

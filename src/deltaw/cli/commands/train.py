@@ -27,11 +27,10 @@ def add(app: typer.Typer) -> None:
         as_json: bool = typer.Option(False, "--json", help="Print the result as JSON, and nothing else."),
     ) -> None:
         """Fine-tune with one method and keep the result."""
-        from deltaw.cli.outputs import new_folder
+        from deltaw.cli.outputs import new_folder, strict
         from deltaw.recipes.configure import load
         from deltaw.recipes.start import start
         from deltaw.training.methods import check_method
-        from deltaw.training.record import jsonable
 
         config = load(source, overrides or (), {"method": method})
         if dry_run:
@@ -47,7 +46,7 @@ def add(app: typer.Typer) -> None:
         if not results:
             return
         if as_json:
-            typer.echo(json.dumps(jsonable({**results, "folder": str(folder)}), indent=2))
+            typer.echo(strict({**results, "folder": str(folder)}, indent=2))
         else:
             best, test = results["best"], results["test"] or {}
             metric = results["metric"]
