@@ -128,6 +128,11 @@ def are_compact(hooks: Any) -> bool:
     return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), Compact)
 
 
+def is_kept_wide(activations: Tensor) -> bool:
+    """Whether backward will see `activations` in 32 bit or more."""
+    return activations.dtype in (torch.float32, torch.float64) and not are_compact(hooks_in_force())
+
+
 def as_saved(activations: Tensor) -> Tensor:
     """What an operation saves of small activations, which `Compact` would take for statistics: 16 bit where it is in force."""
     narrow = activations.dtype == torch.float32 and not torch.compiler.is_compiling() and are_compact(hooks_in_force())

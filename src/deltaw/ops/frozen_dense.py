@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.ops.linear import transformed
-from deltaw.ops.matmul import by_onednn, linear
+from deltaw.ops.matmul import by_onednn, linear, transformed
 from deltaw.ops.terms import flat
 
 

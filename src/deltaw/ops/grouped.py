@@ -36,9 +36,8 @@ from deltaw.ops.linear import (
     plain,
     project,
     scale_and_shift_,
-    transformed,
 )
-from deltaw.ops.matmul import linear
+from deltaw.ops.matmul import linear, transformed
 from deltaw.ops.terms import (
     TENSORS,
     Factors,

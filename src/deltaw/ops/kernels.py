@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from deltaw.ops.choices import Choices
+from deltaw.ops.composed import composed
 from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
-from deltaw.ops.linear import AdaptedLinear, composed
+from deltaw.ops.linear import AdaptedLinear
 from deltaw.ops.matmul import library, linear
 from deltaw.ops.select import Explanation, explain, is_formed, is_small
 from deltaw.ops.terms import FrozenProduct, Term, pack

@@ -20,7 +20,7 @@ what its producer keeps (recompute.py). Dropout is made again from its seed. Not
 no gradient. The plain twin is `adapted_linear_reference`.
 
 Where the products are so small that all this bookkeeping costs more than they do (select.py), torch's own operations are
-composed instead, and their derivatives (`composed`).
+composed instead (composed.py).
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from deltaw.ops.compact import are_compact, as_saved, hooks_in_force
+from deltaw.ops.compact import as_saved, is_kept_wide
+from deltaw.ops.composed import composed
 from deltaw.ops.leaves import as_views
-from deltaw.ops.matmul import by_onednn, linear
+from deltaw.ops.matmul import by_onednn, linear, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
-from deltaw.ops.select import WIDE, is_small, use_merged
+from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -49,6 +50,7 @@ from deltaw.ops.terms import (
     flat,
     in_force,
     merged_weight,
+    moved,
     pack,
     total_gain,
     unpack,
@@ -97,33 +99,6 @@ def adapted_linear(
     parameters = as_views((weight, bias, *tensors))
     y: Tensor = AdaptedLinear.apply(plan, merge, frozen, keep, recipe, sources, x, *parameters)  # type: ignore[no-untyped-call]
     return y
-
-
-def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    """The same function by torch's own operations and their derivatives, for products that cost less than the fused
-    operation's bookkeeping."""
-    if x.dim() != 2:
-        return composed(flat(x), weight, bias, terms).view(*x.shape[:-1], weight.shape[0])
-    y = F.linear(x, weight, bias)
-    gain = total_gain(terms)
-    if gain is not None and bias is not None and not is_kept_wide(y):  # z + b is rounded at the size of b
-        y = (y + gain * F.linear(x, weight)).to(y.dtype)
-    elif gain is not None:  # c z + b from z + b: exact where gain is 0
-        y = (y * (1 + gain) if bias is None else torch.addcmul(-gain * bias, y, 1 + gain)).to(y.dtype)
-    for t in terms:
-        A, B = (t.A, t.B) if t.A.dtype == t.B.dtype == y.dtype else (t.A.to(y.dtype), t.B.to(y.dtype))
-        mask, drop = t.input_mask(x), t.output_mask(y)
-        h = F.linear(x if mask is None else x * mask.rows(slice(None)), A)
-        if drop is None:
-            y = torch.addmm(y, h, B.t(), alpha=t.scale)
-        else:
-            y = torch.addcmul(y, h @ B.t(), drop, value=t.scale)
-    return y
-
-
-def is_kept_wide(y: Tensor) -> bool:
-    """Whether backward will see y in 32 bit or more."""
-    return y.dtype in WIDE and not are_compact(hooks_in_force())
 
 
 def reads_x(weight: Tensor | None, terms: Sequence[Term]) -> bool:
@@ -364,7 +339,7 @@ def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
     """x Wᵀ + b, (..., in) -> (..., out). While all terms are zero it is `F.linear`'s to the bit: a fresh adapter changes
     nothing, whichever library is the faster one (matmul.py)."""
     rows = flat(x)
-    if by_onednn(rows, weight) and any(bool(z.any()) for t in terms for z in (t.B, t.gain) if z is not None):
+    if by_onednn(rows, weight) and moved(terms):
         return linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
@@ -452,11 +427,3 @@ def as_autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def transformed() -> bool:
-    """Whether `torch.func` transforms or forward-mode differentiation are at work, which need plain operations."""
-    if torch.compiler.is_compiling():
-        return False
-    stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-    return stack is not None or torch.autograd.forward_ad._current_level >= 0

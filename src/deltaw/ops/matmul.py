@@ -49,6 +49,14 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether `torch.func` transforms or forward-mode differentiation are at work, which need plain operations."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    return stack is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def library(tokens: int, rows_out: int, columns_in: int) -> str:
     """The library that multiplies plain fp32 tensors x (tokens, in) and W (out, in) here, outside a compiler, and why."""
     if not mkl_is_slow():

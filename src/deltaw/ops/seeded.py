@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deltaw.ops.dropout import BLOCK, Mask, draw_seed
 from deltaw.ops.leaves import as_views
-from deltaw.ops.linear import transformed
+from deltaw.ops.matmul import transformed
 
 
 def seeded_dropout(x: Tensor, p: float) -> Tensor:

@@ -110,6 +110,11 @@ def total_gain(terms: Sequence[Term]) -> Tensor | None:
     return sum(gains[1:], gains[0]) if gains else None
 
 
+def moved(terms: Sequence[Term]) -> bool:
+    """Whether some adapter has left its start, where B and gain are zero."""
+    return any(bool(z.any()) for t in terms for z in (t.B, t.gain) if z is not None)
+
+
 def merged_weight(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     """W' = (1 + Σ gain) W + Σ s B A over the merged terms, (out, in). With B = 0 and gain = 0 it is W to the bit."""
     gain = total_gain(terms)
