@@ -22,6 +22,7 @@ import yaml
 from deltaw.errors import ConfigError, DataError, DeltawError
 from deltaw.recipes.configure import build, recipe_of
 from deltaw.recipes.start import PRETRAINED
+from deltaw.training.begun import as_begun, begun
 from deltaw.training.checkpoint import write_atomic
 from deltaw.training.config import RunConfig
 from deltaw.training.methods import check_method
@@ -34,6 +35,7 @@ from deltaw.training.signals import Interrupted
 from deltaw.training.verdict import Compared, compared, verdict
 
 PLAN = "compare.json"
+STDERR = 2
 
 
 class RunFailed(DeltawError):
@@ -65,8 +67,12 @@ def plan(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> dic
     return found
 
 
-def compare(configs: dict[str, RunConfig], folder: Path, command: str) -> tuple[list[Compared], str, str]:
+def compare(
+    configs: dict[str, RunConfig], folder: Path, command: str, *, aside: bool = False
+) -> tuple[list[Compared], str, str]:
     """Run what is not finished yet, then write the report. Returns (rows, the method to take, why).
+
+    aside: what the runs say goes to stderr, so that stdout holds the result alone.
 
     Raises:
         RunFailed: a run ended with an error, whose exit code this error carries.
@@ -76,27 +82,29 @@ def compare(configs: dict[str, RunConfig], folder: Path, command: str) -> tuple[
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(
         folder / PLAN,
-        json.dumps({"command": command, "runs": {n: c.nested() for n, c in configs.items()}}, indent=2) + "\n",
+        json.dumps({"command": command, "runs": {n: c.nested() for n, c in configs.items()}, **begun(folder)}, indent=2)
+        + "\n",
     )
     first = next(iter(configs.values()))
     pretrain = recipe_of(first).pretrain
     base = pretrain(first) if pretrain is not None else None
     if base is not None:
-        _run(folder, PRETRAINED, base)
+        _run(folder, PRETRAINED, base, aside)
         made = str(folder / PRETRAINED / "model" / "model.safetensors")
         configs = {name: config.model_copy(update={"model": made}) for name, config in configs.items()}
     for name, config in configs.items():
-        _run(folder, name, config)
+        _run(folder, name, config, aside)
     return write_report(folder, list(configs), yaml.safe_dump(first.nested(), sort_keys=False), command)
 
 
 def resume(folder: Path) -> tuple[list[Compared], str, str]:
     """Go on with the comparison in `folder`."""
-    asked = json.loads((folder / PLAN).read_text())
-    return compare({name: build(nested) for name, nested in asked["runs"].items()}, folder, asked["command"])
+    with as_begun(folder, PLAN) as there:
+        asked = json.loads((there / PLAN).read_text())
+        return compare({name: build(nested) for name, nested in asked["runs"].items()}, there, asked["command"])
 
 
-def _run(folder: Path, name: str, config: RunConfig) -> None:
+def _run(folder: Path, name: str, config: RunConfig, aside: bool) -> None:
     """One run in a child process, unless it is finished already."""
     there = folder / name
     if there.is_dir() and status(there) == "finished":
@@ -106,7 +114,8 @@ def _run(folder: Path, name: str, config: RunConfig) -> None:
     else:
         write_atomic(folder / f"{name}.yaml", yaml.safe_dump(config.nested(), sort_keys=False))
         arguments = ["train", str(folder / f"{name}.yaml"), "--out", str(there)]
-    code = _wait(subprocess.Popen([sys.executable, "-m", "deltaw.cli", *arguments]))
+    said = STDERR if aside else None
+    code = _wait(subprocess.Popen([sys.executable, "-m", "deltaw.cli", *arguments], stdout=said))
     if code != 0:
         raise RunFailed(name, code)
 

@@ -18,9 +18,10 @@ from deltaw.io.folder import CONFIG as ADAPTER_CONFIG
 from deltaw.recipes.configure import build, overridden, recipe_of
 from deltaw.recipes.configure import load as load_config
 from deltaw.recipes.start import PRETRAINED
+from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import evaluate
-from deltaw.training.run import CONFIG, RESULTS, status
+from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
 
 
@@ -81,7 +82,7 @@ def base_of(config: RunConfig, folder: Path) -> str | None:
 def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
     """The configuration and the facts (labels ...) of a kept result."""
     if (folder / CONFIG).is_file():
-        config = load_config(str(folder / CONFIG))
+        config = build(placed(load_config(str(folder / CONFIG)).nested(), directory_of(folder, STATUS)))
         if status(folder) != "finished":
             raise DataError(f"{folder}: the run is {status(folder)}, not finished; go on with `deltaw resume {folder}`")
         return config, json.loads((folder / RESULTS).read_text())["facts"]

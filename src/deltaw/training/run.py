@@ -29,6 +29,7 @@ from deltaw.model.state import rosters
 from deltaw.ops.choices import Choices
 from deltaw.training import checkpoint, memory, trained
 from deltaw.training.beginning import beginning
+from deltaw.training.begun import begun
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
@@ -325,10 +326,10 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def set_status(folder: Path, state: str, model: nn.Module | None = None) -> None:
-    """Note how far a run has come, and which kernels the model's quantised weights run on."""
+    """Note how far a run has come, which kernels the model's quantised weights run on, and where it was begun."""
     choices = None if model is None else kernel_choices(model)
     kernels = {} if choices is None else {"kernels": json.loads(choices.to_json())}
-    checkpoint.write_atomic(folder / STATUS, json.dumps({"state": state, **kernels}) + "\n")
+    checkpoint.write_atomic(folder / STATUS, json.dumps({"state": state, **kernels, **begun(folder)}) + "\n")
 
 
 def recall_kernels(model: nn.Module, checkpoints: Path) -> None:

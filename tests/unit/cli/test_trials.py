@@ -212,3 +212,55 @@ def test_a_mismatch_of_bases_advises_what_the_command_line_has(kept_run, tiny, t
         assert isinstance(refused, errors.BaseMismatch)
         assert advice in str(refused)
         assert "allow_base_mismatch" not in str(refused)
+
+
+def test_what_a_run_names_is_found_from_another_directory(tiny, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tiny, home)
+    monkeypatch.chdir(home)
+    run("train", "text-classification", "model=model", "data=data.csv", "epochs=1", "--out", "run")
+    here = [run(*arguments, "--json").stdout for arguments in (("predict", "run", "a film"), ("eval", "run"))]
+    monkeypatch.chdir(elsewhere)
+    there = [
+        run(*arguments, "--json").stdout for arguments in (("predict", "../home/run", "a film"), ("eval", home / "run"))
+    ]
+    assert there == here
+    state = json.loads((home / "run" / "run.json").read_text())
+    results = (home / "run" / "results.json").read_bytes()
+    (home / "run" / "run.json").write_text(json.dumps({**state, "state": "interrupted"}))
+    assert "best validation" in run("resume", "../home/run").output
+    before, after = json.loads(results), json.loads((home / "run" / "results.json").read_text())
+    assert [before[k] for k in ("best", "test", "model")] == [after[k] for k in ("best", "test", "model")]
+
+
+def test_a_comparison_goes_on_from_another_directory(tiny, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tiny, home)
+    monkeypatch.chdir(home)
+    settings = ["model=model", "data=data.csv", "epochs=1", "--methods", "head", "--out", "compared"]
+    said = run("compare", "text-classification", *settings).output
+    monkeypatch.chdir(elsewhere)
+    shutil.rmtree(home / "compared" / "head")
+    assert run("resume", "../home/compared").output.splitlines()[0] == said.splitlines()[0]
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_run_that_has_moved_is_opened_with_the_names_that_it_has(tiny, tmp_path, monkeypatch):
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    shutil.copytree(tiny, home)
+    monkeypatch.chdir(home)
+    run("train", "text-classification", "model=model", "data=data.csv", "epochs=1", "--out", "run")
+    here = run("predict", "run", "a film", "--json").stdout
+    monkeypatch.chdir(tmp_path)
+    home.rename(moved)
+    monkeypatch.chdir(moved)
+    assert run("predict", "run", "a film", "--json").stdout == here
+
+
+def test_compare_with_json_prints_nothing_else(tiny, deltaw):
+    settings = [f"model={tiny / 'model'}", f"data={tiny / 'data.csv'}", "epochs=1", "--methods", "head", "--out", "out"]
+    done = deltaw("compare", "text-classification", *settings, "--json")
+    assert json.loads(done.out)["runs"][0]["method"] == "head"
+    assert "[head]" in done.err

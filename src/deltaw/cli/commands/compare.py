@@ -22,7 +22,7 @@ def add(app: typer.Typer) -> None:
         seeds: str = typer.Option(None, "--seeds", help="Comma-separated; several give means and spreads."),
         out: str = typer.Option(None, "--out", "-o", help="Folder. Default: runs/compare-RECIPE."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace the folder if it exists."),
-        as_json: bool = typer.Option(False, "--json", help="Print results.json at the end."),
+        as_json: bool = typer.Option(False, "--json", help="Print results.json, and nothing else."),
     ) -> None:
         """Fine-tune with several methods and compare them."""
         from deltaw.cli.outputs import new_folder
@@ -46,7 +46,7 @@ def add(app: typer.Typer) -> None:
         configs = plan(config, chosen, numbers)
         command = shlex.join(["deltaw", *sys.argv[1:]])
         with new_folder(out, f"compare-{config.recipe}", overwrite, "comparison") as folder:
-            rows, _, sentence = run(configs, folder, command)
+            rows, _, sentence = run(configs, folder, command, aside=as_json)
         show(rows, sentence, str(folder), as_json=as_json)
 
 

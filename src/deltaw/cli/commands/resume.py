@@ -20,7 +20,8 @@ def add(app: typer.Typer) -> None:
         from deltaw.recipes import compare
         from deltaw.recipes.configure import load
         from deltaw.recipes.start import start
-        from deltaw.training.run import CONFIG, status
+        from deltaw.training.begun import as_begun
+        from deltaw.training.run import CONFIG, STATUS, status
 
         path = Path(folder)
         if not path.is_dir():
@@ -32,7 +33,8 @@ def add(app: typer.Typer) -> None:
         if status(path) == "finished":
             typer.echo(f"{folder} is finished: nothing to resume")
             return
-        results = start(load(str(path / CONFIG)), path, resume=True)
+        with as_begun(path, STATUS) as there:
+            results = start(load(str(there / CONFIG)), there, resume=True)
         if results:
             best, metric = results["best"], results["metric"]
             typer.echo(f"best validation {metric} {best[metric]:.4f} (epoch {best['epoch']}); kept in {folder}")
