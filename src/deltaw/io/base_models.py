@@ -85,6 +85,24 @@ def open_base(name: str, adapter: Adapter | None = None, *, weights: bool = Fals
     return Base(name, stored_shapes(model), model, None, facts)
 
 
+def open_alike(name: str, tuned: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The base called `name` as a model of the class of `tuned`, and the parameters of that which the base lacks (a new head).
+
+    Raises:
+        AdapterError: it cannot be loaded so.
+    """
+    maker: Any = type(tuned)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = maker.from_pretrained(
+                name, config=tuned.config, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"the base {name!r} cannot be loaded as a {maker.__name__}: {error}") from error
+    return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+
 def _is_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/")) and all(c.isalnum() or c in "/-_." for c in name)
 

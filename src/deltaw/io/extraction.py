@@ -6,7 +6,7 @@ squared norm. What is no matrix (biases, norms) is kept as a copy. The relative 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,19 @@ Weights = nn.Module | Mapping[str, Tensor]
 
 
 def extract(
-    tuned: Weights, base: Weights, rank: int | None = None, *, energy: float | None = None, copies: bool = True
+    tuned: Weights,
+    base: Weights,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    copies: bool = True,
+    added: Collection[str] = (),
 ) -> Adapter:
     """The adapter of rank `rank` (or of the smallest rank that holds the share `energy`) that turns `base` into `tuned`.
 
     tuned, base: models, or mappings of parameter names to tensors. copies: keep parameters that are no matrices, and
-    differ, as full copies; False refuses them.
+    differ, as full copies; False refuses them. added: parameters that only the fine-tune has (its head), whatever `base`
+    holds in their place: always full copies.
 
     Raises:
         ConfigError: neither rank nor energy is given, or both.
@@ -51,15 +58,16 @@ def extract(
     errors: dict[str, float] = {}
     for key, before in old.items():
         after = new[key]
-        if not before.is_floating_point() or torch.equal(after.to(before.dtype), before):
+        new_here = key in added
+        if not new_here and (not before.is_floating_point() or torch.equal(after.to(before.dtype), before)):
             continue
         if not bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
             raise AdapterError(f"{key!r} holds NaN or infinite values")
         module = owners.get(split_key(key)[0])
         family, matrix = as_matrix(module, split_key(key)[1], after.double() - before.double())
         shape, tied = tuple(before.shape), ties.get(key, ())
-        if matrix is None:
-            if not copies:
+        if matrix is None or new_here:
+            if not copies and not new_here:
                 raise AdapterError(f"{key!r} is no matrix and differs: pass copies=True to keep a copy of it")
             changes[key] = Change(variants["full"](), {"value": after.detach().clone()}, family, shape, tied)
             continue

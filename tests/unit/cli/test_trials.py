@@ -264,3 +264,14 @@ def test_compare_with_json_prints_nothing_else(tiny, deltaw):
     done = deltaw("compare", "text-classification", *settings, "--json")
     assert json.loads(done.out)["runs"][0]["method"] == "head"
     assert "[head]" in done.err
+
+
+def test_extract_takes_a_full_fine_tune_with_a_new_head_over_a_plain_encoder(tiny, tmp_path):
+    settings = [f"model={tiny / 'model'}", f"data={tiny / 'data.csv'}", "epochs=2", "method=full"]
+    run("train", "text-classification", *settings, "--out", tmp_path / "full")
+    run("extract", tmp_path / "full" / "model", "--base", tiny / "model", "--rank", "32", "--out", tmp_path / "kept")
+    found = dw.read(tmp_path / "kept")
+    assert found.changes["classifier.weight"].variant.kind == "full"
+    assert {c.variant.kind for k, c in found.changes.items() if k.endswith("query.weight")} == {"lora"}
+    said = [json.loads(run("predict", tmp_path / f, "a film", "--json").stdout) for f in ("full", "kept")]
+    assert said[1]["probabilities"] == pytest.approx(said[0]["probabilities"], abs=1e-5)

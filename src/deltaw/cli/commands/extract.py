@@ -24,16 +24,25 @@ def add(app: typer.Typer) -> None:
         as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
     ) -> None:
         """Write the adapter nearest to TUNED minus MODEL, with its error."""
-        from deltaw.io.base_models import open_base
+        from pathlib import Path
+
+        from deltaw.io.base_models import open_alike, open_base
         from deltaw.io.extraction import extract as take
         from deltaw.io.files import write
+        from deltaw.training.run import FACTS
 
         new, old = open_base(tuned, weights=True), open_base(base, weights=True)
         if new.model is not None and old.model is not None:
-            adapter = take(new.model, old.model, rank, energy=energy)
+            model, added = old.model, list[str]()
+            if type(new.model) is not type(old.model):  # such as a classifier over a plain encoder
+                model, added = open_alike(base, new.model)
+            adapter = take(new.model, model, rank, energy=energy, added=added)
         else:
             adapter = take(new.all(), old.all(), rank, energy=energy)
-        write(adapter.replace(base={**adapter.base, "name": base}), out)
+        said = Path(tuned) / FACTS
+        facts = json.loads(said.read_text()) if said.is_file() else {}  # of a full fine-tune of ours: recipe, labels ...
+        facts.pop("test", None)
+        write(adapter.replace(base={**adapter.base, "name": base}, extra=facts), out)
         worst = max(adapter.error.items(), key=lambda item: item[1], default=("", 0.0))
         if as_json:
             typer.echo(json.dumps({"out": out, "error": dict(adapter.error)}))
