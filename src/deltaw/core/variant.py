@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from deltaw.core.bare import Bare
 from deltaw.core.options import Options
@@ -102,9 +103,12 @@ class Dense(FrozenMatrix):
 
 
 def state_of(*tensors: Tensor) -> Hashable:
-    """`FrozenMatrix.state` of what these tensors decide."""
+    """`FrozenMatrix.state` of what these tensors decide.
+
+    While a weak reference to a storage is kept, no other storage takes its place: an address alone is used again.
+    """
     try:
-        return tuple((t.data_ptr(), t._version) for t in tensors)
+        return tuple((StorageWeakRef(t.untyped_storage()), t.data_ptr(), t._version) for t in tensors)  # type: ignore[no-untyped-call]
     except RuntimeError:  # no memory of its own (a transform's), or no versions (made in inference mode)
         return None
 

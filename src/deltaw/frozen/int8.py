@@ -8,6 +8,7 @@ outliers in the input make 8 bit too inexact (ops/choices.py). A weight whose ow
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,14 +64,14 @@ class Int8FrozenWeight(FrozenWeight):
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scales", scales)
         self.choices = Choices()
-        self.packed: tuple[tuple[int, ...], Int8Weight] | None = None
+        self.packed: tuple[Hashable, Int8Weight] | None = None
 
     def kernels(self, x: Tensor) -> Int8Weight | None:
         """The codes packed for the processor, or None where its kernels cannot be used on `x`."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float64 or not int8_available():
             return None
-        state = self.codes.data_ptr(), self.codes._version, self.scales.data_ptr(), self.scales._version
-        if self.packed is None or self.packed[0] != state:
+        state = self.state()
+        if self.packed is None or state is None or self.packed[0] != state:
             self.packed = state, kernels_of(self.codes, self.scales)
         return self.packed[1]
 

@@ -71,6 +71,9 @@ class DoRADelta(LoRADelta):
             self.squares = row_squares(frozen.dense().to(self.site.dtype))
             self.__dict__["measured"] = frozen.state()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "measured": None}
+
     def squares_of(self, frozen: FrozenMatrix) -> Tensor:
         """‖W‖² per row, (out,): what was kept, if W is still the same. Compiled code takes what was kept."""
         if self.squares is not None and torch.compiler.is_compiling():

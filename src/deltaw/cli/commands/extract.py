@@ -40,7 +40,9 @@ def add(app: typer.Typer) -> None:
         else:
             adapter = take(new.all(), old.all(), rank, energy=energy)
         said = Path(tuned) / FACTS
-        facts = json.loads(said.read_text()) if said.is_file() else {}  # of a full fine-tune of ours: recipe, labels ...
+        facts = (
+            json.loads(said.read_text()) if said.is_file() else {}
+        )  # of a full fine-tune of ours: recipe, labels ...
         facts.pop("test", None)
         write(adapter.replace(base={**adapter.base, "name": base}, extra=facts), out)
         worst = max(adapter.error.items(), key=lambda item: item[1], default=("", 0.0))
