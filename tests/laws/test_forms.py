@@ -41,7 +41,8 @@ def test_over_a_form(example, form, variant):
             # merged into the weight that the form stands for; the form's own products round by `form.rounding` of
             # the largest product that there can be, ‖x‖ (‖W‖ + ‖W'‖): bias and ΔW may cancel most of it
             size = (
-                float(args[0].norm() * (plain.layer.weight.norm() + model.layer.frozen("weight").dense().norm())) + 1e-6
+                float(args[0].norm() * (plain.layer.weight.norm() + model.layer.frozen_matrix("weight").dense().norm()))
+                + 1e-6
             )
             assert float((x - y).norm()) <= max(2 * form.rounding, 1e-4) * size
 

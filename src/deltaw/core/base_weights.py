@@ -60,9 +60,9 @@ def _from_model(model: nn.Module, key: str, change: Change) -> Tensor:
     path, site = split_key(key)
     try:
         module = model.get_submodule(path)
-        held = isinstance(module, Host) and module.form(parameter_of(site)) is not None
+        held = isinstance(module, Host) and module.form_of(parameter_of(site)) is not None
         if held and isinstance(module, Host):
-            stored = module.parameter(site)
+            stored = module.stored_parameter(site)
         else:
             stored = module.get_parameter(site) if site in module._parameters else module.get_buffer(site)
     except AttributeError:
@@ -74,7 +74,7 @@ def _from_model(model: nn.Module, key: str, change: Change) -> Tensor:
     if isinstance(module, Host):
         if module.roster.merged is not None:
             raise ModelError(f"adapters are merged into {key}: call dw.unmerge(model) first")
-        return stored if change.variant.any_shape else module.frozen(site).dense()
+        return stored if change.variant.any_shape else module.frozen_matrix(site).dense()
     if change.variant.any_shape:
         return stored
     for family, host in hosts.items():

@@ -22,7 +22,7 @@ class FrozenLinear(nn.Linear):
     told_by: Host
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight, self.bias, self.told_by.moved)
+        return frozen_linear(x, self.weight, self.bias, self.told_by.has_moved)
 
 
 def beside(layer: nn.Module, told_by: Host) -> None:

@@ -191,20 +191,20 @@ class Host(nn.Module):
         object.__setattr__(layer, "__class__", host_class(cls, base))
         return layer  # type: ignore[return-value]
 
-    def moved(self) -> bool:
+    def has_moved(self) -> bool:
         """Whether a low-rank change that speaks here has left its start, B = 0. Rows with their own adapters do not ask."""
         if getattr(self.roster.local, "rows", None) is not None:
             return False
         factors = [getattr(s.delta, "B", None) for s in self.speaking("weight")]
         return any(isinstance(B, Tensor) and bool(B.any()) for B in factors)
 
-    def release(self) -> None:
+    def release_layer(self) -> None:
         """Change the class back. All deltas must have been removed."""
         del self._modules[CHILD]
         del self.__dict__["roster"]
         object.__setattr__(self, "__class__", self.base_class)
 
-    def add(self, name: str, site: str, delta: Delta) -> None:
+    def add_delta(self, name: str, site: str, delta: Delta) -> None:
         """Give this layer's `site` the change `delta` under the adapter `name`."""
         adapters = self.adapters._modules
         changes = adapters.get(name)
@@ -214,7 +214,7 @@ class Host(nn.Module):
         if delta.training != self.training:
             delta.train(self.training)
 
-    def remove(self, name: str) -> None:
+    def remove_adapter(self, name: str) -> None:
         """Take adapter `name` out of this layer, if it is there."""
         self.adapters._modules.pop(name, None)
         self.adapters.tied.pop(name, None)
@@ -224,12 +224,12 @@ class Host(nn.Module):
         changes = self.adapters._modules.get(name)
         return {} if changes is None else dict(changes._modules)
 
-    def parameter(self, site: str) -> Tensor:
+    def stored_parameter(self, site: str) -> Tensor:
         """The frozen parameter (or buffer) that a site is or is a part of, whole, in stored shape."""
         name = parameter_of(site)
         found: Tensor | None = self._parameters.get(name)
         if found is None:
-            form = self.form(name)
+            form = self.form_of(name)
             if form is None and name not in self._buffers:
                 return getattr(self, name)  # type: ignore[no-any-return]  # computed from others, as weight_norm does
             found = self._buffers[name] if form is None else self.from_matrix(name, form.dense())
@@ -239,17 +239,17 @@ class Host(nn.Module):
             found = found if dense is None else dense
         return found
 
-    def form(self, name: str) -> FrozenWeight | None:
+    def form_of(self, name: str) -> FrozenWeight | None:
         """The form in which a frozen parameter is kept, or None if it is simply there."""
         forms = self._modules.get(FORMS)
         return None if forms is None else forms._modules.get(name)  # type: ignore[return-value]
 
-    def held(self) -> tuple[str, ...]:
+    def held_names(self) -> tuple[str, ...]:
         """The names of the frozen parameters that are kept in another form."""
         forms = self._modules.get(FORMS)
         return () if forms is None else tuple(forms._modules)
 
-    def hold(self, name: str, form: FrozenWeight | None, parameter: nn.Parameter | None = None) -> None:
+    def hold_form(self, name: str, form: FrozenWeight | None, parameter: nn.Parameter | None = None) -> None:
         """Keep the frozen parameter `name` as `form`; or, without one, have it as the plain `parameter` again.
 
         Over a form, `layer.<name>` is the kept tensor (codes), not the weight that it stands for.
@@ -273,23 +273,23 @@ class Host(nn.Module):
         held = self._modules.get(FORMS)
         self.__class__ = host_class(self.host, self.base_class, () if held is None else tuple(held._modules))
 
-    def matrix(self, site: str, stored: Tensor) -> Tensor:
+    def matrix_of(self, site: str, stored: Tensor) -> Tensor:
         """The (out, in) matrix of a site, which may be a part, from the whole stored parameter."""
         return part(self.to_matrix(parameter_of(site), stored), rows_of(site))
 
-    def frozen(self, site: str) -> FrozenMatrix:
+    def frozen_matrix(self, site: str) -> FrozenMatrix:
         """The frozen weight of a site as a matrix."""
-        form = self.form(site)
-        return form if form is not None else self.dense(site)
+        form = self.form_of(site)
+        return form if form is not None else self.dense_matrix(site)
 
-    def dense(self, site: str) -> Dense:
+    def dense_matrix(self, site: str) -> Dense:
         """The same of a weight that is kept in no form."""
-        stored = self.parameter(site)
-        return Dense(self.matrix(site, stored), stored)
+        stored = self.stored_parameter(site)
+        return Dense(self.matrix_of(site, stored), stored)
 
     # ---- what the forwards use
 
-    def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
+    def grouped_call(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
         """The layer's output where rows start..stop of x have their own adapters, as one operation.
 
         None (the default) if there is none: the call is then made group by group.
@@ -315,7 +315,7 @@ class Host(nn.Module):
                         found.append(Spoken(delta, weight, owner, own))
         return found
 
-    def active(self, site: str) -> list[tuple[Delta, float]]:
+    def active_deltas(self, site: str) -> list[tuple[Delta, float]]:
         """The deltas that change the parameter `site` now, with their weights."""
         return [(s.delta, s.weight) for s in self.speaking(site)]
 
@@ -345,7 +345,7 @@ class Host(nn.Module):
         """
         spoken = self.speaking(site)
         feeding = self.feeding(site)
-        stored = self.parameter(site)
+        stored = self.stored_parameter(site)
         wanted = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
         if not spoken and not feeding:
             return stored
@@ -357,7 +357,7 @@ class Host(nn.Module):
         wide = stored.to(summed)
         total = wide
         for s in spoken:
-            change = s.host.change(s.site, s.delta, wide, dropout)
+            change = s.host.change_of(s.site, s.delta, wide, dropout)
             total = total + (change if s.weight == 1.0 else s.weight * change)
         for s in feeding:
             rows = rows_of(s.site)
@@ -366,7 +366,7 @@ class Host(nn.Module):
                 total = total + s.weight * placed_rows(change_of_bias, rows, wide.shape[0])
         return total.to(wanted)
 
-    def change(self, site: str, delta: Delta, stored: Tensor, dropout: bool = False) -> Tensor:
+    def change_of(self, site: str, delta: Delta, stored: Tensor, dropout: bool = False) -> Tensor:
         """ΔW of the whole stored parameter that `delta`, at `site`, makes.
 
         dropout: for layers that run with W + ΔW, the variant's dropout zeroes features (columns of A, or rows of B with
@@ -404,7 +404,7 @@ class Host(nn.Module):
     def apart(self, site: str) -> Tensor:
         """Σ weight · ΔW of a site in stored shape, apart from the frozen weight: zero to the bit where nothing changes."""
         changed = self.changed(site)
-        frozen = self.from_matrix(site, self.frozen(site).dense())
+        frozen = self.from_matrix(site, self.frozen_matrix(site).dense())
         return changed - frozen.to(changed.dtype)
 
     def changed_bias(self, bias_site: str = "bias") -> Tensor | None:

@@ -35,7 +35,7 @@ def host_class(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = 
 
 
 def _kept(layer: Host, name: str) -> Tensor:
-    form = layer.form(name)
+    form = layer.form_of(name)
     assert form is not None
     return form.codes
 

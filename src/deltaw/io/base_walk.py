@@ -90,9 +90,9 @@ def kept_weights(model: nn.Module) -> Iterator[Kept]:
             if not asked:
                 originals, forms = _before_merging(host)
                 asked = True
-            for site in host.held():
+            for site in host.held_names():
                 name = join_key(path, site)
-                form = forms.get(name) or host.form(site)
+                form = forms.get(name) or host.form_of(site)
                 assert form is not None
                 yield _formed(name, host, site, form)
         for buffers, held in ((False, module._parameters), (True, module._buffers)):

@@ -78,7 +78,7 @@ class ModuleHost(Host):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites = self.active_sites()
         still = self.training and bool(self._buffers)
-        read = {path: layer for path, layer in read_hosts(self).items() if layer.active_sites() or layer.held()}
+        read = {path: layer for path, layer in read_hosts(self).items() if layer.active_sites() or layer.held_names()}
         if not sites and not still and not read:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         parameters: dict[str, Tensor | None] = {
@@ -94,7 +94,7 @@ class ModuleHost(Host):
 
     def own_buffer(self, site: str) -> Tensor:
         """The active adapter's copy of a buffer, which the module may update; of several adapters, their weighted sum."""
-        active = self.active(site)
+        active = self.active_deltas(site)
         if len(active) == 1 and active[0][1] == 1.0:
             value: Tensor = active[0][0].value  # type: ignore[assignment]
             return value

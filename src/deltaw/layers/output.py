@@ -42,12 +42,12 @@ class OutputHost(Host):
 
     def terms_of(self, spoken: Spoken) -> Sequence[LowRank] | None:
         """The terms of one delta, for this layer's matrix (out, in)."""
-        terms = spoken.delta.low_rank(spoken.host.frozen(spoken.site))
+        terms = spoken.delta.low_rank(spoken.host.frozen_matrix(spoken.site))
         rows = rows_of(spoken.site)
         if terms is None:
             return None
         if rows is not None:
-            out = spoken.host.to_matrix(parameter_of(spoken.site), spoken.host.parameter(spoken.site)).shape[-2]
+            out = spoken.host.to_matrix(parameter_of(spoken.site), spoken.host.stored_parameter(spoken.site)).shape[-2]
             terms = tuple(
                 t._replace(B=placed(t.B, rows, out), gain=None if t.gain is None else placed_rows(t.gain, rows, out))
                 for t in terms
@@ -55,7 +55,7 @@ class OutputHost(Host):
         if spoken.host is self:
             return terms
         mine = self.to_matrix("weight", self.weight)
-        theirs = spoken.host.to_matrix(parameter_of(spoken.site), spoken.host.parameter(spoken.site))
+        theirs = spoken.host.to_matrix(parameter_of(spoken.site), spoken.host.stored_parameter(spoken.site))
         if mine.shape == theirs.shape and mine.stride() == theirs.stride():
             return terms
         if mine.shape == theirs.mT.shape and mine.stride() == theirs.mT.stride():

@@ -42,7 +42,7 @@ class ProductHost(OutputHost):
 
     def dense_or_form(self, x: Tensor) -> tuple[Tensor | None, FrozenWeight | None]:
         """The frozen matrix, or the form in which it is kept; one of the two is None."""
-        form = self.form("weight")
+        form = self.form_of("weight")
         if form is None:
             return self.to_matrix("weight", self.weight), None
         if torch.compiler.is_compiling() or not is_formed(form.shape[0], form.shape[1]):
@@ -58,7 +58,7 @@ class ProductHost(OutputHost):
             stored = torch.empty_like(own, dtype=stored.dtype, requires_grad=False).copy_(stored)
         return self.to_matrix("weight", stored)
 
-    def grouped(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
+    def grouped_call(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
         segments = []
         for active, start, stop in groups:
             terms = self.low_rank(active) if active else []

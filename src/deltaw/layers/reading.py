@@ -158,7 +158,7 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
 
 def is_read(layer: Host, read: Read) -> bool:
     """Whether `read` takes more from `layer` than a call gives: a weight, or a method that may use one."""
-    if read.site in layer.held():
+    if read.site in layer.held_names():
         return True
     if not read.values or (not read.site and not never_called(layer)):
         return False
@@ -189,7 +189,7 @@ def written_in(twin: nn.Module, layers: dict[tuple[str, ...], Host], dropout: bo
 
 def plain(layer: Host, dropout: bool) -> nn.Module:
     """A twin of an adapted layer, of its plain class, that holds W + ΔW."""
-    sites = layer.active_sites().union(layer.held())
+    sites = layer.active_sites().union(layer.held_names())
     tensors: dict[str, Tensor | None] = {s: layer.changed(s, dropout=dropout) for s in sites - set(layer._buffers)}
     buffers: dict[str, Tensor | None] = {s: layer.changed(s) for s in sites & set(layer._buffers)}
     return shell(layer, layer.base_class, tensors, buffers)

@@ -123,7 +123,9 @@ def matched(plan: list[Planned]) -> dict[str, int]:
 def started(item: Planned, delta: Delta, host: Host) -> None:
     """Set a fresh delta's tensors that depend on the weight."""
     if not item.stored.is_meta:
-        delta.start(host.frozen(item.site) if not item.variant.any_shape else Dense(host.parameter(item.site)))
+        delta.start(
+            host.frozen_matrix(item.site) if not item.variant.any_shape else Dense(host.stored_parameter(item.site))
+        )
 
 
 def check_finite(plan: list[Planned]) -> None:
@@ -187,7 +189,7 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
         for site, delta in host.deltas(name).items():
             variant, tensors = delta.kept()
             copies = {k: state.whole(t).clone() for k, t in tensors.items()}
-            shape = tuple(host.parameter(site).shape)
+            shape = tuple(host.stored_parameter(site).shape)
             key = join_key(path, site)
             changes[key] = Change(
                 variant, copies, host.listed_as(), shape, followers.get((id(host), parameter_of(site)), ())
@@ -241,7 +243,7 @@ def installed(
 def prepared(item: Planned, delta: Delta, host: Host) -> None:
     """Let a loaded delta cache what its forward needs of the weight."""
     if not item.stored.is_meta and not item.variant.any_shape:
-        delta.prepare(host.frozen(item.site))
+        delta.prepare(host.frozen_matrix(item.site))
 
 
 def loaded(

@@ -50,7 +50,7 @@ def copy(model: nn.Module, source: str, name: str) -> nn.Module:
             memo[id(delta.variant)] = delta.variant
             copies.append((host, site, copying.deepcopy(delta, memo)))
     for host, site, delta in copies:
-        host.add(name, site, delta)
+        host.add_delta(name, site, delta)
     for _, host in state.hosts(root):
         if source in host.adapters.tied:
             host.adapters.tied[name] = dict(host.adapters.tied[source])

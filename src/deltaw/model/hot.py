@@ -57,8 +57,8 @@ def replace(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         for tensor, value in values:
             tensor.copy_(value)
         for host, site, delta in places.values():
-            if not delta.variant.any_shape and not host.parameter(site).is_meta:
-                delta.prepare(host.frozen(site))
+            if not delta.variant.any_shape and not host.stored_parameter(site).is_meta:
+                delta.prepare(host.frozen_matrix(site))
     for roster in state.rosters(root):
         if name in roster.names:
             kept = roster.notes.get(name, {})

@@ -199,7 +199,7 @@ def gradients(seats: Sequence[Seat]) -> Iterator[None]:
     """Within the context each seat sees every gradient of its frozen weight, which is freed at once."""
     owners: dict[int, tuple[Tensor, list[Seat]]] = {}
     for seat in seats:
-        parameter = seat.host.parameter(seat.site)
+        parameter = seat.host.stored_parameter(seat.site)
         if not parameter.is_floating_point() or not isinstance(parameter, nn.Parameter):
             raise ConfigError(
                 f"{seat.key!r}: init={seat.delta.variant.init!r} looks at the weight's gradient, which a quantised "
@@ -277,7 +277,7 @@ def begin(seats: Sequence[Seat], ranks: Mapping[str, int]) -> None:
         for seat in seats:
             assert seat.seen is not None
             seat.delta.resize(ranks.get(seat.key, seat.delta.directions))
-            seat.delta.begin(seat.host.frozen(seat.site), seat.seen)
+            seat.delta.begin(seat.host.frozen_matrix(seat.site), seat.seen)
     except BaseException:
         for put_back in before:
             put_back()

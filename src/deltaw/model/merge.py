@@ -134,11 +134,11 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
     merged = Merged(tuple(n for n, _ in active), final=keep is None)
     originals: dict[str, Tensor] = {}
     for change in changes:
-        form = change.host.form(change.site)
+        form = change.host.form_of(change.site)
         if form is not None:
             merged.forms[change.key] = form
         else:
-            originals[change.key] = change.host.parameter(change.site).data
+            originals[change.key] = change.host.stored_parameter(change.site).data
             for path, layer, site in change.tied:
                 originals[join_key(path, site)] = stored(layer, site).data
     if keep == "file":
@@ -168,14 +168,14 @@ def written(originals: dict[str, Tensor]) -> Path:
 def write(change: Change, into: Into, final: bool) -> None:
     """Put the new values into their place, and into those of all layers that share the parameter."""
     host, site = change.host, change.site
-    if host.form(site) is None:
-        host.parameter(site).data = change.new
+    if host.form_of(site) is None:
+        host.stored_parameter(site).data = change.new
         for _, layer, other in change.tied:
             stored(layer, other).data = change.new
     elif into == "original":
-        host.hold(site, change.again)
+        host.hold_form(site, change.again)
     else:
-        host.hold(site, None, nn.Parameter(change.new, False))
+        host.hold_form(site, None, nn.Parameter(change.new, False))
     if final and change.key in host.roster.quantized:
         if into == "dequantized":
             del host.roster.quantized[change.key]
@@ -193,8 +193,8 @@ def changed_weights(model: nn.Module, active: Active, into: Into) -> Iterator[Ch
         for path, host in hosts:
             with host.roster.using(active):
                 for site in sorted(host.active_sites()):
-                    form = host.form(site)
-                    one = identity(host.parameter(site)) if form is None else id(form)
+                    form = host.form_of(site)
+                    one = identity(host.stored_parameter(site)) if form is None else id(form)
                     if one not in seen:
                         seen.add(one)
                         key = join_key(path, site)
@@ -224,7 +224,7 @@ def undropped(hosts: Iterable[Host]) -> Iterator[None]:
 
 def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, FrozenWeight | None, MergedWeight]:
     """The new values of one site, the same in the form in which it is kept (if it is), and its line of the report."""
-    here = host.parameter(site)
+    here = host.stored_parameter(site)
     if site not in parameter_names(host) and site not in host._buffers:
         raise ModelError(
             f"cannot merge into {key!r}: since the adapter was attached it is computed from other parameters at every call "
@@ -246,7 +246,7 @@ def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, 
     exact = host.changed(site, dtype=torch.float64)
     if not bool(torch.isfinite(exact).all()):
         raise NonFinite(f"cannot merge: the change of {key!r} holds NaN or infinity; the adapter is damaged")
-    form = host.form(site)
+    form = host.form_of(site)
     laid_as = exact.contiguous() if form is not None else here  # as the layer's own lies in memory
     new = torch.empty_like(laid_as, dtype=here.dtype, requires_grad=False).copy_(exact)
     again = None if form is None else form.form.keep(host.to_matrix(site, new))
@@ -299,8 +299,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         path, site = split_key(key)
         host = layers[path]
         assert isinstance(host, Host)
-        device = host.parameter(site).device
-        host.hold(site, form.to(device))
+        device = host.stored_parameter(site).device
+        host.hold_form(site, form.to(device))
     for roster in found:
         roster.merged = None
     if merged.file is not None:

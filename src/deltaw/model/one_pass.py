@@ -104,7 +104,7 @@ class OnePass(ByRow):
             spans.append((active, start, start + len(some)))
             start += len(some)
         order = [entry for _, some in groups for entry in some]
-        y = host.grouped(trees.take(x, order), spans)
+        y = host.grouped_call(trees.take(x, order), spans)
         return None if y is None else trees.place([y], [order])
 
     def checked(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], multiple: int) -> set[str]:

@@ -17,7 +17,7 @@ from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta
 from deltaw.errors import TargetError
 from deltaw.model import beside, first_call, targeting
-from deltaw.model.planned import Planned, full_host
+from deltaw.model.planned import Planned, check_free, full_host
 from deltaw.model.quantizer_gate import close_gate, open_gate
 from deltaw.model.state import Layout
 
@@ -42,7 +42,7 @@ def place(
         for item, delta in deltas:
             host = item.layer if isinstance(item.layer, Host) else item.host.of(item.layer, roster)
             begin(item, delta, host)
-            host.add(name, item.site, delta)
+            host.add_delta(name, item.site, delta)
             tie(item, host, name, roster)
         enter(layout, roster, name, [item.layer for item, _ in deltas], freeze=freeze, active=active)
         beside.settle(layout)
@@ -111,6 +111,7 @@ def watch(layout: Layout, roster: Roster) -> None:
     for module in around(layout):
         cls = None if isinstance(module, Host) else targeting.reader_of(module)
         if cls is not None:
+            check_free(next(p for p, m in layout.layers.items() if m is module), module)
             cls.of(module, roster)
     uncallable = [
         (path, host)
@@ -153,14 +154,14 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
     last = not roster.names
     mine = [host for _, host in layout.hosts() if host.roster is roster]
     for host in mine:
-        host.remove(name)
+        host.remove_adapter(name)
     quantised = any(FORMS in host._modules for host in mine)
     for host in mine:
         changes = host.adapters._modules or host.adapters.tied or FORMS in host._modules
         watches = isinstance(host, host.watches) or host.host.reads(host)
         stays = watches or has_statistics(host)
         if not changes and ((last and not (watches and quantised)) or not stays):
-            host.release()
+            host.release_layer()
     beside.settle(layout)
     if last:
         close_gate(layout.root)

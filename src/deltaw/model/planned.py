@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class Planned:
     def stored(self) -> Tensor:
         """The frozen parameter or buffer, whole; for one that is kept in another form a stand-in without memory."""
         name = parameter_of(self.site)
-        form = self.layer.form(name) if isinstance(self.layer, Host) else None
+        form = self.layer.form_of(name) if isinstance(self.layer, Host) else None
         if form is not None:
             assert isinstance(self.layer, Host)
             empty = torch.zeros((), dtype=form.dtype, device=form.codes.device)
@@ -55,7 +56,7 @@ class Planned:
     def identity(self) -> Hashable:
         """Equal for the same parameter, however many layers hold it."""
         name = parameter_of(self.site)
-        form = self.layer.form(name) if isinstance(self.layer, Host) else None
+        form = self.layer.form_of(name) if isinstance(self.layer, Host) else None
         kept = self.layer._parameters.get(name) if form is None else form.codes
         return ties.identity(self.stored if kept is None else kept)
 
@@ -89,12 +90,22 @@ def full_host(layer: nn.Module) -> type[Host]:
 
 
 def check_free(path: str, layer: nn.Module) -> None:
-    """Refuse a layer that has something of its own called `adapters` or `roster`."""
+    """Refuse a layer that has something of its own under a name that an adapted layer needs."""
     if isinstance(layer, Host):
         return
     own = {*layer.__dict__, *layer._modules, *layer._parameters, *layer._buffers}
-    for attribute in (CHILD, FORMS, "roster"):
-        if attribute in own or hasattr(type(layer), attribute):
-            raise TargetError(
-                f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs"
-            )
+    for attribute in sorted(own & NEEDED | needed_in(type(layer))):
+        raise TargetError(
+            f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs: "
+            "rename it, or leave the module out (exclude=)"
+        )
+
+
+NEEDED = frozenset({CHILD, FORMS, "roster", *(n for n in vars(Host) if not n.startswith("_"))} - set(dir(nn.Module)))
+"""The names under which an adapted layer is asked for what is ours."""
+
+
+@functools.lru_cache(maxsize=1024)
+def needed_in(kind: type) -> frozenset[str]:
+    """Those that a class has for something else."""
+    return frozenset(name for name in NEEDED if hasattr(kind, name))

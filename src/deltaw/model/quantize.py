@@ -155,7 +155,7 @@ def quantize(
 def kernel_choices(model: nn.Module) -> Choices | None:
     """The record of the kernels that the model's quantised weights run on, or None if there is nothing to choose."""
     for _, host in state.hosts(state.unwrap(model)):
-        form = host.form("weight")
+        form = host.form_of("weight")
         if form is not None and form.choices is not None:
             return form.choices
     return None
@@ -190,7 +190,7 @@ def left_alone(layer: nn.Module, tied: Mapping[Hashable, list[ties.Place]], trai
     gradient is trained.
     """
     if isinstance(layer, Host):
-        if layer.form("weight") is not None:
+        if layer.form_of("weight") is not None:
             return "quantised already"
         copies = [n for n in layer.adapters._modules if "weight" in layer.deltas(n)]
         if any(layer.deltas(n)["weight"].variant.any_shape for n in copies):
@@ -235,7 +235,7 @@ def swap_in(host: Host, path: str, kept: FrozenWeight, keep: Keep, file: Path | 
         weight if keep == "memory" else None,
         file,
     )
-    host.hold("weight", kept)
+    host.hold_form("weight", kept)
     prepare(host)
 
 
@@ -244,7 +244,7 @@ def prepare(host: Host) -> None:
     for name in host.adapters._modules:
         for site, delta in host.deltas(name).items():
             if not delta.variant.any_shape:
-                delta.prepare(host.frozen(site))
+                delta.prepare(host.frozen_matrix(site))
 
 
 @lasting
@@ -259,7 +259,7 @@ def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original"
     root = state.unwrap(model)
     state.unmerged(root, "dequantize")
     state.unsharded(root, "dequantize")
-    hosts = [(path, host) for path, host in state.hosts(root) if host.form("weight") is not None]
+    hosts = [(path, host) for path, host in state.hosts(root) if host.form_of("weight") is not None]
     if not hosts:
         raise ModelError("nothing is quantised")
     gone = [join_key(p, "weight") for p, h in hosts if not h.roster.quantized[join_key(p, "weight")].kept]
@@ -272,7 +272,7 @@ def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original"
     for path, host in hosts:
         key = join_key(path, "weight")
         before: Quantized = host.roster.quantized.pop(key)
-        host.hold("weight", None, restored(host, key, before, into, files))
+        host.hold_form("weight", None, restored(host, key, before, into, files))
         prepare(host)
     for file in files:
         file.unlink(missing_ok=True)
@@ -284,7 +284,7 @@ def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original"
 
 def restored(host: Host, key: str, before: Quantized, into: str, files: dict[Path, dict[str, Tensor]]) -> nn.Parameter:
     """The plain parameter again, requiring a gradient if it did and no adapter is there for which it is frozen."""
-    form = host.form("weight")
+    form = host.form_of("weight")
     assert form is not None
     device = form.codes.device
     if into == "dense":
@@ -308,7 +308,7 @@ def release(root: nn.Module, roster: Roster) -> None:
     """A model without adapters and forms becomes what it was."""
     for _, host in list(state.hosts(root)):
         if host.roster is roster:
-            host.release()
+            host.release_layer()
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

@@ -164,7 +164,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
             for site, delta in host.deltas(name).items():
                 size = sum(t.numel() for t in delta.state_dict().values())
                 trainable = any(p.requires_grad for p in delta.parameters())
-                shape = tuple(host.parameter(site).shape)
+                shape = tuple(host.stored_parameter(site).shape)
                 rows.append(Row(join_key(path, site), host.family, shape, name, repr(delta.variant), size, trainable))
     parameters = list(root.parameters())
     trained = [p for p in parameters if p.requires_grad]

@@ -64,13 +64,13 @@ def test_merged_equals_active_and_the_report_is_true():
 def test_forms(form, keep, into):
     model = model_with()
     dw.quantize(model, form, targets=["0", "2"], keep="memory")
-    active, codes = model(X), model[0].form("weight").codes.clone()
+    active, codes = model(X), model[0].form_of("weight").codes.clone()
     report = dw.merge(model, keep=keep, into=into)
     for line in report.weights:
         assert line.errors["dequantized"] < 1e-5 < line.errors["original"]
         assert line.relative == line.errors[into]
     assert "into='dequantized'" in str(report)
-    assert (model[0].form("weight") is None) == (into == "dequantized")
+    assert (model[0].form_of("weight") is None) == (into == "dequantized")
     assert float((model(X) - active).detach().norm() / active.detach().norm()) < 0.3
     if keep is None:
         with pytest.raises(ModelError, match="originals are gone"):
@@ -83,7 +83,7 @@ def test_forms(form, keep, into):
                 dw.dequantize(model)
     else:
         dw.unmerge(model)
-        assert torch.equal(model[0].form("weight").codes, codes)
+        assert torch.equal(model[0].form_of("weight").codes, codes)
         assert torch.equal(model(X), active)
         dw.dequantize(model)
 

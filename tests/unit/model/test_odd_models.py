@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -377,3 +379,65 @@ def test_methods_besides_forward_see_a_changed_parameter(targets):
     assert not model.projection.any()
     dw.detach(model)
     assert "encode" not in vars(type(model)) or type(model) is Tower
+
+
+class ReadsDense(nn.Module):
+    """Reads the weight of a layer called `dense`, as BLOOM's attention may, and has others with names of everyday use."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.form = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.matrix = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense.weight) + self.form(x) @ self.matrix
+
+
+def test_layers_with_everyday_names_inside_of_a_reader():
+    model, x = Model(ReadsDense()), torch.randn(3, 6)
+    y = model(x)
+    shaken(dw.attach(model, dw.LoRA(rank=2), ["dense"]))
+    assert isinstance(model.layers[0].dense, nn.Linear)
+    assert model.get_submodule("layers.0.dense") is model.layers[0].dense
+    with dw.disabled(model):
+        assert torch.equal(model(x), y)
+    changed = model(x)
+    assert not torch.allclose(changed, y)
+    with dw.merged(model):
+        torch.testing.assert_close(model(x), changed)
+
+
+def test_a_layer_that_has_one_of_our_names_is_refused_by_it():
+    class Family(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.deltas = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.deltas(nn.functional.linear(x, self.layer.weight))
+
+    model = Model(Family())
+    for asked in ({"targets": ["layer"]}, {"targets": ["layer"], "train": ["layers.0"]}):
+        with pytest.raises(TargetError, match="'deltas' of its own, which deltaw needs"):
+            dw.attach(model, dw.LoRA(rank=2), **asked)
+        assert type(model.layers[0].layer) is nn.Linear
+
+
+def test_the_norm_of_a_weight_at_an_address_that_is_used_again():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
+    dw.attach(model, dw.DoRA(rank=4), ["0"])
+    weight, m = model[0].weight.detach().clone(), model[0].adapters.default.weight.m.detach()
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        W = weight * scale
+        expected = nn.functional.linear(x, (m / W.norm(dim=1))[:, None] * W, model[0].bias)
+        del W
+        torch.testing.assert_close(torch.func.functional_call(model, {"0.weight": weight * scale}, (x,)), expected)
+    for _ in range(20):
+        model[0].weight.data = torch.randn(64, 64)
+        model(x)
+        model[0].weight.data = model[0].weight.data * 2
+        W = model[0].weight.detach()
+        expected = nn.functional.linear(x, (m / W.norm(dim=1))[:, None] * W, model[0].bias)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x))

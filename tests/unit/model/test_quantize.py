@@ -170,10 +170,10 @@ def test_copies_and_state_dicts(form):
 def test_the_kept_tensors_are_never_cast():
     model = plain()
     dw.quantize(model, dw.Int8())
-    scales = model[0].form("weight").scales.clone()
+    scales = model[0].form_of("weight").scales.clone()
     model.to(torch.bfloat16)
-    assert torch.equal(model[0].form("weight").scales, scales)
-    assert model[0].form("weight").dense().dtype == torch.bfloat16
+    assert torch.equal(model[0].form_of("weight").scales, scales)
+    assert model[0].form_of("weight").dense().dtype == torch.bfloat16
     assert model(X.bfloat16()).dtype == torch.bfloat16
     assert model[0].weight.dtype == torch.int8
     assert model[0].weight.shape == (48, 40)
@@ -204,7 +204,7 @@ def test_training_a_copy_over_a_form():
     before = model(X)
     dw.attach(model, dw.LoRA(rank=2), targets=["0"], train=["4"])
     delta = model[4].deltas("default")["weight"]
-    assert torch.equal(delta.value, model[4].form("weight").dense())
+    assert torch.equal(delta.value, model[4].form_of("weight").dense())
     assert closeness(model(X), before) < 0.03
     model(X).sum().backward()
     assert delta.value.grad is not None
