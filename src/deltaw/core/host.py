@@ -18,7 +18,7 @@ from deltaw.core.bare import Bare
 from deltaw.core.beside import own_class, plain_again
 from deltaw.core.dropped import dropped
 from deltaw.core.frozen import FrozenWeight, foreign_dense
-from deltaw.core.host_class import blank, host_class
+from deltaw.core.host_class import blank, bound_again, host_class
 from deltaw.core.part import parameter_of, part, placed, placed_rows, rows_of
 from deltaw.core.roster import Active, Roster
 from deltaw.core.variant import Delta, Dense, FrozenMatrix
@@ -189,6 +189,7 @@ class Host(nn.Module):
         object.__setattr__(layer, "roster", roster)
         layer._modules[CHILD] = Adapters()
         object.__setattr__(layer, "__class__", host_class(cls, base))
+        bound_again(layer, base)
         return layer  # type: ignore[return-value]
 
     def has_moved(self) -> bool:
@@ -202,7 +203,9 @@ class Host(nn.Module):
         """Change the class back. All deltas must have been removed."""
         del self._modules[CHILD]
         del self.__dict__["roster"]
+        ours = type(self)
         object.__setattr__(self, "__class__", self.base_class)
+        bound_again(self, ours)
 
     def add_delta(self, name: str, site: str, delta: Delta) -> None:
         """Give this layer's `site` the change `delta` under the adapter `name`."""

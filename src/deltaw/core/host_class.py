@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ from deltaw.ops.compact import hooks_in_force
 if TYPE_CHECKING:
     from deltaw.core.host import Host
 
+
+KEPT = ("forward", "_old_forward")
+"""Where an instance may keep its class's forward: as its own, and accelerate's hooks, which look there at every call."""
 
 _classes: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
 
@@ -51,7 +55,10 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
             kwargs = {names.get(name, name): value for name, value in kwargs.items()}
         if torch.compiler.is_compiling():
             return own(self, *args, **kwargs)
-        roster, grad = self.roster, torch.is_grad_enabled()
+        try:
+            roster, grad = self.roster, torch.is_grad_enabled()
+        except AttributeError:  # released, and a wrapper of the instance has kept this forward
+            return base.forward(self, *args, **kwargs)
         if roster.uncalled:
             roster.uncalled.discard(id(self))
         if grad and in_backward() and not getattr(roster.local, "again", False):
@@ -81,6 +88,24 @@ def called_otherwise(theirs: Callable[..., Any], ours: Callable[..., Any]) -> di
     except (TypeError, ValueError):  # no Python function
         return {}
     return {name: own for name, own in zip(*places) if name != own}
+
+
+def bound_again(layer: nn.Module, before: type[nn.Module]) -> None:
+    """Let the forwards that `layer` keeps, bound when its class was `before`, be those of its class of now."""
+    for name in KEPT:
+        if keeps(layer, name, before):
+            layer.__dict__[name] = MethodType(type(layer).forward, layer)
+
+
+def hidden(layer: nn.Module) -> bool:
+    """Whether a forward of the instance's own runs in place of its class's, and never comes to that by what is kept."""
+    return "forward" in layer.__dict__ and not any(keeps(layer, name, type(layer)) for name in KEPT)
+
+
+def keeps(layer: nn.Module, name: str, kind: type[nn.Module]) -> bool:
+    """Whether `layer` keeps, as `name`, the forward of `kind`, bound to itself."""
+    kept = layer.__dict__.get(name)
+    return isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is kind.forward
 
 
 def blank(host: type[Host], base: type[nn.Module], held: tuple[str, ...] = ()) -> nn.Module:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key
 from deltaw.core.host import CHILD, FORMS, Host
+from deltaw.core.host_class import hidden
 from deltaw.core.part import parameter_of, rows_of
 from deltaw.core.variant import Site, Variant
 from deltaw.errors import TargetError
 from deltaw.model import targeting, ties
+from deltaw.model.entry import Entry
 
 
 @dataclass
@@ -93,8 +95,13 @@ def check_free(path: str, layer: nn.Module) -> None:
     """Refuse a layer that has something of its own under a name that an adapted layer needs."""
     if isinstance(layer, Host):
         return
+    if hidden(layer) and not isinstance(layer.forward, Entry):
+        raise TargetError(
+            f"{path!r} ({type(layer).__name__}) has a forward of its own on the instance, which would not come to the "
+            "adapter: attach first, and wrap the model after that (as accelerator.prepare does)"
+        )
     own = {*layer.__dict__, *layer._modules, *layer._parameters, *layer._buffers}
-    for attribute in sorted(own & NEEDED | needed_in(type(layer))):
+    for attribute in sorted(own & NEEDED | needed_in(type(layer))):  # type: ignore[arg-type]
         raise TargetError(
             f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs: "
             "rename it, or leave the module out (exclude=)"

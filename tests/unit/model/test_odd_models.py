@@ -417,10 +417,9 @@ def test_a_layer_that_has_one_of_our_names_is_refused_by_it():
             return self.deltas(nn.functional.linear(x, self.layer.weight))
 
     model = Model(Family())
-    for asked in ({"targets": ["layer"]}, {"targets": ["layer"], "train": ["layers.0"]}):
-        with pytest.raises(TargetError, match="'deltas' of its own, which deltaw needs"):
-            dw.attach(model, dw.LoRA(rank=2), **asked)
-        assert type(model.layers[0].layer) is nn.Linear
+    with pytest.raises(TargetError, match="'deltas' of its own, which deltaw needs"):
+        dw.attach(model, dw.LoRA(rank=2), ["layer"])
+    assert type(model.layers[0].layer) is nn.Linear
 
 
 def test_the_norm_of_a_weight_at_an_address_that_is_used_again():
@@ -441,3 +440,59 @@ def test_the_norm_of_a_weight_at_an_address_that_is_used_again():
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(x), model(x))
+
+
+class Tied(nn.Module):
+    """An embedding whose weight the model reads once more, as its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(20, 16), nn.Linear(16, 16)
+
+    def forward(self, ids):
+        return self.body(self.embed(ids)).relu() @ self.embed.weight.T
+
+
+def test_a_forward_of_the_instance_that_hides_a_reader_is_refused():
+    model = Tied()
+    plain = model.forward
+    model.forward = lambda *args: plain(*args)
+    with pytest.raises(TargetError, match="attach first, and wrap the model after that"):
+        dw.attach(model, dw.LoRA(rank=2), ["embed"])
+    assert not isinstance(model, Host)
+    shaken(dw.attach(model, dw.LoRA(rank=2), ["body"]))  # nobody reads this one past its call
+
+
+def test_hooks_of_accelerate_before_and_after_adapters():
+    hooks = pytest.importorskip("accelerate.hooks")
+    ids = torch.randint(0, 20, (3, 5))
+    for first in (True, False):
+        model = Tied()
+        base = model(ids)
+        if first:
+            for module in (model, model.embed, model.body):
+                hooks.add_hook_to_module(module, hooks.ModelHook())
+        shaken(dw.attach(model, dw.LoRA(rank=2), ["embed", "body"]))
+        if not first:
+            for module in (model, model.embed, model.body):
+                hooks.add_hook_to_module(module, hooks.ModelHook())
+        changed = model(ids)
+        assert not torch.allclose(changed, base)
+        with dw.merged(model):
+            torch.testing.assert_close(model(ids), changed)
+        dw.detach(model)
+        assert torch.equal(model(ids), base)
+        hooks.remove_hook_from_module(model, recurse=True)
+        assert torch.equal(model(ids), base)
+
+
+def test_a_wrapper_that_came_after_an_adapter_outlives_it():
+    model, ids = Tied(), torch.randint(0, 20, (3, 5))
+    base = model(ids)
+    shaken(dw.attach(model, dw.LoRA(rank=2), ["embed"]))
+    ours = model.forward
+    model.forward = lambda *args: ours(*args)
+    changed = model(ids)
+    assert not torch.allclose(changed, base)
+    dw.detach(model)
+    assert torch.equal(model(ids), base)
