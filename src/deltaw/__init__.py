@@ -26,19 +26,19 @@ _WHERE = {
     "attach": "deltaw.model.attach",
     "detach": "deltaw.model.attach",
     "get": "deltaw.model.attach",
-    "install": "deltaw.model.attach",
+    "install": "deltaw.io.values",
     "use": "deltaw.model.activate",
     "disabled": "deltaw.model.activate",
     "activate": "deltaw.model.activate",
     "rows": "deltaw.model.rows",
-    "replace": "deltaw.model.hot",
+    "replace": "deltaw.io.values",
     "compact": "deltaw.ops.compact",
     "quantize": "deltaw.model.quantize",
     "dequantize": "deltaw.model.quantize",
     "Int8": "deltaw.frozen.int8",
     "NF4": "deltaw.frozen.nf4",
     "Dense16": "deltaw.frozen.dense",
-    "add": "deltaw.model.copies",
+    "add": "deltaw.io.values",
     "copy": "deltaw.model.copies",
     "rename": "deltaw.model.copies",
     "delete": "deltaw.model.copies",
@@ -109,14 +109,15 @@ if TYPE_CHECKING:
     from deltaw.io import read as read
     from deltaw.io import save as save
     from deltaw.io import write as write
+    from deltaw.io.values import add as add
+    from deltaw.io.values import install as install
+    from deltaw.io.values import replace as replace
     from deltaw.model.activate import activate as activate
     from deltaw.model.activate import disabled as disabled
     from deltaw.model.activate import use as use
     from deltaw.model.attach import attach as attach
     from deltaw.model.attach import detach as detach
     from deltaw.model.attach import get as get
-    from deltaw.model.attach import install as install
-    from deltaw.model.copies import add as add
     from deltaw.model.copies import copy as copy
     from deltaw.model.copies import delete as delete
     from deltaw.model.copies import rename as rename
@@ -124,7 +125,6 @@ if TYPE_CHECKING:
     from deltaw.model.gradients import check_gradients as check_gradients
     from deltaw.model.groups import after_step as after_step
     from deltaw.model.groups import param_groups as param_groups
-    from deltaw.model.hot import replace as replace
     from deltaw.model.initialize import initialize as initialize
     from deltaw.model.merge import merge as merge
     from deltaw.model.merge import merged as merged

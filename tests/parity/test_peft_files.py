@@ -12,7 +12,14 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import deltaw as dw
 from deltaw.io.notices import AdapterNotice
@@ -272,3 +279,33 @@ def test_layers_that_peft_ties_on_request(tmp_path: Path, targets: list[str]) ->
     dw.detach(model)
     with pytest.raises(dw.errors.AdapterError, match="does not target"):
         dw.load(model, tmp_path / "a")
+
+
+def test_what_a_value_of_peft_cannot_say_by_itself(tmp_path):
+    """Trainable tokens follow the tie of the base; an embedding that the file carries along is named."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+
+    def llama(tied: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config.tie_word_embeddings = tied
+        return LlamaForCausalLM(config).eval()
+
+    ids = torch.tensor([[1, 2, 3]])
+    model = peft.get_peft_model(
+        llama(True), peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tokens")
+    expected = model.eval()(ids).logits
+    dw.write(dw.read(tmp_path / "tokens"), tmp_path / "again")
+    for source in (tmp_path / "tokens", dw.read(tmp_path / "tokens"), tmp_path / "again"):
+        torch.testing.assert_close(dw.load(llama(True), source)(ids).logits, expected)
+
+    model = peft.get_peft_model(llama(False), peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    model.save_pretrained(tmp_path / "embedding")
+    with pytest.warns(AdapterNotice, match="embed_tokens.weight', a weight of the base that the file carries along"):
+        dw.read(tmp_path / "embedding")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from deltaw.errors import AdapterError, NonFinite
 from deltaw.io import manifest, strict_json, tensor_file
 from deltaw.io.digest import digest
 from deltaw.io.folder import CONFIG, MANIFEST, PICKLED, WEIGHTS, Folder
+from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import Parsed, Shapes, grammar_for
 
 MAX_CONFIG = 1 << 20
@@ -194,6 +196,13 @@ def over_any_base(admitted: Admitted) -> Adapter:
         raise AdapterError(
             f"the adapter was started by {admitted.parsed.start!r}, which PEFT takes out of the base at every load: what it "
             f"changes can only be told with its base. Load it onto the model (dw.load) and save it from there"
+        )
+    for name in admitted.parsed.base_copies:
+        warnings.warn(
+            f"{name!r}, a weight of the base that the file carries along, is no part of the change: over a base with other "
+            "values there (rows added at random), load the folder itself",
+            AdapterNotice,
+            stacklevel=3,
         )
     return admitted.adapter
 

@@ -173,7 +173,12 @@ def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> 
 
 
 def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
-    """Trainable tokens of a tied embedding reach the head too, in PEFT as here (where the model says what it ties)."""
+    """Trainable tokens of a tied embedding reach the head too, in PEFT as here (where the model says what it ties).
+
+    An adapter that records a base's fingerprint was saved from a model here, and says itself what is tied.
+    """
+    if "fingerprint" in adapter.base:
+        return adapter
     config = getattr(base.model, "config", None)
     ties = getattr(config, "tie_word_embeddings", False) and getattr(base.model, "_tied_weights_keys", None)
     if not ties or not any(change.variant.kind == "rows" for change in adapter.changes.values()):

@@ -16,7 +16,7 @@ from deltaw.core.adapter import Adapter, split_key
 from deltaw.errors import AdapterError, BaseMismatch, did_you_mean
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
-from deltaw.io.admission import Admitted, admitting, arriving, check_values
+from deltaw.io.admission import Admitted, Arriving, admitting, arriving, check_values
 from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
@@ -29,7 +29,7 @@ from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_tod
 from deltaw.io.starts import without_start
 from deltaw.model import state
 from deltaw.model.attach import get, installed
-from deltaw.model.lasting import lasting
+from deltaw.model.changing import changing
 
 Source = str | os.PathLike[str] | Folder | Adapter
 
@@ -130,7 +130,6 @@ def described(model: nn.Module, adapter: Adapter) -> Adapter:
     return adapter.replace(base=base, extra=extra)
 
 
-@lasting
 def load(
     model: nn.Module,
     source: Source,
@@ -161,26 +160,47 @@ def load(
     If anything is wrong, the model is left as it was.
     """
     files = None if isinstance(source, Adapter) else arriving(found(source, revision, token), verify=verify)
+    for note in taken(model, source, files, name, active, trainable, allow_base_mismatch, verify, rename):
+        warnings.warn(note, AdapterNotice, stacklevel=2)
+    return model
+
+
+@changing
+def taken(
+    model: nn.Module,
+    source: Source,
+    files: Arriving | None,
+    name: str,
+    active: bool,
+    trainable: bool,
+    allow_base_mismatch: bool,
+    verify: bool,
+    rename: Mapping[str, str] | None,
+) -> list[str]:
+    """`load`, where the files are on their way; what should be said."""
     layout = state.Layout(model)
-    base = inventory(layout)
-    unchanged(base)  # which takes as long as the file, and may be done before that is there
     if isinstance(source, Adapter):
-        adapter = source if rename is None else moved(source, rename)
-        check_values(adapter.tensors())
-        adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
-        notes += checked_for(base, adapter, allow_base_mismatch)
+        adapter, notes = of_value(layout, source if rename is None else moved(source, rename), allow_base_mismatch)
         adopt = False
     else:
         assert files is not None
+        base = inventory(layout)
+        unchanged(base)  # which takes as long as the file, and may be done before that is there
         with admitting(files, verify=verify, shapes=None if rename else base.shapes) as admitted:
             adapter, notes = fitted(base, renamed(admitted, rename) if rename else of_today(base, admitted))
             notes += checked_for(base, adapter, allow_base_mismatch)
             # base weights would stay in memory beside it; and who trains may resize, offload and share memory
             adopt = not trainable and not admitted.parsed.base_copies
     installed(layout, adapter, name, active=active, trainable=trainable, adopt=adopt)
-    for note in notes:
-        warnings.warn(note, AdapterNotice, stacklevel=2)
-    return model
+    return notes
+
+
+def of_value(layout: state.Layout, adapter: Adapter, allow_base_mismatch: bool) -> tuple[Adapter, list[str]]:
+    """An adapter that comes as a value, as the model of `layout` takes it, checked as a file is; what should be said."""
+    base = inventory(layout)
+    check_values(adapter.tensors())
+    adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
+    return tie_rows(base, adapter), notes + checked_for(base, adapter, allow_base_mismatch)
 
 
 def checked_for(base: Inventory, adapter: Adapter, allow_base_mismatch: bool) -> list[str]:
@@ -278,8 +298,7 @@ def fitted(base: Inventory, admitted: Admitted) -> tuple[Adapter, list[str]]:
     adapter, notes = admitted.adapter, list(admitted.notes)
     if admitted.parsed.claims is not None:
         check_fit(base, adapter, admitted.parsed.claims)
-    if not admitted.manifested:
-        adapter = tie_rows(base, adapter)
+    adapter = tie_rows(base, adapter)
     if admitted.parsed.start is not None:
         adapter = without_start(base.model, adapter, admitted.parsed.start)
         notes.append(f"the adapter was started by {admitted.parsed.start!r}: its start was computed from this base")

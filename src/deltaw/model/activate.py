@@ -11,6 +11,7 @@ from torch import nn
 from deltaw.core.roster import Active, Roster
 from deltaw.errors import ConfigError, ModelError
 from deltaw.model import state
+from deltaw.model.changing import changing
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 """One name, several (their changes add up), names with weights, or None for the bare base."""
@@ -71,6 +72,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
     return use(model, None)
 
 
+@changing
 def activate(model: nn.Module, names: Choice) -> nn.Module:
     """From now on and in every thread, these adapters speak (outside of `use`). Errors as `use`."""
     rosters = state.rosters(model)

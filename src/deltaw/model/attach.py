@@ -22,8 +22,8 @@ from deltaw.core.part import parameter_of
 from deltaw.core.variant import Delta, Dense, Site, Variant
 from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonFinite
 from deltaw.model import state, targeting
+from deltaw.model.changing import changing
 from deltaw.model.fit import fitted
-from deltaw.model.lasting import lasting
 from deltaw.model.placing import forget, place
 from deltaw.model.plan import planned
 from deltaw.model.planned import Planned
@@ -33,7 +33,7 @@ CHECKED_AT_ONCE = 2**24
 """Up to so many values in all, the targeted weights are checked to be finite at attach; larger ones where they are read anyway."""
 
 
-@lasting
+@changing
 def attach(
     model: nn.Module,
     variants: Variant | Mapping[targeting.Target, Variant],
@@ -141,6 +141,7 @@ def check_finite(plan: list[Planned]) -> None:
             raise NonFinite(f"base weight {key!r} holds {bad} values that are NaN or infinite: reload the base model")
 
 
+@changing
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take adapter `name`, or all of them, out of `model`: classes, module tree and `requires_grad` become what they were.
 
@@ -197,31 +198,6 @@ def get(model: nn.Module, name: str = "default") -> Adapter:
     return Adapter(changes, notes.get("base", {}), notes.get("extra", {}))
 
 
-@lasting
-def install(
-    model: nn.Module,
-    adapter: Adapter,
-    name: str = "default",
-    *,
-    active: bool = True,
-    trainable: bool = False,
-    freeze: bool = True,
-) -> nn.Module:
-    """Give `model` an adapter that exists already, as `name`. Strict: every change must find its parameter, and fit it.
-
-    active: it speaks from now on, alone. trainable: its tensors require a gradient.
-
-    Raises:
-        AdapterError: a change names no parameter of this model, or has another shape; all of them are listed.
-        NameTaken, ConfigError, ModelError: as `attach`.
-    If anything is wrong, the model is left as it was.
-    """
-    if not isinstance(adapter, Adapter):
-        raise ConfigError(f"install takes an Adapter, as dw.get and dw.read give it; found {type(adapter).__name__}")
-    installed(state.Layout(model), adapter, name, active=active, trainable=trainable, freeze=freeze)
-    return model
-
-
 def installed(
     layout: state.Layout,
     adapter: Adapter,
@@ -232,7 +208,12 @@ def installed(
     freeze: bool = True,
     adopt: bool = False,
 ) -> None:
-    """`install`, where the model has been walked already. adopt: the adapter's tensors are for this model alone."""
+    """Give the model of `layout` an adapter that exists already, as `name`. adopt: its tensors are for this model alone.
+
+    Raises:
+        AdapterError: a change names no parameter of this model, or has another shape; all of them are listed.
+        NameTaken, ConfigError, ModelError: as `attach`.
+    """
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
     deltas = loaded(fitted(layout, adapter), adapter, trainable, adopt)

@@ -1,4 +1,4 @@
-"""The adapters of a model as a list that one edits: add, copy, rename, delete, status (`dw.adapters` lists them)."""
+"""The adapters of a model as a list that one edits: copy, rename, delete, status (`dw.adapters` lists them)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.core.adapter import Adapter
 from deltaw.core.roster import Roster
-from deltaw.core.variant import Variant
-from deltaw.errors import ConfigError, ModelError
+from deltaw.errors import ModelError
 from deltaw.model import state
-from deltaw.model.attach import attach, checked_name, detach, install
-from deltaw.model.lasting import lasting
+from deltaw.model.attach import checked_name, detach
+from deltaw.model.changing import changing
 from deltaw.model.summary import Status, adapters
 
 
-def add(model: nn.Module, what: Adapter | Variant, name: str, **options: Any) -> nn.Module:
-    """One adapter more, beside those that are there and without switching to it: a value, or a fresh variant.
-
-    options: those of `install` (trainable, freeze) for an Adapter, of `attach` (targets, train ...) for a variant.
-    Errors as theirs.
-    """
-    options = {"active": False, **options}
-    if isinstance(what, Adapter):
-        return install(model, what, name, **options)
-    if isinstance(what, Variant):
-        return attach(model, what, name=name, **options)
-    raise ConfigError(f"add takes an Adapter or a variant such as dw.LoRA(rank=8); found {type(what).__name__}")
-
-
-@lasting
+@changing
 def copy(model: nn.Module, source: str, name: str) -> nn.Module:
     """A second adapter `name` with the values of `source`, its own tensors, trainable as those are. Not switched to.
 
@@ -60,6 +44,7 @@ def copy(model: nn.Module, source: str, name: str) -> nn.Module:
     return model
 
 
+@changing
 def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     """Call the adapter `old` by the name `new`: the same tensors, the same place in the order, active if it was.
 

@@ -13,25 +13,13 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter, join_key
 from deltaw.core.host import Host
 from deltaw.core.variant import Delta
-from deltaw.errors import AdapterError, ConfigError
+from deltaw.errors import AdapterError
 from deltaw.model import state
 from deltaw.model.gradients import listed
 
 
 def replace(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
-    """Give the adapter `name` of `model` the values of `adapter`, in place, and return `model`.
-
-    Raises:
-        AdapterError: it changes other weights than `name` does, by another method, or by one of larger rank.
-        UnknownName: the model has no adapter of that name.
-        ConfigError: `adapter` is no Adapter.
-        ModelError: changes are merged into the weights.
-    If anything is wrong, nothing is replaced.
-    """
-    if not isinstance(adapter, Adapter):
-        raise ConfigError(
-            f"replace({name!r}) takes an Adapter, as dw.read and dw.get give it; found {type(adapter).__name__}"
-        )
+    """`deltaw.replace`, for an adapter of which its base and its values are known to be right."""
     root = state.unwrap(model)
     state.known(root, name)
     state.unmerged(root, "replace an adapter")

@@ -24,7 +24,7 @@ from deltaw.core.roster import Active
 from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
-from deltaw.model.lasting import lasting
+from deltaw.model.changing import changing
 from deltaw.model.targeting import layers_of
 from deltaw.model.ties import identity, others, refuse_one_sided, shared
 
@@ -100,7 +100,7 @@ class Change:
     tied: list[tuple[str, nn.Module, str]]
 
 
-@lasting
+@changing
 def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: Into = "dequantized") -> MergeReport:
     """Write the changes of `names` (default: the active adapters) into the weights, rounding once to their dtype.
 
@@ -275,7 +275,7 @@ def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, 
     return new, again, line
 
 
-@lasting
+@changing
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the original weights back, bit for bit.
 

@@ -22,8 +22,8 @@ from deltaw.core.host import Host
 from deltaw.core.roster import Roster
 from deltaw.errors import ConfigError, ModelError, NonFinite, TargetError
 from deltaw.model import state, targeting, ties
+from deltaw.model.changing import changing
 from deltaw.model.gradients import listed
-from deltaw.model.lasting import lasting
 from deltaw.model.placing import one_roster, watch
 from deltaw.ops.choices import Choices
 
@@ -76,7 +76,7 @@ class Quantized:
         return self.original is not None or self.file is not None
 
 
-@lasting
+@changing
 def quantize(
     model: nn.Module,
     form: Form,
@@ -247,7 +247,7 @@ def prepare(host: Host) -> None:
                 delta.prepare(host.frozen_matrix(site))
 
 
-@lasting
+@changing
 def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original") -> nn.Module:
     """Have plain weights again: the kept originals, bit for bit, or with into="dense" those that the codes stand for.
 
