@@ -309,3 +309,35 @@ def test_what_a_value_of_peft_cannot_say_by_itself(tmp_path):
     model.save_pretrained(tmp_path / "embedding")
     with pytest.warns(AdapterNotice, match="embed_tokens.weight', a weight of the base that the file carries along"):
         dw.read(tmp_path / "embedding")
+
+
+CONV1D = {"both sides": (8, 6, 3), "a kernel of one": (8, 6, 1), "a prime number of inputs": (7, 6, 3)}
+
+
+@pytest.mark.parametrize("sizes", CONV1D.values(), ids=CONV1D)
+def test_lokr_over_conv1d_is_what_peft_computes(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+    """PEFT multiplies w1 (a, c) by a whole w2 (b, d, kernel) in another order than over any other layer."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Conv1d(*sizes)).eval(), torch.randn(2, sizes[0], 9)
+    config = peft.LoKrConfig(r=8, alpha=3, target_modules=["0"], init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    model = copy.deepcopy(base)
+    with pytest.warns(AdapterNotice, match="another order than LoKr's formula"):
+        dw.load(model, tmp_path / "a")
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(base(x), theirs(x), atol=1e-2)
+    dw.save(model, tmp_path / "b")
+    assert torch.equal(dw.load(copy.deepcopy(base), tmp_path / "b")(x), model(x))
+
+
+@pytest.mark.parametrize(("factor", "grammar"), [(2, "DELTAW"), (1, "LOKR")])
+def test_lokr_over_conv1d_that_peft_would_misread_is_ours(tmp_path: Path, factor: int, grammar: str) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Conv1d(8, 6, 1)).eval(), torch.randn(2, 8, 9)
+    model = shaken(dw.attach(copy.deepcopy(base), dw.LoKr(rank=8, factor=factor), ["0"]))
+    dw.save(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == grammar
+    assert torch.equal(dw.load(copy.deepcopy(base), tmp_path / "a")(x), model(x))
+    if grammar == "LOKR":
+        torch.testing.assert_close(load_peft(base, tmp_path / "a")(x), model(x), rtol=1e-5, atol=1e-5)

@@ -302,6 +302,9 @@ def layer_cases() -> Iterator[tuple[str, str, Any]]:
                 r=1, alpha=3, target_modules=[name], init_weights=False, use_effective_conv2d=effective
             )
             yield f"lokr-conv-{name}-{effective}", "convolutions", config
+    for name, both in itertools.product(("two", "point"), (False, True)):  # the second factor whole
+        config = peft.LoKrConfig(r=2, alpha=3, target_modules=[name], decompose_both=both, init_weights=False)
+        yield f"lokr-conv-whole-{name}-{both}", "convolutions", config
     for rs, dora in itertools.product((False, True), (False, True)):
         config = peft.LoraConfig(r=3, target_modules=["words"], use_rslora=rs, use_dora=dora, init_lora_weights=False)
         yield f"embedding-{rs}-{dora}", "reader", config
