@@ -17,11 +17,16 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+
+
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 import deltaw as dw
+from deltaw.io.inspection import inspect
 from deltaw.io.notices import AdapterNotice
 
 IDS = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -341,3 +346,57 @@ def test_lokr_over_conv1d_that_peft_would_misread_is_ours(tmp_path: Path, factor
     assert torch.equal(dw.load(copy.deepcopy(base), tmp_path / "a")(x), model(x))
     if grammar == "LOKR":
         torch.testing.assert_close(load_peft(base, tmp_path / "a")(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def experts(folder: Path, parameters: list[str]) -> tuple[nn.Module, nn.Module]:
+    """(a Mixtral, the same adapted by PEFT), saved in `folder` with the parameters in this order."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=50, num_key_value_heads=2, num_local_experts=4, **sizes)
+    base = MixtralForCausalLM(config).eval()
+    options = {"target_modules": ["q_proj"], "target_parameters": parameters, "init_lora_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, **options)).eval()
+    theirs.save_pretrained(folder)
+    file = folder / "adapter_config.json"  # PEFT keeps a set, whose order differs from run to run
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": parameters}))
+    return base, theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "parameters",
+    [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"], ["down_proj"]],
+    ids=" ".join,
+)
+def test_expert_weights_without_their_model(tmp_path: Path, parameters: list[str]) -> None:
+    base, theirs = experts(tmp_path / "a", parameters)
+    adapter = dw.read(tmp_path / "a")
+    dw.write(adapter, tmp_path / "b", grammar="PEFT")
+    assert torch.equal(logits(load_peft(base, tmp_path / "b")), logits(theirs))
+    assert torch.equal(logits(dw.load(copy.deepcopy(base), tmp_path / "b")), logits(theirs))
+    reverse = adapter.replace(changes=dict(reversed(adapter.changes.items())))
+    dw.write(reverse, tmp_path / "c", grammar="PEFT")
+    assert torch.equal(logits(load_peft(base, tmp_path / "c")), logits(theirs))
+    half = dw.combine([adapter, adapter], [0.25, 0.25], how="linear")
+    dw.write(half, tmp_path / "d", grammar="PEFT")
+    expected = logits(dw.install(copy.deepcopy(base), half))
+    torch.testing.assert_close(logits(load_peft(base, tmp_path / "d")), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_servers_are_told_of_expert_weights_however_they_were_saved(tmp_path: Path) -> None:
+    base, _ = experts(tmp_path / "a", ["experts.down_proj"])
+    dw.save(dw.load(base, tmp_path / "a"), tmp_path / "b")
+    readers = inspect(tmp_path / "a")["readers"]
+    assert readers == inspect(tmp_path / "b")["readers"]
+    assert readers["vllm"].startswith("refuses: layers of the family module")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_whose_order_nothing_tells_need_the_model(tmp_path: Path) -> None:
+    """Two parameters of one module: the file tells them apart only by the order in which the model registers them."""
+    experts(tmp_path / "a", ["experts.gate_up_proj", "experts.down_proj"])
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(file.read_text().replace("gate_up_proj", "first").replace("down_proj", "second"))
+    with pytest.raises(dw.errors.AdapterError, match="only the model can tell"):
+        dw.read(tmp_path / "a")

@@ -18,6 +18,7 @@ from deltaw.io.admission import admit, check_values, over_any_base
 from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS, replace
 from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft import grammar_for, grammar_of
+from deltaw.io.peft.places import registered
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> Adapter:
@@ -52,6 +53,7 @@ def write(
     if not adapter.changes:
         raise AdapterError("the adapter is empty: there is nothing to write")
     check_values(adapter.tensors())
+    adapter = adapter.replace(changes={k: adapter.changes[k] for k in registered(adapter.changes)})
     config, tensors = grammar_of(adapter, grammar).write(adapter)
     return write_parts(adapter, config, tensors, path, card)
 

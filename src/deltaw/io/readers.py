@@ -16,6 +16,7 @@ from deltaw.core.adapter import Adapter, Change, split_key
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError, did_you_mean
 from deltaw.io.peft import grammar_of
+from deltaw.io.peft.places import family
 
 READERS = ("peft", "vllm", "sglang", "ollama")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -91,9 +92,10 @@ def _server_refuses(adapter: Adapter, config: Mapping[str, Any], reader: str) ->
         found.append(
             f"parameters trained in full (modules_to_save, biases): {copied[0]}{' ...' if len(copied) > 1 else ''}"
         )
-    layers = {c.layer for c in adapter.changes.values()} - {None, "linear", "linear (own forward)", "embedding"}
+    layers = {family(k, c) for k, c in adapter.changes.items() if c.variant.kind not in ("full", "diff")}
+    layers -= {"linear", "linear (own forward)", "embedding"}
     if layers:
-        found.append(f"layers of the family {sorted(map(str, layers))[0]}: only linear layers are served")
+        found.append(f"layers of the family {sorted(layers)[0]}: only linear layers are served")
     if reader == "ollama" and any(c.layer == "embedding" for c in adapter.changes.values()):
         found.append("an adapted embedding")
     return found
@@ -127,7 +129,7 @@ def uniform(adapter: Adapter) -> Adapter:
     changes = {}
     for key, change in adapter.changes.items():
         A, B = change.tensors["A"], change.tensors["B"]
-        more = rank - A.shape[0]
+        more = rank - A.shape[-2]
         scale = change.variant.scale  # type: ignore[attr-defined]
         tensors = {
             "A": torch.nn.functional.pad(A, (0, 0, 0, more)),

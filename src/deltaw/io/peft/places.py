@@ -24,6 +24,8 @@ from deltaw.io.peft.grammar import Shapes
 
 IN_PROJ = "in_proj_weight"
 INSIDE = ".base_layer"
+REGISTERED = ("gate_proj", "gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
+"""Expert weights in the order in which all of transformers' models register them."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,33 @@ def read_places(
 
 
 def owned(path: str, parameters: list[str], shapes: Shapes) -> list[str]:
-    """The parameters of the module at `path` that the config targets, in the order in which the model registers them."""
+    """The parameters of the module at `path` that the config targets, in the order in which the model registers them.
+
+    Where nothing is known of the module, names must tell the order: the config's own is arbitrary (PEFT keeps a set).
+
+    Raises:
+        AdapterError: they do not.
+    """
 
     def wanted(key: str) -> bool:
         return any(key == name or key.endswith("." + name) for name in parameters)
 
-    if shapes is not None:
-        return [split_key(k)[1] for k in shapes if split_key(k)[0] == path and wanted(k)]
-    return [s for s in dict.fromkeys(split_key(n)[1] for n in parameters) if wanted(join_key(path, s))]
+    known = [split_key(k)[1] for k in shapes or () if split_key(k)[0] == path and wanted(k)]
+    if known:
+        return known
+    names = {s for s in (split_key(n)[1] for n in parameters) if wanted(join_key(path, s))}
+    if len(names) > 1 and not names <= set(REGISTERED):
+        raise AdapterError(
+            f"{path!r}: the config targets {', '.join(sorted(names))} there; which tensor is which only the model can "
+            f"tell: load it onto the model (dw.load) and save it from there"
+        )
+    return registered(names)
+
+
+def registered(keys: Iterable[str]) -> list[str]:
+    """`keys` with expert weights last, in the order in which models register them."""
+    sites = {key: split_key(key)[1] for key in keys}
+    return sorted(sites, key=lambda k: REGISTERED.index(sites[k]) + 1 if sites[k] in REGISTERED else 0)
 
 
 def nth(written: str, names: list[str], levels: list[str]) -> str:
@@ -211,13 +232,19 @@ def nth(written: str, names: list[str], levels: list[str]) -> str:
     return names[len(names) - 1 - written.count(INSIDE)]
 
 
+def family(key: str, change: Change) -> str:
+    """The layer family of a changed weight, from its parameter's name where a file does not say it."""
+    site = split_key(key)[1]
+    return change.layer or {"weight": "linear", IN_PROJ: "multihead_attention"}.get(site, "module")
+
+
 def place_of(key: str, change: Change, among: Iterable[str] = ()) -> Place:
     """The place of a change, from its parameter's name and its layer's family.
 
     among: all changed raw parameters, in the order in which the model registers them.
     """
     path, site = split_key(key)
-    layer = change.layer or ("linear" if site == "weight" else "multihead_attention" if site == IN_PROJ else "module")
+    layer = family(key, change)
     if layer == "module" and path and "[" not in site:
         mine = [k for k in among if split_key(k)[0] == path]
         depth = len(mine) - 1 - mine.index(key) if key in mine else 0
