@@ -18,20 +18,22 @@ from deltaw.ops.terms import Term, flat, total_gain
 
 def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """x Wᵀ + b + the changes of all `terms`, (..., in) -> (..., out), differentiable as often as wished."""
-    if x.dim() != 2:
-        return composed(flat(x), weight, bias, terms).view(*x.shape[:-1], weight.shape[0])
-    y = F.linear(x, weight, bias)
+    rows = x if x.dim() == 2 else flat(x)
+    if rows is x or x.is_contiguous():
+        y = F.linear(rows, weight, bias)
+    else:  # torch has another kernel for it, with roundings of its own
+        y = flat(F.linear(x, weight, bias))
     gain = total_gain(terms)
     if gain is not None and bias is not None and not is_kept_wide(y):  # z + b is rounded at the size of b
-        y = (y + gain * F.linear(x, weight)).to(y.dtype)
+        y = (y + gain * F.linear(rows, weight)).to(y.dtype)
     elif gain is not None:  # c z + b from z + b: exact where gain is 0
         y = (y * (1 + gain) if bias is None else torch.addcmul(-gain * bias, y, 1 + gain)).to(y.dtype)
     for t in terms:
         A, B = (t.A, t.B) if t.A.dtype == t.B.dtype == y.dtype else (t.A.to(y.dtype), t.B.to(y.dtype))
-        mask, drop = t.input_mask(x), t.output_mask(y)
-        h = F.linear(x if mask is None else x * mask.rows(slice(None)), A)
+        mask, drop = t.input_mask(rows), t.output_mask(y)
+        h = F.linear(rows if mask is None else rows * mask.rows(slice(None)), A)
         if drop is None:
             y = torch.addmm(y, h, B.t(), alpha=t.scale)
         else:
             y = torch.addcmul(y, h @ B.t(), drop, value=t.scale)
-    return y
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])

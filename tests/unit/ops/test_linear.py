@@ -81,7 +81,10 @@ def test_a_neutral_adapter_changes_no_bit(dtype: torch.dtype, lead: tuple[int, .
     b = torch.randn(16).to(dtype) if bias else None
     term = LowRank(torch.randn(4, 24), torch.zeros(16, 4), 2.0, torch.zeros(16) if gain else None, 0.1)
     for training in (True, False):
-        assert torch.equal(adapted_linear(x, weight, b, [term], training=training), F.linear(x, weight, b))
+        for strided in (x, x.mT.contiguous().mT, x.transpose(0, -2)) if lead else (x,):
+            assert torch.equal(
+                adapted_linear(strided, weight, b, [term], training=training), F.linear(strided, weight, b)
+            )
 
 
 def test_strided_inputs_and_gradients() -> None:
