@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.ops.compact import is_kept_wide
+from deltaw.ops.select import WIDE
 from deltaw.ops.terms import Term, flat, total_gain
 
 
@@ -24,10 +24,11 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Ter
     else:  # torch has another kernel for it, with roundings of its own
         y = flat(F.linear(x, weight, bias))
     gain = total_gain(terms)
-    if gain is not None and bias is not None and not is_kept_wide(y):  # z + b is rounded at the size of b
-        y = (y + gain * F.linear(rows, weight)).to(y.dtype)
-    elif gain is not None:  # c z + b from z + b: exact where gain is 0
-        y = (y * (1 + gain) if bias is None else torch.addcmul(-gain * bias, y, 1 + gain)).to(y.dtype)
+    if gain is not None and bias is not None:  # backward keeps z, not y: 16 bit (compact) round y at the size of b
+        z = y - bias if y.dtype in WIDE else F.linear(rows, weight)
+        y = (y + gain * z).to(y.dtype)
+    elif gain is not None:
+        y = (y * (1 + gain)).to(y.dtype)
     for t in terms:
         A, B = (t.A, t.B) if t.A.dtype == t.B.dtype == y.dtype else (t.A.to(y.dtype), t.B.to(y.dtype))
         mask, drop = t.input_mask(rows), t.output_mask(y)

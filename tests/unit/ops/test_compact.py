@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltaw as dw
+from deltaw.ops import select
 from deltaw.ops.compact import Compact, compact, hooks_in_force
 from deltaw.ops.narrow import Packed
 
@@ -58,6 +59,18 @@ def test_loss_to_the_bit_and_gradients_within_a_rounding_of_what_they_are_made_o
     assert torch.equal(*losses)
     for exact, rounded in zip(*grads):
         assert 0 < (exact - rounded).norm() <= 2.0**-7 * exact.norm()
+
+
+@pytest.mark.parametrize("limit", [-1, 1 << 62])
+def test_an_output_with_a_gain_to_the_bit_fused_and_composed(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SMALL", "LIGHT"):
+        monkeypatch.setattr(select, name, limit)
+    net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(64, 64)
+    dw.attach(net, dw.DoRA(rank=2), targets=["0"])
+    nn.init.normal_(net.get_parameter("0.adapters.default.weight.B"), std=0.1)
+    with compact(net):
+        y = net(x)
+    assert torch.equal(y, net(x))
 
 
 def kept_bytes(net: nn.Module, x: Tensor, packed: bool) -> int:
