@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -23,16 +24,19 @@ def language_model(
     it, though its weights are plain: they are put into a model without that mark.
 
     Raises:
-        DataError: it cannot be loaded. MissingExtra: a GGUF file without the package gguf.
+        DataError: it cannot be loaded, or is no complete causal language model.
+        MissingExtra: a GGUF file without the package gguf.
     """
     from transformers import AutoModelForCausalLM
 
     place, options, _ = _place(name, revision)
     drop: dict[str, Any] = {} if base_dropout is None else {"base_dropout": base_dropout}
     if "gguf_file" not in options:
-        model: nn.Module = load_pretrained(AutoModelForCausalLM, place, name, revision=revision, dtype=dtype, **drop)
-        model.config._name_or_path = name  # type: ignore[union-attr]
-        return model
+        model, missing = load_pretrained(
+            AutoModelForCausalLM, place, name, with_missing=True, revision=revision, dtype=dtype, **drop
+        )
+        _check_causal(model, name, missing)
+        return model  # type: ignore[no-any-return]
     with redirect_stderr(StringIO()):  # the bar of the conversion heeds no setting
         read: Any = load_pretrained(AutoModelForCausalLM, place, name, dtype=dtype, **options)
     config = read.config
@@ -44,6 +48,19 @@ def language_model(
     plain.tie_weights()
     plain.config._name_or_path = name
     return plain  # type: ignore[no-any-return]
+
+
+def _check_causal(model: Any, name: str, missing: Sequence[str]) -> None:
+    """Refuse an encoder, whose tokens see those that they are to predict, and parts that would be drawn at random."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    config = model.config
+    if config.model_type in MASKED and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
+        raise DataError(f"model={name} is an encoder ({config.model_type}): take a causal language model")
+    if missing:
+        what = "no language-model head" if all("head" in key for key in missing) else "not all weights"
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(f"model={name} has {what}: {missing[0]} is missing{more}; take a causal language model")
 
 
 def tokenizer_of(name: str, revision: str | None = None) -> tuple[Any, str]:

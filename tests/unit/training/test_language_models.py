@@ -9,6 +9,7 @@ from deltaw.errors import DataError
 from deltaw.training.copies import installed
 from deltaw.training.language_models import language_model, tokenizer_of
 from tests.tiny_chat import make_chat_model
+from tests.tiny_text import make_model
 
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -25,6 +26,21 @@ def test_a_folder_is_read_in_float32(tmp_path):
 def test_a_missing_gguf_file_is_said_to_be_missing(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         language_model(str(tmp_path / "none.gguf"))
+
+
+def test_a_body_without_its_head_is_refused(tmp_path):
+    from transformers import AutoModel
+
+    make_chat_model(tmp_path / "whole", tie_word_embeddings=False)
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "body")
+    with pytest.raises(DataError, match=r"body has no language-model head: lm_head.weight is missing; take a causal"):
+        language_model(str(tmp_path / "body"))
+
+
+def test_an_encoder_is_no_language_model(tmp_path):
+    make_model(tmp_path / "model")
+    with pytest.raises(DataError, match=r"is an encoder \(bert\): take a causal language model"):
+        language_model(str(tmp_path / "model"))
 
 
 @pytest.mark.slow
