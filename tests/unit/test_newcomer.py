@@ -89,19 +89,15 @@ except dw.errors.AdapterError as error: print(error)
 
 
 def test_texts_that_are_longer_than_the_model_has_positions_for():
-    from types import SimpleNamespace
+    from deltaw.training.hub import check_length, position_rows
 
-    from deltaw.training.tasks.text_classification import TextClassification
-
-    task = object.__new__(TextClassification)
-    task.config, task.model_name = SimpleNamespace(max_length=500), "some/model"
-    task.splits = {"train": [([0] * 7, 0), ([0] * 9, 1)]}
     body = nn.Module()
+    assert position_rows(body) is None
     body.position_embeddings = nn.Embedding(10, 4, padding_idx=1)  # RoBERTa's: two rows are no positions
-    with pytest.raises(ConfigError, match=r"texts of 9 tokens.*positions for 8: set max_length=8"):
-        task._check_length(body)
+    with pytest.raises(ConfigError, match=r"texts of 9 tokens.*some/model has positions for 8: set max_length=8"):
+        check_length(9, 500, "some/model", position_rows(body))
     body.position_embeddings = nn.Embedding(9, 4)
-    task._check_length(body)
+    check_length(9, 500, "some/model", position_rows(body))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import DataError, did_you_mean
+from torch import nn
+
+from deltaw.errors import ConfigError, DataError, did_you_mean
 from deltaw.training.copies import COPIES, how_to_get, installed
 
 
@@ -70,6 +72,23 @@ def load_pretrained(
 
 def _is_dropout(key: str, value: Any) -> bool:
     return isinstance(value, float) and ("dropout" in key or key in {"attn_pdrop", "embd_pdrop", "resid_pdrop"})
+
+
+def position_rows(model: nn.Module) -> int | None:
+    """How many positions the model has learned a row for (BERT, RoBERTa, GPT-2 and their like); None: it has no such table."""
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe"):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
+def check_length(longest: int, max_length: int, name: str, room: int | None) -> None:
+    """Refuse texts of more tokens than the model `name` has positions for."""
+    if room is not None and longest > room:
+        raise ConfigError(
+            f"max_length={max_length}: the data have texts of {longest} tokens, and "
+            f"{name} has positions for {room}: set max_length={room}, which cuts them"
+        )
 
 
 @contextmanager

@@ -123,6 +123,12 @@ def test_masks_are_given_as_each_attention_takes_them(chat):
         assert _as_mask(allowed, model).dtype == dtype
 
 
+def test_conversations_longer_than_the_model_has_positions_for_are_refused(chat, tmp_path):
+    make_chat_model(tmp_path / "model", max_position_embeddings=8)
+    with pytest.raises(ConfigError, match=r"max_length=96: .* texts of \d+ tokens.* positions for 8: set max_length=8"):
+        start(configured(chat, model=str(tmp_path / "model")), tmp_path / "run", quiet=True)
+
+
 def test_a_dry_run_shows_which_tokens_the_loss_counts(chat):
     from deltaw.recipes.recipe import recipes
     from deltaw.training.rehearsal import rehearse, text

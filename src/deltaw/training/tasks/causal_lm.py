@@ -18,7 +18,7 @@ from deltaw.training.chat_tokens import IGNORED, Tokens, answer_spans, render, t
 from deltaw.training.config import RunConfig
 from deltaw.training.conversations import Conversation, Unusable, conversations
 from deltaw.training.fit import evaluate
-from deltaw.training.hub import quiet_transformers
+from deltaw.training.hub import check_length, quiet_transformers
 from deltaw.training.language_models import language_model, tokenizer_of
 from deltaw.training.packing import collate, may_see, pack
 from deltaw.training.task import Batch, Tally, Task
@@ -155,7 +155,11 @@ class CausalLM(Task):
     # ---- the model
 
     def _load(self) -> nn.Module:
-        return language_model(self.model_name, self.config.revision, base_dropout=self.config.base_dropout)
+        model: Any = language_model(self.model_name, self.config.revision, base_dropout=self.config.base_dropout)
+        longest = max((len(t.ids) for rows in self.splits.values() for row in rows for t in row), default=0)
+        room = getattr(model.config, "max_position_embeddings", None)
+        check_length(longest, self.config.max_length, self.model_name, room)
+        return model  # type: ignore[no-any-return]
 
     def build(self) -> nn.Module:
         model, self._base = self._base, None

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, DataError, MissingExtra
+from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import RunConfig
-from deltaw.training.hub import load_pretrained, quiet_transformers, resolve
+from deltaw.training.hub import check_length, load_pretrained, position_rows, quiet_transformers, resolve
 from deltaw.training.rows import all_rows, labelled_text
 from deltaw.training.task import Batch, Classified, Task, answer
 
@@ -87,22 +87,11 @@ class TextClassification(Task):
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad
-        self._check_length(model)
+        longest = max((len(ids) for rows in self.splits.values() for ids, _ in rows), default=0)
+        check_length(longest, self.config.max_length, self.model_name, position_rows(model))
         self._new = list(dict.fromkeys(key.rpartition(".")[0] for key in missing))
         self.model_type = model.config.model_type
         return model  # type: ignore[no-any-return]
-
-    def _check_length(self, model: nn.Module) -> None:
-        """Refuse texts of more tokens than the model has learned positions for (BERT, RoBERTa and their like)."""
-        longest = max((len(ids) for rows in self.splits.values() for ids, _ in rows), default=0)
-        for name, table in model.named_modules():
-            if isinstance(table, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
-                room = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-                if longest > room:
-                    raise ConfigError(
-                        f"max_length={self.config.max_length}: the data have texts of {longest} tokens, and "
-                        f"{self.model_name} has positions for {room}: set max_length={room}, which cuts them"
-                    )
 
     @property
     def pad(self) -> int:
