@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from deltaw.compose.cat import weighted_sum
 from deltaw.compose.combiner import Combiner, Term
 from deltaw.compose.compress import compress, length, relative_error
-from deltaw.core.adapter import Change
+from deltaw.core.adapter import Change, split_key
 from deltaw.core.base_weights import Base, dense_base, has_weight
 from deltaw.core.true_change import Matrix, any_shape, check_finite, delta_of, true_change, true_changes
 from deltaw.errors import AdapterError, ConfigError
@@ -161,6 +161,11 @@ class OneWeight:
                     f"depends on the base weight. Give `base=` (`--base`), or weights that add up to 1"
                 ) from None
             first = next(p.change for p in parts if any_shape(p.change))
+            if not has_weight(self.base, key):
+                raise ConfigError(
+                    f"the base has no {key} (a new head?), so its copies can only be averaged: give it weights that add "
+                    f'up to 1, for two adapters \'{{"{split_key(key)[0]}": [0.5, 0.5], "*": [1, 1]}}\''
+                ) from None
             start = dense_base(self.base, key, first)
             terms = [Term(p.weight, true_change(key, p.change, start), p.place) for p in parts]
         terms = [Term(t.weight, t.dense(), t.place) for t in terms]

@@ -33,13 +33,17 @@ FACTS = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_valu
 
 @dataclass(frozen=True)
 class Base:
-    """A base model. `model` is None for a file of plain weights; `facts` are those of its config."""
+    """A base model. `model` is None for a file of plain weights; `facts` are those of its config.
+
+    missing: parameters of `model` that the base does not bring (a new head), drawn at random.
+    """
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     model: nn.Module | None
     tensors: dict[str, Tensor] | None
     facts: dict[str, Any]
+    missing: tuple[str, ...] = ()
 
     def all(self) -> dict[str, Tensor]:
         """Name -> tensor of every parameter and kept buffer."""
@@ -75,14 +79,14 @@ def open_base(name: str, adapter: Adapter | None = None, *, weights: bool = Fals
             if labels:
                 config.num_labels = labels
             model = meta_model(transformers, config, adapter)
+            missing: list[str] = []
             if weights:
-                loader: Any = type(model)
-                model = loader.from_pretrained(name, config=config, **options).eval()
-    except (OSError, ValueError, KeyError) as error:
+                model, missing = _with_weights(type(model), name, config, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"the base {name!r} cannot be loaded: {error}") from error
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     facts = {f: getattr(text, f) for f in FACTS if getattr(text, f, None) is not None}
-    return Base(name, stored_shapes(model), model, None, facts)
+    return Base(name, stored_shapes(model), model, None, facts, tuple(missing))
 
 
 def open_alike(name: str, tuned: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -95,12 +99,17 @@ def open_alike(name: str, tuned: nn.Module) -> tuple[nn.Module, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = maker.from_pretrained(
-                name, config=tuned.config, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            return _with_weights(maker, name, tuned.config)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"the base {name!r} cannot be loaded as a {maker.__name__}: {error}") from error
-    return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+
+def _with_weights(maker: Any, name: str, config: Any, **options: Any) -> tuple[nn.Module, list[str]]:
+    """The model called `name` of the class `maker`, and the parameters that it lacks or has in another shape."""
+    model, info = maker.from_pretrained(
+        name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    return model.eval(), sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
 
 
 def _is_id(name: str) -> bool:

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -64,18 +64,20 @@ def convert(
     reader: str | None = None,
     one_rank: bool = False,
     base: nn.Module | Mapping[str, Tensor] | None = None,
+    added: Collection[str] = (),
 ) -> Adapter:
     """Write `adapter` to `out` in the format `to`; returns what was written.
 
     rank: approximate what the format cannot say by LoRAs of that rank. reader: write for that server. one_rank: one
-    rank and every scale inside B (as for a server). base: for approximations of methods that depend on it.
+    rank and every scale inside B (as for a server). base: for approximations of methods that depend on it. added: parameters
+    that the base does not have, whose copies stay as they are.
 
     Raises:
         AdapterError: the format cannot say it; `out` exists; a hint is missing.
     """
     path, hints = Path(out), hints or Hints()
     if rank is not None:
-        adapter = approximate(adapter, rank, base)
+        adapter = approximate(adapter, rank, base, added=added)
     if (reader is not None and reader != "peft" and not verdict(adapter, reader).fine) or one_rank:
         adapter = uniform(adapter)
     if reader is not None:

@@ -102,10 +102,11 @@ def low_rank(
     return change, (left / total) ** 0.5 if total else 0.0
 
 
-def approximate(adapter: Adapter, rank: int, base: Weights | None = None) -> Adapter:
+def approximate(adapter: Adapter, rank: int, base: Weights | None = None, *, added: Collection[str] = ()) -> Adapter:
     """`adapter` with every change of a matrix as the nearest plain LoRA of rank `rank`; the errors are in `.error`.
 
-    base: needed for methods whose ΔW depends on the base weight (DoRA, IA3).
+    base: needed for methods whose ΔW depends on the base weight (DoRA, IA3). added: parameters that the base does not
+    have (a new head), whatever `base` holds in their place: their copies stay.
 
     Raises:
         ConfigError: the base is needed and not given.
@@ -116,7 +117,7 @@ def approximate(adapter: Adapter, rank: int, base: Weights | None = None) -> Ada
         if change.variant.kind == "lora" and change.variant.rank <= rank:  # type: ignore[attr-defined]
             changes[key] = change
             continue
-        if change.variant.any_shape and (change.shape is None or len(change.shape) != 2):
+        if change.variant.any_shape and (key in added or change.shape is None or len(change.shape) != 2):
             changes[key] = change
             continue
         delta = true_change(key, change, None if base is None else base_weight(base, key, change))

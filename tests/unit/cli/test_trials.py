@@ -269,9 +269,34 @@ def test_compare_with_json_prints_nothing_else(tiny, deltaw):
 def test_extract_takes_a_full_fine_tune_with_a_new_head_over_a_plain_encoder(tiny, tmp_path):
     settings = [f"model={tiny / 'model'}", f"data={tiny / 'data.csv'}", "epochs=2", "method=full"]
     run("train", "text-classification", *settings, "--out", tmp_path / "full")
-    run("extract", tmp_path / "full" / "model", "--base", tiny / "model", "--rank", "32", "--out", tmp_path / "kept")
+    run("extract", tmp_path / "full", "--base", tiny / "model", "--rank", "32", "--out", tmp_path / "kept")
     found = dw.read(tmp_path / "kept")
     assert found.changes["classifier.weight"].variant.kind == "full"
     assert {c.variant.kind for k, c in found.changes.items() if k.endswith("query.weight")} == {"lora"}
     said = [json.loads(run("predict", tmp_path / f, "a film", "--json").stdout) for f in ("full", "kept")]
     assert said[1]["probabilities"] == pytest.approx(said[0]["probabilities"], abs=1e-5)
+
+
+def test_convert_of_a_rank_keeps_the_new_head_over_a_plain_encoder(kept_run, tiny, tmp_path):
+    words = ["convert", kept_run, "--to", "peft", "--base", tiny / "model"]
+    run(*words, "--rank", "4", "--out", tmp_path / "four")
+    before, after = dw.read(kept_run), dw.read(tmp_path / "four")
+    head = "classifier.weight"
+    assert after.changes[head].tensors["value"].equal(before.changes[head].tensors["value"])
+    narrow = {c.variant.rank for c in after.changes.values() if c.variant.kind == "lora"}
+    assert narrow == {4}
+
+
+def test_combine_says_what_becomes_of_a_head_that_the_base_does_not_have(kept_run, tiny, tmp_path):
+    words = ["combine", kept_run, kept_run, "--base", tiny / "model", "--out", tmp_path / "blend"]
+    refused = run(*words, code=None).exception
+    assert isinstance(refused, errors.ConfigError)
+    advice = str(refused).partition("for two adapters ")[2].strip("'")
+    assert "the base has no classifier" in str(refused)
+    run(*words, "--weights", advice)
+    blend = dw.read(tmp_path / "blend")
+    assert (
+        blend.changes["classifier.weight"]
+        .tensors["value"]
+        .equal(dw.read(kept_run).changes["classifier.weight"].tensors["value"])
+    )

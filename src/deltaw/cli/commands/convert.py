@@ -36,7 +36,7 @@ def add(app: typer.Typer) -> None:
         from deltaw.io.convert import read_any
         from deltaw.io.formats import Hints
 
-        model = None if base is None else open_base(base, weights=rank is not None)
+        model = None if base is None else open_base(base)
         flags = (
             None if enabled is None else tuple(e.strip().lower() in ("true", "1", "yes") for e in enabled.split(","))
         )
@@ -48,8 +48,11 @@ def add(app: typer.Typer) -> None:
             base={} if model is None else model.facts,
         )
         adapter = read_any(source, hints, kind=kind, verify=not no_verify)
+        if base is not None and rank is not None:  # now that the adapter says of which class the model is
+            model = open_base(base, adapter, weights=True)
         weights = None if model is None else model.model if model.tensors is None else model.tensors
-        written = write(adapter, to, out, hints, rank=rank, reader=reader, one_rank=uniform, base=weights)
+        added = () if model is None else model.missing
+        written = write(adapter, to, out, hints, rank=rank, reader=reader, one_rank=uniform, base=weights, added=added)
         worst = max(written.error.values(), default=0.0)
         if as_json:
             typer.echo(json.dumps({"out": out, "weights": len(written.changes), "error": dict(written.error)}))

@@ -13,7 +13,7 @@ def add(app: typer.Typer) -> None:
     @app.command()
     def extract(
         tuned: str = typer.Argument(
-            ..., metavar="TUNED", help="The fine-tuned model: folder, hub id, or safetensors file."
+            ..., metavar="TUNED", help="The fine-tuned model: folder, hub id, safetensors file, or a full run."
         ),
         base: str = typer.Option(..., "--base", metavar="MODEL", help="What it was fine-tuned from."),
         out: str = typer.Option(..., "--out", "-o", metavar="DIR", help="Folder to write."),
@@ -29,8 +29,10 @@ def add(app: typer.Typer) -> None:
         from deltaw.io.base_models import open_alike, open_base
         from deltaw.io.extraction import extract as take
         from deltaw.io.files import write
-        from deltaw.training.run import FACTS
+        from deltaw.training.run import FACTS, STATUS
 
+        if (Path(tuned) / STATUS).is_file():
+            tuned = str(Path(tuned) / "model")
         new, old = open_base(tuned, weights=True), open_base(base, weights=True)
         if new.model is not None and old.model is not None:
             model, added = old.model, list[str]()
