@@ -35,6 +35,8 @@ MAX_CONFIG = 1 << 20
 MAX_RANK = 1 << 16
 MUCH = 1 << 18
 """Bytes that are read and hashed in a thread of their own."""
+LOOKS = 100
+"""How often a folder is looked at again that is replaced while it is read."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,13 @@ def admit(source: str | os.PathLike[str] | Folder, *, verify: bool = True, shape
 class Arriving:
     """A folder whose weights are being read, and hashed then, beside other work. Call what it holds to wait for them.
 
+    config, manifest: what is in these files; None if there is no manifest. All three are of one writing.
     sha: None if there is no checksum to compare with, or none is wanted.
     """
 
     folder: Folder
+    config: bytes
+    manifest: bytes | None
     weights: Callable[[], memoryview]
     sha: Callable[[], str] | None
 
@@ -100,12 +105,30 @@ def arriving(source: str | os.PathLike[str] | Folder, *, verify: bool = True) ->
         AdapterError: it has not the files of an adapter.
     """
     folder = source if isinstance(source, Folder) else Folder(source)
+    for _ in range(LOOKS):
+        try:
+            return _arriving(folder, verify)
+        except AdapterError:
+            if not folder.replaced():
+                raise
+        folder = Folder(folder.path)
+    return _arriving(folder, verify)
+
+
+def _arriving(folder: Folder, verify: bool) -> Arriving:
     with _naming(folder):
         _check_names(folder)
         file = folder.opened(WEIGHTS, aligned=tensor_file.data_start)
-        if not (verify and MANIFEST in folder.names):
-            return Arriving(folder, meanwhile(file.size, file.read)[0], None)
-        return Arriving(folder, *meanwhile(file.size, file.read, sha256))
+        manifested = MANIFEST in folder.names
+        stamped = verify and manifested
+        weights, sha = meanwhile(file.size, file.read, sha256) if stamped else meanwhile(file.size, file.read)
+        config = bytes(folder.read(CONFIG, MAX_CONFIG))
+        described = bytes(folder.read(MANIFEST, manifest.MAX_BYTES)) if manifested else None
+        if folder.replaced():
+            raise AdapterError(
+                "it is replaced again and again while it is read: try again when its writer has finished"
+            )
+        return Arriving(folder, config, described, weights, sha if stamped else None)
 
 
 @contextmanager
@@ -119,13 +142,8 @@ def admitting(
     files = source if isinstance(source, Arriving) else arriving(source, verify=verify)
     folder, sha = files.folder, files.sha
     with _naming(folder):
-        body = (
-            manifest.parse(bytes(folder.read(MANIFEST, manifest.MAX_BYTES)), verify)
-            if MANIFEST in folder.names
-            else None
-        )
-        raw_config = bytes(folder.read(CONFIG, MAX_CONFIG))
-        raw_weights = files.weights()
+        body = None if files.manifest is None else manifest.parse(files.manifest, verify)
+        raw_config, raw_weights = files.config, files.weights()
 
     def check_stamps() -> None:
         if body is not None and sha is not None:

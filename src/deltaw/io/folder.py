@@ -1,8 +1,9 @@
 """Folders of adapters: read without following a link, replaced in one step or not at all.
 
-Reading opens the folder once and its files relative to it, never through a symlink, pipe or device. Writing goes to a
-temporary sibling, is flushed to the disk, and takes the place of the old folder by one rename (an exchange, where the
-system has it): a crash leaves the old folder or the new one, whole.
+Reading opens the folder once and its files relative to it, never through a symlink, pipe or device; who needs several
+files of one writing asks `replaced` when all are open. Writing goes to a temporary sibling, is flushed to the disk, and
+takes the place of the old folder by one rename (an exchange, where the system has it): a crash leaves the old folder or
+the new one, whole.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ Aligned = Callable[[bytes], int] | None
 
 
 class Folder:
-    """The regular files of one folder, opened relative to it. `names` are its entries; `path` is for messages."""
+    """The regular files of one folder, opened relative to it. `names` are its entries; `path` is for messages.
+
+    It stays open as long as this lives, so that no other folder can have its number on the disk (`replaced`).
+    """
+
+    handle: int | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
@@ -42,14 +48,27 @@ class Folder:
         except TypeError as error:
             raise AdapterError(f"a folder is named by a text or a path, found {type(path).__name__}") from error
         try:
-            with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as handle:
-                self.names = sorted(os.listdir(handle))
+            self.handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.names = sorted(os.listdir(self.handle))
         except NotADirectoryError as error:
             raise AdapterError(f"{self.path} is a file; give the folder that holds {CONFIG} and {WEIGHTS}") from error
         except FileNotFoundError as error:
             raise AdapterError(f"there is no folder {self.path}") from error
         except (OSError, ValueError) as error:
             raise AdapterError(f"the folder {str(self.path)[:200]!r} cannot be opened: {error}") from error
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+
+    def replaced(self) -> bool:
+        """Whether another folder, or none, has its name by now: of what was read here, files may have been gone already."""
+        if self.handle is None:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.handle))
+        except OSError:
+            return True
 
     def read(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> memoryview:
         """`opened(...).read()`: the content of a file directly inside the folder, in memory of its own."""
@@ -65,20 +84,19 @@ class Folder:
         """
         if name not in self.names:
             raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names[:10]) or 'nothing'}")
-        with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as directory:
-            try:
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.EMLINK):
-                    raise AdapterError(
-                        f"{self.path / name} is a symbolic link: adapters are read from plain files only; "
-                        f"copy the folder with its links resolved (cp -rL)"
-                    ) from error
-                raise AdapterError(f"{self.path / name} cannot be opened: {error.strerror}") from error
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                os.close(file)
-                raise AdapterError(f"{self.path / name} is not a regular file")
-            return Opened(os.fdopen(file, "rb"), self.path / name, max_bytes, aligned)
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.handle)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK):
+                raise AdapterError(
+                    f"{self.path / name} is a symbolic link: adapters are read from plain files only; "
+                    f"copy the folder with its links resolved (cp -rL)"
+                ) from error
+            raise AdapterError(f"{self.path / name} cannot be opened: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise AdapterError(f"{self.path / name} is not a regular file")
+        return Opened(os.fdopen(file, "rb"), self.path / name, max_bytes, aligned)
 
 
 class Opened:

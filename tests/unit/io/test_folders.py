@@ -14,6 +14,8 @@ import torch
 import deltaw as dw
 from deltaw.errors import AdapterError, NonFinite
 from deltaw.io import folder as folders
+from deltaw.io.admission import admit
+from deltaw.io.digest import digest
 from deltaw.io.folder import CARD, CONFIG, MANIFEST, WEIGHTS
 from tests.unit.io.adapter_folders import net, shaken
 
@@ -153,3 +155,51 @@ def test_values_survive_in_every_dtype(tmp_path: Path) -> None:
         assert all(
             torch.equal(back.tensors[n], t) and back.tensors[n].dtype == dtype for n, t in change.tensors.items()
         )
+
+
+@pytest.mark.parametrize("at", ["names", WEIGHTS, CONFIG, MANIFEST])
+def test_a_folder_that_is_replaced_while_it_is_read_gives_one_adapter_whole(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, path = adapter(1), adapter(2), tmp_path / "a"
+    dw.write(old, path)
+    real_open, real_names, left = folders.Folder.opened, os.listdir, [3]
+
+    def overtaken(name: str) -> None:
+        if name == at and left[0]:
+            left[0] -= 1
+            dw.write(new, path)
+
+    def opened(self: folders.Folder, name: str, *args: Any, **options: Any) -> folders.Opened:
+        overtaken(name)
+        return real_open(self, name, *args, **options)
+
+    def names(handle: Any) -> list[str]:
+        if isinstance(handle, int):
+            overtaken("names")
+        return real_names(handle)
+
+    monkeypatch.setattr(folders.Folder, "opened", opened)
+    monkeypatch.setattr(folders.os, "listdir", names)
+    admitted = admit(path)
+    assert admitted.manifested
+    assert admitted.digest == digest(dw.read(path)) == digest(new)
+    assert left == [0]
+
+
+def test_a_folder_that_never_comes_to_rest_is_said_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dw.write(adapter(1), tmp_path / "a")
+    monkeypatch.setattr(folders.Folder, "replaced", lambda self: True)
+    with pytest.raises(AdapterError, match="replaced again and again while it is read: try again"):
+        dw.read(path)
+
+
+def test_reading_leaves_no_folder_open(tmp_path: Path) -> None:
+    path = dw.write(adapter(1), tmp_path / "a")
+    before = len(os.listdir("/proc/self/fd"))
+    dw.read(path)
+    with pytest.raises(AdapterError):
+        dw.read(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
