@@ -60,6 +60,7 @@ def combine(
     blender = _combiner(how, options)
     if rank is not None:
         check.positive_int("rank", rank)
+    check.seed(seed)
     if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
         raise ConfigError(f"energy={energy!r}: the share of the squared singular values to keep, in (0, 1]")
     if not adapters:

@@ -95,5 +95,6 @@ def keep_largest(dense: Tensor, density: float) -> Tensor:
 
 def draw_mask(shape: torch.Size, density: float, *, seed: int, key: str, place: int) -> Tensor:
     """A boolean mask that is True with probability `density`; depends on seed, weight and adapter only, not on order."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + place) * 4_294_967_291 + zlib.crc32(key.encode()))
+    drawn_from = (seed * 1_000_003 + place) * 4_294_967_291 + zlib.crc32(key.encode())
+    generator = torch.Generator().manual_seed(drawn_from % (1 << 64))  # as wide as it takes
     return torch.rand(shape, generator=generator, dtype=torch.float32) < density

@@ -45,6 +45,12 @@ def positive_int(name: str, value: Any) -> None:
         raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1, for example {name}=8")
 
 
+def seed(value: Any) -> None:
+    """Refuse what is not a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"seed={value!r}: must be a whole number from -2**63 to 2**63 - 1, for example seed=0")
+
+
 def positive(name: str, value: Any, example: float = 16) -> None:
     """Refuse what is not a finite number above 0. example: one that would do, for the message."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:

@@ -11,6 +11,7 @@ from torch import nn
 import deltaw as dw
 from deltaw import errors
 from deltaw.compose import Ties
+from deltaw.compose.combiner import draw_mask
 
 ROUNDING = 2e-7
 """Relative Frobenius error of rounding factors to float32 (2^-24 per entry, twice)."""
@@ -242,6 +243,15 @@ class TestPruning:
         assert all(torch.equal(t, again.tensors()[k]) for k, t in both.tensors().items())
         assert torch.equal(both.changes["y.weight"].tensors["B"], alone.changes["y.weight"].tensors["B"])
         assert not torch.equal(both.changes["y.weight"].tensors["B"], other.changes["y.weight"].tensors["B"])
+
+    @pytest.mark.parametrize("seed", [-(2**63), -2148, 4295, 2**32, 2**63 - 1])
+    def test_dare_takes_every_seed_and_draws_others_for_the_next(self, seed):
+        one, other = (dw.combine([adapter(1)], how="dare", seed=s) for s in (seed, seed - 1 if seed > 0 else seed + 1))
+        assert not torch.equal(dense(one, "x.weight"), dense(other, "x.weight"))
+
+    def test_dares_masks_of_a_seed_stay_what_they_were(self):
+        drawn = [draw_mask(torch.Size([8]), 0.5, seed=s, key="x.weight", place=1).int().tolist() for s in (0, -7, 4294)]
+        assert drawn == [[1, 0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1, 1], [0, 1, 1, 0, 1, 0, 1, 0]]
 
     def test_dare_ties_elects_signs_after_dropping(self):
         a, b = adapter(1), adapter(2)
@@ -478,6 +488,11 @@ class TestRefusals:
     def test_bad_densities(self, density):
         with pytest.raises(errors.ConfigError, match="density"):
             Ties(density=density)
+
+    @pytest.mark.parametrize("seed", [1.0, None, "1", True, 2**63])
+    def test_bad_seeds(self, seed):
+        with pytest.raises(errors.ConfigError, match=r"seed=.*must be a whole number"):
+            dw.combine([adapter(1)], how="dare", seed=seed)
 
     def test_not_finite(self):
         a = adapter(1)
