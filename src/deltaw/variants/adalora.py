@@ -160,13 +160,14 @@ class AdaLoRADelta(Delta):
     fast = ("B",)
     variant: AdaLoRA
     alive: Tensor
+    seen: tuple[int, int] | None
 
     def __init__(self, variant: AdaLoRA, site: Site) -> None:
         super().__init__(variant, site)
         self.A = nn.Parameter(torch.empty(variant.rank, site.columns, dtype=site.dtype, device=site.device))
         self.B = nn.Parameter(torch.empty(site.rows, variant.rank, dtype=site.dtype, device=site.device))
         self.E = nn.Parameter(torch.empty(variant.rank, dtype=site.dtype, device=site.device))
-        self.seen: tuple[int, int] | None = None
+        self.seen = None
         self.unreported = 0
 
     def start(self, frozen: FrozenMatrix) -> None:
@@ -183,10 +184,19 @@ class AdaLoRADelta(Delta):
             self.register_buffer(f"importance_{name}", torch.zeros_like(parameter, requires_grad=False))
             self.register_buffer(f"spread_{name}", torch.zeros_like(parameter, requires_grad=False))
         self.register_buffer("alive", torch.ones_like(self.E, dtype=torch.bool, requires_grad=False))
+        self.seen, self.unreported = None, 0
 
     def kept(self) -> tuple[Variant, dict[str, Tensor]]:
         found = self.state_dict(keep_vars=True)
         return self.variant, {name: found[name] for name in FACTORS}
+
+    def hot(self, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Another scale goes into E. What only training needs starts anew (`prepare`), as after loading."""
+        if not isinstance(variant, AdaLoRA) or variant.rank != self.variant.rank:
+            raise AdapterError(f"{variant} does not fit into the place of {self.variant}: same method and rank")
+        rest = {name: t for name, t in self.state_dict().items() if name not in FACTORS}
+        E = tensors["E"] * (variant.scale / self.variant.scale)
+        return super().hot(self.variant, {**rest, **tensors, "E": E})
 
     # ---- the change
 

@@ -6,6 +6,7 @@ trained on, it learns A too, unless the training attaches LoRA-FA again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -43,6 +44,12 @@ class LoRAFADelta(LoRADelta):
         self.variant = self.variant.ranked(rank)
         self.A = self.A.new_zeros(*self.A.shape[:-2], rank, self.A.shape[-1])
         self.B = nn.Parameter(self.B.new_zeros(*self.B.shape[:-1], rank), trained)
+
+    def hot(self, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Takes the LoRA that `kept` makes of it, too."""
+        if type(variant) is LoRA:
+            variant = LoRAFA(**{f.name: getattr(variant, f.name) for f in fields(LoRA)})
+        return super().hot(variant, tensors)
 
     def kept(self) -> tuple[Variant, dict[str, Tensor]]:
         found, tensors = super().kept()

@@ -29,6 +29,8 @@ def model_with(variant, seed=1, **options) -> nn.Module:
         (dw.LoRA(rank=2, bias=True), dw.LoRA(rank=2, bias=True)),
         (dw.Full(), dw.Full()),
         (dw.IA3(), dw.IA3()),
+        (dw.AdaLoRA(rank=4, target=2, total=9), dw.AdaLoRA(rank=4, target=3, alpha=3)),
+        (dw.LoRAFA(rank=4), dw.LoRAFA(rank=2, alpha=3)),
     ],
     ids=repr,
 )
@@ -45,6 +47,7 @@ def test_the_new_adapter_speaks_from_the_same_tensors(here, there):
     [
         (dw.LoRA(rank=5), {}, "rank at most 4"),
         (dw.DoRA(rank=4), {}, "same method"),
+        (dw.AdaLoRA(rank=4, target=2), {}, "same method"),
         (dw.LoRA(rank=4), {"targets": ["0"]}, r"does not change 2\.weight"),
         (dw.LoRA(rank=4, bias=True), {}, r"also changes 0\.bias, 2\.bias"),
     ],
@@ -55,6 +58,19 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(there, options, messag
     with pytest.raises(AdapterError, match=message):
         dw.replace(model, "a", dw.get(other, "a"))
     assert torch.equal(model(X), before)
+
+
+def test_a_replaced_adalora_is_measured_and_reported_anew():
+    variant = dw.AdaLoRA(rank=4, target=1, total=20)
+    model, adapter = model_with(variant), dw.get(model_with(variant, seed=7), "a")
+    model(X).sum().backward()
+    dw.after_step(model, 1)
+    for _ in range(3):  # each forward sees E changed, but by no step that went unreported
+        dw.replace(model, "a", adapter)
+        model(X).sum().backward()
+    state = model.state_dict()
+    assert not any(bool(t.any()) for n, t in state.items() if "importance_" in n or "spread_" in n)
+    assert all(bool(t.all()) for n, t in state.items() if n.endswith("alive"))
 
 
 def test_a_broken_tensor_late_in_the_adapter_changes_nothing():
