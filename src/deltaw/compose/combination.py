@@ -18,6 +18,7 @@ from deltaw.compose.weights import Weights, weights_by_parameter
 from deltaw.core import options as check
 from deltaw.core.adapter import Adapter, Change, check_adapter
 from deltaw.core.base_weights import Base
+from deltaw.core.true_change import any_shape
 from deltaw.errors import ConfigError, did_you_mean
 
 
@@ -40,7 +41,8 @@ def combine(
         block-wise weights (`{"layers.0": [1, 0], "*": [.5, .5]}`). None: 1 each.
     how: "cat" (exact sum, ranks add up), "svd" (exact sum, truncated), "linear", "ties", "dare", "magnitude", "slerp",
         or a `Combiner` with its options.
-    rank, energy: truncate the result of any `how` by SVD to this rank, or to this share of Σσ².
+    rank, energy: truncate the result of any `how` by SVD to this rank, or to this share of Σσ². What all adapters that
+        touch it keep whole (norms, biases, heads) stays whole.
     seed: of what is drawn at random (DARE's masks).
     base: the base model, or its parameters by name; needed for changes that depend on the base weight.
     options: the combiner's own, as in `density=0.2`.
@@ -48,7 +50,7 @@ def combine(
     Returns an Adapter of LoRA changes (and trained copies). Its `.error` has, per parameter, the relative Frobenius
     distance to the exact sum Σ wᵢ ΔWᵢ, rounding included; `extra["combined"]` has the call and, per parameter, the
     distance to what `how` defines ("truncation"), and the trained copies that were averaged because the base does not
-    have them or was not given ("averaged").
+    have them or was not given ("averaged"), and the parameters that are kept whole, at no rank ("whole").
 
     Raises:
         ConfigError: options that contradict each other, a change that depends on a base that was not given, or
@@ -96,6 +98,7 @@ def combine(
         "seed": seed,
         "truncation": truncation,
         "averaged": averaged,
+        "whole": [key for key, change in changes.items() if any_shape(change)],
     }
     return Adapter(
         changes=changes, base=known, extra={**agreed_extra(adapters), **labels, "combined": record}, error=error

@@ -76,14 +76,19 @@ class OneWeight:
     def low_rank(self, key: str, parts: Sequence[Part]) -> Blended:
         """Changes of a matrix, or of a stack of matrices: the result is a LoRA."""
         each = [self.changes(key, p.change) for p in parts]
-        products: list[Product] = []
         blends: list[Matrix] = []
         terms: list[list[Term]] = []
         for n, matrices in enumerate(zip(*each)):
             terms.append([Term(p.weight, matrix, p.place) for p, matrix in zip(parts, matrices)])
             blends.append(self.how.blend(key if len(each[0]) == 1 else f"{key}[{n}]", terms[n], self.seed))
-            rank = self.rank_to_keep(terms[n], blends[n])
-            products.append(compress(blends[n], rank=rank, energy=self.energy, seed=self.seed))
+        return self.as_lora(parts, blends, terms)
+
+    def as_lora(self, parts: Sequence[Part], blends: Sequence[Matrix], terms: Sequence[Sequence[Term]]) -> Blended:
+        """The blends, one per matrix, as the factors of one LoRA."""
+        products: list[Product] = []
+        for each, blended in zip(terms, blends):
+            rank = self.rank_to_keep(each, blended)
+            products.append(compress(blended, rank=rank, energy=self.energy, seed=self.seed))
         dtype = _result_dtype(parts)
         width = max(p.width for p in products)
         A = torch.stack([pad(p.right.to(dtype), (0, 0, 0, width - p.width)) for p in products])
@@ -147,7 +152,8 @@ class OneWeight:
     def dense(self, key: str, parts: Sequence[Part]) -> Blended:
         """Changes of a parameter of any shape (and low-rank ones of the same): the result is dense too.
 
-        A dense difference if all changes are known without the base weight, else a trained copy.
+        A dense difference if all changes are known without the base weight, else a trained copy. But a LoRA, where a
+        rank or energy is asked for and a low-rank part shows that the layer takes one.
         """
         dtype = _result_dtype(parts)
         try:
@@ -176,6 +182,9 @@ class OneWeight:
             )
         blended = self.how.blend_any_shape(key, terms, self.seed)
         blended = blended.dense() if isinstance(blended, Product) else blended
+        truncated = self.rank is not None or self.energy is not None
+        if truncated and blended.ndim == 2 and not all(any_shape(p.change) for p in parts):
+            return self.as_lora(parts, [blended], [terms])
         if start is None:
             value = blended.to(dtype)
             change = replace(_facts(parts), variant=Diff(), tensors={"diff": value})

@@ -12,6 +12,7 @@ import deltaw as dw
 from deltaw import errors
 from deltaw.compose import Ties
 from deltaw.compose.combiner import draw_mask
+from deltaw.variants.diff import Diff
 
 ROUNDING = 2e-7
 """Relative Frobenius error of rounding factors to float32 (2^-24 per entry, twice)."""
@@ -426,9 +427,34 @@ class TestOtherForms:
             assert relative(dense(small, "experts")[e], best_of_rank(exact[e], rank)) < 1e-6
         assert small.error["experts"] == pytest.approx(relative(dense(small, "experts"), exact), rel=1e-6)
 
-    def test_dense_differences_add_up_without_a_base(self):
-        from deltaw.variants.diff import Diff
+    @pytest.mark.parametrize("how", ["cat", "svd", "ties"])
+    @pytest.mark.parametrize("whole", [dw.Full, Diff])
+    def test_a_whole_change_and_a_lora_of_one_matrix_are_truncated_together(self, whole, how):
+        W, D = (torch.randn(9, 13, dtype=torch.float64) for _ in range(2))
+        tensors = {"value": W + D} if whole is dw.Full else {"diff": D}
+        norm = dw.Change(Diff(), {"diff": torch.randn(9)})
+        other = dw.Adapter({"x.weight": dw.Change(whole(), tensors), "norm.bias": norm})
+        a, base = adapter(1, keys=("x.weight",)), {"x.weight": W, "norm.bias": torch.zeros(9)}
+        uncut = dw.combine([other, a], how=how, base=base)
+        blend = (
+            uncut.changes["x.weight"].tensors["value"] - W
+            if whole is dw.Full
+            else uncut.changes["x.weight"].tensors["diff"]
+        )
+        result = dw.combine([other, a], how=how, base=base, rank=4)
+        change = result.changes["x.weight"]
+        assert change.variant == dw.LoRA(rank=4, alpha=4)
+        assert (change.layer, change.shape) == ("linear", (9, 13))
+        assert relative(dense(result, "x.weight"), best_of_rank(blend, 4)) < 1e-6
+        cost = relative(best_of_rank(blend, 4), blend)
+        assert result.extra["combined"]["truncation"]["x.weight"] == pytest.approx(cost, rel=1e-6)
+        assert result.extra["combined"]["whole"] == ["norm.bias"]
+        assert uncut.extra["combined"]["whole"] == ["x.weight", "norm.bias"]
+        kept = dw.combine([other, a], how=how, base=base, energy=0.9).changes["x.weight"].variant.rank
+        squares = torch.linalg.svdvals(blend).square()
+        assert kept == int((squares.cumsum(0) < 0.9 * squares.sum()).sum()) + 1
 
+    def test_dense_differences_add_up_without_a_base(self):
         D, E = torch.randn(5), torch.randn(5)
         a, b = (dw.Adapter({"norm.bias": dw.Change(Diff(), {"diff": x})}) for x in (D, E))
         result = dw.combine([a, b], [2, -1])

@@ -71,6 +71,9 @@ def add(app: typer.Typer) -> None:
         averaged = result.extra["combined"]["averaged"]
         if averaged:
             typer.echo(f"averaged as trained copies, the base values being unknown: {', '.join(averaged)}")
+        whole = result.extra["combined"]["whole"]
+        if whole and (rank is not None or energy is not None):
+            typer.echo(f"kept whole, not truncated: {', '.join(whole)}")
         mean = sum(value for _, value in errors) / len(errors)
         typer.echo(
             f"relative error against the exact sum: mean {mean:.2g}, largest {errors[0][1]:.2g} ({errors[0][0]})"
