@@ -147,6 +147,24 @@ def test_loralib_needs_alpha_and_knows_merged_linear(tmp_path: Path) -> None:
     assert torch.allclose(found.delta_weight(), expected, atol=1e-5)
 
 
+def test_loralib_merged_linear_with_one_part_and_a_linear_beside_it(tmp_path: Path) -> None:
+    A, B = torch.randn(2, 8), torch.randn(4, 2)
+    save_file(
+        {f"{m}.lora_{n}": t.clone() for m in ("attn", "out") for n, t in (("A", A), ("B", B))},
+        tmp_path / "a.safetensors",
+    )
+    shapes = {"attn.weight": (12, 8), "out.weight": (4, 8)}
+    for known in (shapes, None):
+        hints = Hints(alpha=6, enabled=(False, True, False), shapes=known)
+        found = {k: c.delta_weight() for k, c in read_any(tmp_path / "a.safetensors", hints).changes.items()}
+        expected = torch.zeros(12, 8)
+        expected[4:8] = 3 * B @ A
+        assert torch.allclose(found["attn.weight"], expected, atol=1e-5)
+        assert torch.allclose(found["out.weight"], expected if known is None else 3 * B @ A, atol=1e-5)
+    two = read_any(tmp_path / "a.safetensors", Hints(alpha=6, enabled=(True, False, True)))
+    assert all(c.matrix_shape == (4, 8) for c in two.changes.values())
+
+
 def test_loralib_convolution(tmp_path: Path) -> None:
     A, B = torch.randn(2 * 3, 2 * 3), torch.randn(4 * 3, 2 * 3)
     save_file({"layers.0.conv.lora_A": A, "layers.0.conv.lora_B": B}, tmp_path / "a.safetensors")

@@ -1,9 +1,10 @@
 """loralib: a state dict with `<path>.lora_A` (r, in) and `<path>.lora_B` (out, r), and no config: alpha must be given.
 
 A MergedLinear has A (r·n, in) and B (out/len·n, r) for its n enabled parts of `len`: as a low-rank change of the whole
-weight, block by block. A convolution has A (r·k, in·k) and B (out/groups·k, r·k), whose product is only reshaped into the
-kernel and so is kept as a dense change; that takes the base's shapes to see. loralib saves pickles, which are not read:
-save the state dict as safetensors.
+weight, block by block. With one part its factors look like a Linear's: flags with one `true` make MergedLinears of all
+of these but those that fill the base's weight. A convolution has A (r·k, in·k) and B (out/groups·k, r·k), whose product is
+only reshaped into the kernel and so is kept as a dense change; that takes the base's shapes to see. loralib saves
+pickles, which are not read: save the state dict as safetensors.
 """
 
 from __future__ import annotations
@@ -87,13 +88,14 @@ def change_of(
             raise AdapterError(f"{module!r}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fill {shape}")
         dense = ((B.double() @ A.double()) * (alpha / rank)).to(A.dtype).reshape(shape)
         return Change(variants["diff"](), {"diff": dense}, None, shape)
-    if B.shape[1] == A.shape[0]:
+    fills = shape is not None and shape[0] == B.shape[0]
+    if B.shape[1] == A.shape[0] and (fills or sum(enabled or ()) != 1):
         return shared.lora(A, B, alpha)
     rank = B.shape[1]
     parts = A.shape[0] // rank
     if A.shape[0] % rank or B.shape[0] % parts:
         raise AdapterError(f"{module!r}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit together")
-    flags = enabled or ((True,) * parts if shape is not None and shape[0] == B.shape[0] else None)
+    flags = enabled or ((True,) * parts if fills else None)
     if flags is None or sum(flags) != parts:
         raise AdapterError(
             f"{module!r} is a MergedLinear with {parts} adapted parts: say which (--enabled true,false,true)"
