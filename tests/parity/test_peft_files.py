@@ -17,8 +17,6 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-
-
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
