@@ -10,7 +10,7 @@ from torch import Tensor
 from deltaw.core.adapter import Change
 from deltaw.core.registry import variants
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.per_module import CONVOLUTIONS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
+from deltaw.io.peft.per_module import LYCORIS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
 
 
 class LohaGrammar(PerModule):
@@ -26,7 +26,7 @@ class LohaGrammar(PerModule):
         "hada_t1": "T1",
         "hada_t2": "T2",
     }
-    layers: ClassVar[tuple[str, ...]] = (*PerModule.layers, *CONVOLUTIONS)
+    layers: ClassVar[tuple[str, ...]] = LYCORIS
 
     def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
         variant = variants[self.kind](

@@ -20,7 +20,7 @@ from deltaw.core.registry import variants
 from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.io.peft import config as fields
 from deltaw.io.peft.grammar import Parsed, Shapes
-from deltaw.io.peft.per_module import CONVOLUTIONS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
+from deltaw.io.peft.per_module import CONVOLUTIONS, LYCORIS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
 from deltaw.variants.lokr import divided
 
 MAX_DENSE = 1 << 28
@@ -42,7 +42,7 @@ class LokrGrammar(PerModule):
         "lokr_t2": "T",
     }
 
-    layers: ClassVar[tuple[str, ...]] = (*PerModule.layers, *CONVOLUTIONS)
+    layers: ClassVar[tuple[str, ...]] = LYCORIS
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
         parsed = super().read(config, tensors, shapes)

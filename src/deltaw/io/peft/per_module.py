@@ -17,6 +17,8 @@ from deltaw.io.peft.copies import Copies
 from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+LYCORIS = ("linear", "linear (own forward)", "conv1d", "conv2d")
+"""Layer families that PEFT's LoHa and LoKr adapt."""
 
 
 class PerModule(Grammar):
