@@ -17,6 +17,10 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+
+
+    GPT2Config,
+    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -398,3 +402,66 @@ def test_parameters_whose_order_nothing_tells_need_the_model(tmp_path: Path) -> 
     file.write_text(file.read_text().replace("gate_up_proj", "first").replace("down_proj", "second"))
     with pytest.raises(dw.errors.AdapterError, match="only the model can tell"):
         dw.read(tmp_path / "a")
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 12, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, **sizes)).eval()
+
+
+@pytest.mark.parametrize("variant", [dw.LoHa(rank=2), dw.LoKr(rank=2)], ids=repr)
+@pytest.mark.parametrize("model", [gpt2(), nn.Sequential(nn.Conv3d(4, 6, 1))], ids=["gpt2", "conv3d"])
+def test_layers_that_peft_refuses_are_said_in_our_words(tmp_path: Path, model: nn.Module, variant: object) -> None:
+    ours = shaken(dw.attach(copy.deepcopy(model), variant, ["c_attn" if hasattr(model, "config") else "0"]))
+    with pytest.warns(AdapterNotice, match="deltaw's own words.* does not adapt layers of the family"):
+        dw.save(ours, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == "DELTAW"
+    again = dw.load(copy.deepcopy(model), tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
+
+
+WITHOUT_MODEL = {
+    "tied tokens": (gpt2(), IDS, peft.TrainableTokensConfig(token_indices=[1, 7], init_weights=False)),
+    "ia3 over conv2d": (
+        nn.Sequential(nn.Conv2d(4, 6, 3)).eval(),
+        torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0)),
+        peft.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False),
+    ),
+    "lokr over conv2d": (
+        nn.Sequential(nn.Conv2d(4, 6, 3)).eval(),
+        torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0)),
+        peft.LoKrConfig(r=8, target_modules=["0"], init_weights=False),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", WITHOUT_MODEL)
+def test_peft_reads_what_was_written_without_the_model(tmp_path: Path, case: str) -> None:
+    base, x, config = WITHOUT_MODEL[case]
+
+    def output(model: nn.Module) -> torch.Tensor:
+        found = model(x)
+        return found if isinstance(found, torch.Tensor) else found.logits
+
+    theirs = shaken(peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config)))
+    theirs.save_pretrained(tmp_path / "a")
+    adapter = dw.read(tmp_path / "a")
+    dw.write(adapter, tmp_path / "b", grammar="PEFT")
+    assert torch.equal(output(load_peft(base, tmp_path / "b")), output(theirs))
+    torch.testing.assert_close(output(dw.load(copy.deepcopy(base), adapter)), output(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_ia3_on_inputs_of_a_convolution_needs_the_model(tmp_path: Path) -> None:
+    """Its matrix has a column for every place of the kernel; a factor for each of them is none of PEFT's words."""
+    base = nn.Sequential(nn.Conv2d(4, 6, 3)).eval()
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(dw.errors.AdapterError, match="only the model can tell"):
+        dw.read(tmp_path / "a")
+    grouped = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    with pytest.raises(dw.errors.AdapterError, match="of each group"):
+        dw.load(grouped, tmp_path / "a")
+    with pytest.warns(AdapterNotice, match="place by place of the kernel"):
+        dw.save(shaken(dw.attach(base, dw.IA3(of="input"), ["0"])), tmp_path / "b")

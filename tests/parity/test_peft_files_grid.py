@@ -265,6 +265,9 @@ def other_cases() -> Iterator[tuple[str, str, Any]]:
                     modules_to_save=save,
                 ),
             )
+    for targets in ("transformer.wte", ["wte"]):  # a head tied to it is in the file too
+        config = peft.TrainableTokensConfig(token_indices=[3, 7], target_modules=targets, init_weights=False)
+        yield f"only tokens-{targets}", "gpt2", config
     for indices in ([3, 7], {"wte": [0, 29, 5]}):
         yield (
             f"trainable tokens-{len(indices)}",
@@ -305,6 +308,11 @@ def layer_cases() -> Iterator[tuple[str, str, Any]]:
     for name, both in itertools.product(("two", "point"), (False, True)):  # the second factor whole
         config = peft.LoKrConfig(r=2, alpha=3, target_modules=[name], decompose_both=both, init_weights=False)
         yield f"lokr-conv-whole-{name}-{both}", "convolutions", config
+    for name, inner in itertools.product(("two", "point", "three"), (False, True)):
+        config = peft.IA3Config(
+            target_modules=[name], feedforward_modules=[name] if inner else [], init_ia3_weights=False
+        )
+        yield f"ia3-conv-{name}-{inner}", "convolutions", config
     for rs, dora in itertools.product((False, True), (False, True)):
         config = peft.LoraConfig(r=3, target_modules=["words"], use_rslora=rs, use_dora=dora, init_lora_weights=False)
         yield f"embedding-{rs}-{dora}", "reader", config

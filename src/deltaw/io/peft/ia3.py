@@ -1,7 +1,12 @@
-"""`peft_type: "IA3"`: `ia3_l` is (out, 1), or (1, in) for the modules that `feedforward_modules` names, whose input it scales."""
+"""`peft_type: "IA3"`: `ia3_l` is (out, 1), or (1, in) for the modules that `feedforward_modules` names, whose input it scales.
+
+Of a convolution it is (1, channels, 1, 1) in both cases. Its matrix is (out, in · kernel), so that each input's factor stands
+there once for every place in the kernel, whose size only the base tells.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +17,8 @@ from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io.pattern import pattern
 from deltaw.io.peft.claims import names
-from deltaw.io.peft.per_module import PerModule
+from deltaw.io.peft.grammar import Parsed, Shapes
+from deltaw.io.peft.per_module import CONVOLUTIONS, PerModule
 
 
 class Ia3Grammar(PerModule):
@@ -21,6 +27,10 @@ class Ia3Grammar(PerModule):
     peft_type: ClassVar[str] = "IA3"
     kind: ClassVar[str] = "ia3"
     suffixes: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
+    layers: ClassVar[tuple[str, ...]] = (*PerModule.layers, "conv2d", "conv3d")
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
+        return super().read({**config, "_shapes": shapes or {}}, tensors, shapes)
 
     def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
         wanted = names(config, "feedforward_modules")
@@ -29,14 +39,31 @@ class Ia3Grammar(PerModule):
         else:
             inner = any(path.endswith(name) for name in wanted or ())
         l = parts["l"]
-        if l.ndim > 2 and not inner and l.shape[1] == l.numel():
-            l = l.reshape(-1, 1)  # a convolution's (1, out, 1, 1)
-        if l.ndim != 2 or l.shape[0 if inner else 1] != 1:
+        convolution = l.ndim > 2
+        shape = (1, l.numel(), *[1] * (l.ndim - 2)) if convolution or inner else (l.numel(), 1)
+        if l.shape != shape:
             raise AdapterError(f"ia3_l has shape {tuple(l.shape)}; expected {'(1, in)' if inner else '(out, 1)'}")
-        return Change(variants[self.kind](of="input" if inner else "output"), {"l": l.reshape(-1)})
+        variant = variants[self.kind](of="input" if inner else "output")
+        if not convolution:
+            return Change(variant, {"l": l.reshape(-1)})
+        base = config["_shapes"].get(f"{path}.weight")
+        if inner and base is None:
+            raise AdapterError(
+                "it scales the inputs of a convolution, whose kernel only the model can tell: load it onto the model "
+                "(dw.load) and save it from there"
+            )
+        if inner and base[1] != l.numel():
+            raise AdapterError(
+                f"it scales {l.numel()} inputs, and the convolution's weight {base} has {base[1]} (of each group): train it "
+                f"again here"
+            )
+        l = l.reshape(-1).repeat_interleave(math.prod(base[2:])) if inner else l.reshape(-1)
+        return Change(variant, {"l": l}, f"conv{len(shape) - 2}d", base)
 
     def tensors(self, path: str, change: Change) -> dict[str, Tensor]:
         l = change.tensors["l"]
+        if change.layer in CONVOLUTIONS:
+            return {"l": channels(change)[:, 0].reshape(1, -1, *[1] * int(change.layer[4]))}
         return {"l": l[None, :] if change.variant.of == "input" else l[:, None]}  # type: ignore[attr-defined]
 
     def config_of(self, changes: Mapping[str, Change]) -> dict[str, Any]:
@@ -50,7 +77,22 @@ class Ia3Grammar(PerModule):
                 return f"PEFT would take {path!r} for a feedforward module, since its path ends like one"
         if any(c.tensors["l"].ndim != 1 for c in changes.values()):
             return "it has no stacks of weights"
+        for path in inner:
+            change = changes[path]
+            if change.layer in CONVOLUTIONS and not whole_channels(change):
+                return f"it scales whole channels, and the inputs of {path!r} are scaled place by place of the kernel"
         return None
+
+
+def channels(change: Change) -> Tensor:
+    """l of a convolution as (channels, kernel), or (channels, 1) for the outputs."""
+    l = change.tensors["l"]
+    return l.reshape(change.shape[1] if change.variant.of == "input" and change.shape else len(l), -1)  # type: ignore[attr-defined]
+
+
+def whole_channels(change: Change) -> bool:
+    """Whether the factors of a convolution's inputs are the same in the whole kernel."""
+    return change.shape is not None and bool((channels(change) == channels(change)[:, :1]).all())
 
 
 GRAMMAR = Ia3Grammar()
