@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -465,3 +466,27 @@ def test_ia3_on_inputs_of_a_convolution_needs_the_model(tmp_path: Path) -> None:
         dw.load(grouped, tmp_path / "a")
     with pytest.warns(AdapterNotice, match="place by place of the kernel"):
         dw.save(shaken(dw.attach(base, dw.IA3(of="input"), ["0"])), tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adalora_that_cut_every_direction_of_a_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+    schedule = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 6}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.AdaLoraConfig(target_modules=["0", "2"], **schedule))
+    with torch.no_grad():
+        theirs.base_model.model[2].lora_E["default"].add_(1)  # the layer that matters
+    for step in range(7):
+        theirs(x).tanh().mean().backward()
+        theirs.base_model.update_and_allocate(step)
+    theirs.eval().save_pretrained(tmp_path / "a")
+    assert min(t.numel() for t in load_file(tmp_path / "a" / "adapter_model.safetensors").values()) == 0
+    model = dw.load(copy.deepcopy(base), tmp_path / "a")
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(base(x), theirs(x), atol=1e-3)
+    dw.write(dw.read(tmp_path / "a"), tmp_path / "b")
+    torch.testing.assert_close(load_peft(base, tmp_path / "b")(x), theirs(x), rtol=1e-5, atol=1e-6)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": None}))
+    with pytest.raises(dw.errors.AdapterError, match="not 4 directions"):
+        dw.read(tmp_path / "a")

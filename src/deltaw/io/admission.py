@@ -183,10 +183,11 @@ def _understood(
     tensors = tensor_file.read_tensors(raw_weights, header)
     # the manifest's checksums are over the very bytes of both files; without it, the weights carry one over both
     sealed = verify and (body is not None or tensor_file.check_seal(raw_config, tensors, header))
-    check_values(tensors, proven=tensor_file.surely_finite(raw_weights, header))
+    grammar = grammar_for(config)
+    check_values(tensors, proven=tensor_file.surely_finite(raw_weights, header), cut=grammar.cuts)
     if shapes is None and body is not None:
         shapes = manifest.shapes(body)
-    parsed = grammar_for(config).read(config, tensors, shapes)
+    parsed = grammar.read(config, tensors, shapes)
     adapter = parsed.adapter
     if not adapter.changes:
         raise AdapterError("the adapter changes nothing")
@@ -240,10 +241,13 @@ def _check_names(folder: Folder) -> None:
         raise AdapterError(f"no {name} in it (found: {', '.join(folder.names[:8]) or 'nothing'}){hint}")
 
 
-def check_values(tensors: Mapping[str, Tensor], *, proven: bool = False) -> None:
-    """Refuse empty tensors, ranks beyond the cap, NaN and infinity. proven: all values are known to be finite."""
+def check_values(tensors: Mapping[str, Tensor], *, proven: bool = False, cut: bool = False) -> None:
+    """Refuse empty tensors, ranks beyond the cap, NaN and infinity.
+
+    proven: all values are known to be finite. cut: matrices of rank zero are meant.
+    """
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 and not (cut and tensor.ndim == 2):
             raise AdapterError(
                 f"{name!r} is empty {tuple(tensor.shape)}: it was saved from a sharded model without gathering it first"
             )

@@ -35,6 +35,7 @@ class AdaloraGrammar(PerModule):
 
     peft_type: ClassVar[str] = "ADALORA"
     kind: ClassVar[str] = "adalora"
+    cuts: ClassVar[bool] = True
     suffixes: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
     unsupported: ClassVar[Mapping[str, str]] = {"use_dora": "DoRA with AdaLoRA", "use_rslora": "rsLoRA with AdaLoRA"}
 

@@ -148,14 +148,15 @@ def start_of(config: Mapping[str, Any]) -> str | None:
 
 
 def check_patterns(config: Mapping[str, Any], field: str) -> None:
-    """rank_pattern and alpha_pattern: {regular expression: number}."""
+    """rank_pattern and alpha_pattern: {regular expression: number}, or AdaLoRA's {name: [which directions are kept]}."""
     from deltaw.io.peft.claims import checked_pattern
 
     value = config.get(field)
     if value is None:
         return
+    kept = config.get("peft_type") == "ADALORA" and field == "rank_pattern"
     if not isinstance(value, dict) or any(
-        isinstance(v, bool) or not isinstance(v, (int, float)) for v in value.values()
+        isinstance(v, bool) or not isinstance(v, (int, float, list) if kept else (int, float)) for v in value.values()
     ):
         raise AdapterError(f"{field} in the config must map patterns to numbers")
     if len(value) > MAX_PATTERNS:

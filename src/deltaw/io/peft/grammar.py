@@ -48,6 +48,8 @@ class Grammar(ABC):
     peft_type: ClassVar[str]
     kinds: ClassVar[Collection[str]]
     """The variants (by `kind`) that it can say."""
+    cuts: ClassVar[bool] = False
+    """Whether its files have matrices of rank zero, where every direction of a layer was cut."""
 
     @abstractmethod
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
