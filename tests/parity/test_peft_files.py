@@ -214,6 +214,35 @@ def test_starts_that_rewrite_the_base(base: nn.Module, tmp_path: Path, start: st
     assert dw.read(tmp_path / "b").changes.keys() == dw.get(model).changes.keys()
 
 
+def test_a_random_start_is_refused_with_the_way_out(base: nn.Module, tmp_path: Path) -> None:
+    """PEFT draws a new sketch at every load: what the adapter changes is not in the file, nor in the base."""
+    config = peft.LoraConfig(r=4, target_modules=["query"], init_lora_weights="pissa_niter_4")
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT wants it of the adapter at the start
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa_niter_4"
+    expected = logits(shaken(theirs))
+    theirs.save_pretrained(tmp_path / "a")
+    model = copy.deepcopy(base)
+    with pytest.raises(dw.errors.AdapterError, match=r"random sketch.*path_initial_model_for_weight_conversion"):
+        dw.load(model, tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "b", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    with pytest.warns(AdapterNotice, match="could not be verified"):
+        dw.load(model, tmp_path / "b")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_is_taken_away_exactly_from_large_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(1600, 1550, bias=False)), torch.randn(2, 1600)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+    )
+    theirs.save_pretrained(tmp_path / "a")
+    torch.testing.assert_close(dw.load(copy.deepcopy(base), tmp_path / "a")(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_head_alone(base: nn.Module, tmp_path: Path) -> None:
     model = copy.deepcopy(base)
     dw.attach(model, {"classifier": dw.Full()})

@@ -16,14 +16,6 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter, Change
 from deltaw.core.base_weights import base_weight
 from deltaw.errors import AdapterError
-from deltaw.ops.truncated_svd import top_singular
-
-KNOWN = ("pissa", "olora")
-
-
-def is_known(start: str) -> bool:
-    """Whether the start of that name (`init_lora_weights`) follows from the base alone."""
-    return start == "olora" or start == "pissa" or start.startswith("pissa_niter_")
 
 
 def without_start(model: nn.Module, adapter: Adapter, start: str) -> Adapter:
@@ -64,6 +56,8 @@ def factors(W: Tensor, change: Change, start: str) -> tuple[Tensor, Tensor]:
     if start == "olora":
         Q, R = torch.linalg.qr(W)
         return R[: v.rank], Q[:, : v.rank]
-    U, S, Vh = top_singular(W, v.rank)
-    root = (S / v.scale).sqrt()
-    return root[:, None] * Vh, U * root
+    U, S, Vh = torch.linalg.svd(
+        W, full_matrices=False
+    )  # as PEFT: in full, since a sketch would leave a part in the base
+    root = (S[: v.rank] / v.scale).sqrt()
+    return root[:, None] * Vh[: v.rank], U[:, : v.rank] * root

@@ -11,7 +11,7 @@ from deltaw.errors import AdapterError
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 FROM_BASE = ("pissa", "olora")
-"""Starts that follow from the base alone: `load` takes them away."""
+"""Starts that follow from the base alone: `load` takes them away. `pissa_niter_N` does not, which PEFT draws at random."""
 KNOWN = frozenset(
     [
         "alora_invocation_tokens",
@@ -129,9 +129,10 @@ def check(config: Mapping[str, Any], unsupported: Mapping[str, str]) -> list[str
     for field in ("rank_pattern", "alpha_pattern"):
         check_patterns(config, field)
     start = start_of(config)
-    if start is not None and not start.startswith(FROM_BASE):
+    if start is not None and start not in FROM_BASE:
+        why = "a random sketch of it" if start.startswith("pissa") else "what training saw"
         raise AdapterError(
-            f"the adapter was started by {start!r}, which rewrites the base by what training saw, and saved without the "
+            f"the adapter was started by {start!r}, which rewrites the base by {why}, and saved without the "
             f"conversion: over the plain base it means something else. Save it again from PEFT with "
             f"save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
