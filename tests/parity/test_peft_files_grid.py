@@ -168,12 +168,14 @@ def lora_cases() -> Iterator[tuple[str, str, Any]]:
         "save two": {"modules_to_save": ["head", "norm"]},
         "save and bias": {"modules_to_save": ["head"], "bias": "all"},
         "lora bias": {"lora_bias": True},
+        "lora bias and bias": {"lora_bias": True, "bias": "lora_only"},
+        "lora bias and all biases": {"lora_bias": True, "bias": "all"},
         "dropout": {"lora_dropout": 0.3},
     }
     for (name, options), dora in itertools.product(more.items(), (False, True)):
-        if name == "lora bias" and dora:
+        if "lora_bias" in options and dora:
             continue  # PEFT refuses it
-        targets = ["k", "up"] if name == "lora bias" else ["q", "k"]
+        targets = ["k", "up"] if "lora_bias" in options else ["q", "k"]
         yield (
             f"lora-{name}{'-dora' if dora else ''}",
             "net",

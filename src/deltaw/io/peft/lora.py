@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -88,9 +89,7 @@ class LoraGrammar(Grammar):
         changes |= tokens
         copies = Copies.read(rest, config, claims, {p.path for p in places.values()})
         for key, change in copies.changes.items():
-            if key in changes:
-                raise AdapterError(f"{key}: the file holds both a low-rank change and a full copy of it")
-            changes[key] = change
+            changes[key] = with_added(key, change, changes.get(key))
         base = fields.base_of(config)
         return Parsed(
             Adapter(changes, base, fields.extra_of(config)),
@@ -245,6 +244,20 @@ def bias_change(variant: Variant, b: Tensor) -> Change:
     if b.ndim != 1 or not b.is_floating_point():
         raise AdapterError(f"lora_B.bias must be a vector, found {tuple(b.shape)} of {b.dtype}")
     return Change(variants["diff"](), {"diff": variant.scale * b}, None, tuple(b.shape))  # type: ignore[attr-defined]
+
+
+def with_added(key: str, copy: Change, added: Change | None) -> Change:
+    """A full copy of a parameter, with what `lora_bias` adds to it where it is a bias.
+
+    Raises:
+        AdapterError: there is another change of it, or one of another shape.
+    """
+    if added is None:
+        return copy
+    if added.variant.kind != "diff" or added.shape != copy.shape:
+        raise AdapterError(f"{key}: the file holds both a low-rank change and a full copy of it")
+    value = copy.tensors["value"]
+    return replace(copy, tensors={"value": value + added.tensors["diff"].to(value.dtype)})
 
 
 GRAMMAR = LoraGrammar()
