@@ -18,8 +18,8 @@ from deltaw.ops.terms import Term, flat, total_gain
 
 def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """x Wᵀ + b + the changes of all `terms`, (..., in) -> (..., out), differentiable as often as wished."""
-    rows = x if x.dim() == 2 else flat(x)
-    if rows is x or x.is_contiguous():
+    rows = flat(x)
+    if x.dim() == 2 or x.is_contiguous():
         y = F.linear(rows, weight, bias)
     else:  # torch has another kernel for it, with roundings of its own
         y = flat(F.linear(x, weight, bias))
@@ -37,4 +37,4 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Ter
             y = torch.addmm(y, h, B.t(), alpha=t.scale)
         else:
             y = torch.addcmul(y, h @ B.t(), drop, value=t.scale)
-    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

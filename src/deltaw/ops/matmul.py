@@ -6,8 +6,8 @@ there, products that are large enough to pay for oneDNN's longer call go to oneD
 
 Both round every product and every sum to 32 bit; they sum in different orders, so their results differ by roundings.
 The choice depends on the processor, the precision and the shape alone, never on a measurement: a run that is resumed on
-the same machine takes the same kernels. `torch.backends.mkldnn.flags(enabled=False)` forbids it. Under a compiler, on
-tensor subclasses and in every other precision it is `F.linear`, the plain twin.
+the same machine takes the same kernels. `torch.backends.mkldnn.flags(enabled=False)` forbids it. Under a compiler or
+`torch.jit.trace`, on tensor subclasses and in every other precision it is `F.linear`, the plain twin.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and mkl_is_slow()
         and bool(torch.backends.mkldnn.enabled)
+        and not torch._C._is_tracing()  # TorchScript cannot write the operation down
     )
 
 
 def transformed() -> bool:
-    """Whether `torch.func` transforms or forward-mode differentiation are at work, which need plain operations."""
+    """Whether `torch.func`, forward-mode differentiation or `torch.jit.trace` is at work, which need plain operations."""
     if torch.compiler.is_compiling():
         return False
+    if torch._C._is_tracing():
+        return True
     stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     return stack is not None or torch.autograd.forward_ad._current_level >= 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -147,4 +146,4 @@ def blocks(x: Tensor) -> list[slice]:
 
 def flat(x: Tensor) -> Tensor:
     """(..., k) -> (T, k), a view where x's strides allow; empty batches too."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

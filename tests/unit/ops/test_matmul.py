@@ -108,3 +108,19 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(matmul.linear(large, weight), F.linear(large, weight))
     monkeypatch.setattr(matmul, "mkl_is_slow", lambda: False)
     assert not matmul.by_onednn(large, weight)
+
+
+@present
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_traced_by_torchscript_for_any_number_of_rows(taken: list[tuple[int, ...]], grad: bool) -> None:
+    weight, term = torch.randn(16, 24), LowRank(torch.randn(4, 24), torch.randn(16, 4), 2.0)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return adapted_linear(x, weight, None, [term], training=False)
+
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(run, (torch.randn(2, 9, 24),))
+    x = torch.randn(3, 50, 24)
+    torch.testing.assert_close(traced(x), run(x))
+    assert (150, 24, 16) in taken, "which TorchScript cannot write down"
