@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from deltaw.errors import ConfigError, DataError
 from deltaw.recipes.recipe import Recipe, register
 from deltaw.training.config import RunConfig, Section
 
 if TYPE_CHECKING:
+    from deltaw.training.pictures import Pictures
     from deltaw.training.task import Task
 
 
@@ -22,7 +24,8 @@ class Options(Section):
     """The section `mnist`."""
 
     source: str | None = Field(
-        None, description="npz, folder of IDX files, or hub id; left out: scikit-learn's 8x8 digits"
+        None,
+        description="npz, folder of IDX files, or hub id (data= says the same); left out: scikit-learn's 8x8 digits",
     )
     hidden: list[int] = Field(default_factory=lambda: [128, 256], description="sizes of the hidden layers")
     pretrain_epochs: int = Field(10, gt=0, description="epochs of the pretraining, where model= gives no base")
@@ -38,7 +41,9 @@ def task(config: RunConfig) -> Task:
     from deltaw.training.tasks.image_classification import ImageClassification
 
     options = Options.model_validate(config.options)
-    found, where = read_pictures(options.source)
+    if options.source and config.data.path and options.source != config.data.path:
+        raise ConfigError(f"mnist.source={options.source} and data={config.data.path} both name the data: give one")
+    found, where = read_pictures(config.data.path or options.source)
     parts = split(found, config.data.validation, config.data.test, config.seed)
     parts["train"] = parts["train"][slice(config.data.limit)]
     height, width = parts["train"].images.shape[1:]
@@ -57,6 +62,11 @@ def task(config: RunConfig) -> Task:
 
 def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
     """The task of a kept run, without data."""
+    return _known(config, facts, None)
+
+
+def _known(config: RunConfig, facts: Mapping[str, Any], data: Mapping[str, Pictures] | None) -> Task:
+    """The task of a kept run with `data`."""
     from deltaw.training.small_networks import perceptron
     from deltaw.training.tasks.image_classification import ImageClassification
 
@@ -65,7 +75,7 @@ def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
     return ImageClassification(
         config,
         lambda: perceptron(height * width, options.hidden, len(facts["labels"])),
-        None,
+        data,
         facts["labels"],
         "perceptron",
         (height, width),
@@ -74,7 +84,15 @@ def kept(config: RunConfig, facts: Mapping[str, Any]) -> Task:
 
 def scored(config: RunConfig, facts: Mapping[str, Any], other: bool) -> Task:
     """The task with its data."""
-    return task(config)
+    from deltaw.training.pictures import read_pictures
+
+    if not other:
+        return task(config)
+    found, where = read_pictures(config.data.path or Options.model_validate(config.options).source)
+    whole, shape, classes = found.get("test", found["train"]), tuple(facts["picture"]), len(facts["labels"])
+    if whole.images.shape[1:] != shape or whole.labels.max() >= classes:
+        raise DataError(f"{where}: the kept result knows pictures of {shape} and the classes 0 .. {classes - 1} only")
+    return _known(config, facts, {"all": whole})
 
 
 def pretrain(config: RunConfig) -> RunConfig | None:

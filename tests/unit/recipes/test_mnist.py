@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deltaw.errors import ConfigError
 from deltaw.recipes.configure import build
+from deltaw.recipes.kept import score
 from deltaw.recipes.start import start
 
 
@@ -32,3 +34,12 @@ def test_the_base_is_made_by_full_training_of_plain_weights(more: dict[str, str]
     results = start(config, tmp_path / "run", quiet=True)
     assert results["method"] == "lora"
     assert (tmp_path / "run" / "pretrained" / "model" / "model.safetensors").is_file()
+
+
+def test_data_names_the_pictures_as_well(digits: Path, tmp_path: Path) -> None:
+    given = {"recipe": "mnist", "method": "full", "epochs": 1, "data": str(digits)}
+    results = start(build({**given, "mnist": {"scratch": True}}), tmp_path / "run", quiet=True)
+    assert results["examples"] == {"train": 190, "validation": 10, "test": 40}
+    assert score(tmp_path / "run", [f"data={digits}"], "test")["examples"] == 40
+    with pytest.raises(ConfigError, match=r"mnist.source=other.npz and data=.* both name the data: give one"):
+        start(build({**given, "mnist": {"source": "other.npz"}}), tmp_path / "again", quiet=True)
