@@ -21,6 +21,7 @@ from deltaw.recipes.start import PRETRAINED
 from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import evaluate
+from deltaw.training.rows import DROPPED
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
 
@@ -131,6 +132,9 @@ def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
         raise ConfigError(f"{folder}: results of the recipe {recipe.name!r} cannot be scored")
     _, _, model = open_kept(folder, config.model)
     task = recipe.scored(config, facts, other)
+    for note in task.notes:
+        if other and note.startswith(DROPPED):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     split = "all" if other else split
     if split not in task.splits:
         raise ConfigError(f"--split {split}: the data have {', '.join(task.splits)}")

@@ -29,6 +29,8 @@ SPLIT_NAMES = {
     "test": "test",
 }
 SPLITS = ("test", "validation", "train")
+DROPPED = "dropped: "
+"""How the note about rows that are not used begins."""
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -234,7 +236,7 @@ class LabelledText:
 
 def _told(dropped: Mapping[str, int]) -> str:
     """ "dropped: 3 duplicate, 1 without label"."""
-    return "dropped: " + ", ".join(f"{n:,} {why}" for why, n in dropped.items())
+    return DROPPED + ", ".join(f"{n:,} {why}" for why, n in dropped.items())
 
 
 def labelled_text(
@@ -331,14 +333,15 @@ def _lopsided(front: Sequence[tuple[str, str]], rows: Sequence[tuple[str, str]])
 
 def all_rows(
     data: DataConfig, labels: Sequence[str], label_names: Mapping[str, str] | None = None
-) -> tuple[list[tuple[str, int]], str]:
-    """Every row of `data` (of its test split, if it has splits) for a model that knows the classes `labels`.
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """Every row of `data` (of its test split, if it has splits) for a model that knows the classes `labels`, and notes.
 
     Raises:
         DataError: a column is missing, nothing is usable, or a class is unknown.
     """
     source, where = read_source(data)
-    return labelled_whole(source, where, data, labels, label_names), where
+    rows, dropped = labelled_whole(source, where, data, labels, label_names)
+    return rows, [f"data: {where}, {len(rows):,} examples", *dropped]
 
 
 def labelled_whole(
@@ -347,16 +350,20 @@ def labelled_whole(
     data: DataConfig,
     labels: Sequence[str],
     label_names: Mapping[str, str] | None = None,
-) -> list[tuple[str, int]]:
-    """The usable rows of `source` as `all_rows` gives them."""
+    dropped: Mapping[str, int] | None = None,
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """The usable rows of `source` as `all_rows` gives them, and a line if others are not.
+
+    Equal ones stay, as often as they come. dropped: what the reader has dropped already.
+    """
     rows = (
         source[data.split] if data.split is not None and data.split in source else source.get("test") or source["train"]
     )
     _check_columns(rows, data, where)
-    dropped: Counter[str] = Counter()
+    gone = Counter(dropped or {})
     index = {name: i for i, name in enumerate(labels)}
     found = []
-    for text, label in _clean(rows, data, set(), dropped):
+    for text, label in _usable(rows, data, gone):
         name = str((label_names or {}).get(label, label))
         if name not in index:
             raise DataError(
@@ -364,8 +371,8 @@ def labelled_whole(
             )
         found.append((text, index[name]))
     if not found:
-        raise DataError(f"{where}: no usable row ({_told(dropped)})")
-    return found
+        raise DataError(f"{where}: no usable row ({_told(gone)})")
+    return found, [_told(gone)] if gone else []
 
 
 def _check_columns(rows: Sequence[Row], data: DataConfig, where: str) -> None:
@@ -386,9 +393,8 @@ def _natural(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def _clean(rows: Iterable[Row], data: DataConfig, claimed: set[str], dropped: Counter[str]) -> list[tuple[str, str]]:
-    first: dict[str, str] = {}
-    conflicting: set[str] = set()
+def _usable(rows: Iterable[Row], data: DataConfig, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
+    """The text and the label of every row that has both."""
     for row in rows:
         text, label = row.get(data.text), row.get(data.label)
         text = text.strip() if isinstance(text, str) else ""
@@ -397,7 +403,16 @@ def _clean(rows: Iterable[Row], data: DataConfig, claimed: set[str], dropped: Co
             dropped["without text"] += 1
         elif not label:
             dropped["without label"] += 1
-        elif text in claimed:
+        else:
+            yield text, label
+
+
+def _clean(rows: Iterable[Row], data: DataConfig, claimed: set[str], dropped: Counter[str]) -> list[tuple[str, str]]:
+    """Every text once, with its one label."""
+    first: dict[str, str] = {}
+    conflicting: set[str] = set()
+    for text, label in _usable(rows, data, dropped):
+        if text in claimed:
             dropped["also in another split"] += 1
         elif text not in first:
             first[text] = label

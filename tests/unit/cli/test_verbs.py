@@ -65,6 +65,16 @@ def test_eval_on_other_data(deltaw, kept_run, tmp_path):
     assert json.loads(deltaw("eval", kept_run, "data=other.jsonl", "--json").out)["examples"] == 2
 
 
+def test_eval_scores_every_row_with_a_text_and_a_label_and_counts_the_others(deltaw, kept_run, tmp_path):
+    rows = "a wonderful film,good\na wonderful film,bad\na wonderful film,good\n,good\na film,\n"
+    (tmp_path / "other.csv").write_text("text,label\n" + rows)
+    done = deltaw("eval", kept_run, "data=other.csv", "--json")
+    found = json.loads(done.out)
+    assert found["examples"] == 3
+    assert found["accuracy"] in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert done.err == "note: dropped: 1 without text, 1 without label\n"
+
+
 def test_merge_gives_a_plain_model_that_says_the_same(deltaw, kept_run, tiny, tmp_path):
     deltaw("merge", kept_run, "--base", tiny / "model", "--out", "merged")
     from transformers import pipeline

@@ -21,6 +21,7 @@ from deltaw.training.fit import evaluate
 from deltaw.training.hub import check_length, quiet_transformers
 from deltaw.training.language_models import language_model, tokenizer_of
 from deltaw.training.packing import collate, may_see, pack
+from deltaw.training.rows import DROPPED
 from deltaw.training.task import Batch, Tally, Task
 
 
@@ -103,7 +104,7 @@ class CausalLM(Task):
                 + (f", packed into {len(rows):,} rows ({held / room:.0%} full)" if self.packing else "")
             )
         if dropped:
-            self.notes.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
+            self.notes.append(DROPPED + ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
         self.notes.append(f"first example, [[counted by the loss]]: {self.shown(found.splits['train'][0])}")
 
     def _tokens(self, talks: Sequence[Conversation], dropped: Counter[str]) -> list[Tokens]:

@@ -60,8 +60,9 @@ class PhotoClassification(Task):
         self.source = found = read_images(config.data)
         self.notes.append(f"data: {found.where}")
         if read == "whole":
-            rows = labelled_whole(found.rows, found.where, config.data, self.labels)
+            rows, dropped = labelled_whole(found.rows, found.where, config.data, self.labels, dropped=found.dropped)
             self.notes[-1] += f", {len(rows):,} pictures"
+            self.notes += dropped
             self.splits = {"all": rows}
             return
         data = labelled(found.rows, found.where, config.data, config.seed, dropped=found.dropped)

@@ -50,8 +50,8 @@ class TextClassification(Task):
         self.splits = {}
         self.labels = list(labels or ())
         if read == "whole":
-            rows, source = all_rows(config.data, self.labels, label_names)
-            self.notes.append(f"data: {source}, {len(rows):,} examples")
+            rows, notes = all_rows(config.data, self.labels, label_names)
+            self.notes += notes
             self.splits = {"all": self._tokens(rows)}
         elif read == "splits":
             data, source = labelled_text(config.data, config.seed, label_names)
