@@ -16,6 +16,7 @@ from deltaw.core.registry import variants
 from deltaw.errors import ConfigError, UnknownName, did_you_mean
 from deltaw.recipes.recipe import Recipe, recipes
 from deltaw.training.config import DataConfig, RunConfig, check, check_method_sections
+from deltaw.training.methods import known_methods
 
 ALIASES = {
     "task": "recipe",
@@ -196,7 +197,17 @@ def build(given: Mapping[str, Any]) -> RunConfig:
             )
         sections[key] = _mapping(key, nested.pop(key))
     check_method_sections(sections.items())
+    if isinstance(rates := nested.get("lr"), Mapping):
+        _check_rates(rates)
     return check(RunConfig, {**nested, "methods": sections, "options": options.model_dump()})  # type: ignore[no-any-return]
+
+
+def _check_rates(rates: Mapping[str, Any]) -> None:
+    """Refuse a learning rate of a method that does not exist."""
+    known = [*known_methods(), "default"]
+    for name in rates:
+        if name not in known:
+            raise ConfigError(f"unknown key 'lr.{name}'{did_you_mean(name, known)} (known here: {', '.join(known)})")
 
 
 def recipe_of(config: RunConfig) -> Recipe:

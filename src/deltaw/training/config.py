@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,13 +18,15 @@ from deltaw.core.registry import variants
 from deltaw.core.variant import Variant
 from deltaw.errors import ConfigError, did_you_mean
 
-Positive = Field(gt=0)
+Rate = Annotated[float, Field(gt=0)]
+SEEDS = 2**63 - 1
+"""The largest seed, with room for one more per process (torch takes 64 bits)."""
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, and `true` is not a number."""
+    """A part of the configuration: unknown keys are refused, `true` is not a number, and numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -67,12 +69,12 @@ class RunConfig(Section):
         None, description="form of the frozen weights: int8 (two to three times as fast on a CPU), nf4, dense16"
     )
 
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, le=SEEDS, description="of everything random")
     epochs: int = Field(3, gt=0, description="passes over the training examples")
     batch_size: int = Field(32, gt=0, description="examples per process and forward pass")
     accumulate: int = Field(1, gt=0, description="forward passes per optimizer step")
     eval_batch_size: int = Field(64, gt=0, description="examples per forward pass in evaluation")
-    lr: float | dict[str, float] = Field(5e-4, description="learning rate, or one per method")
+    lr: Rate | dict[str, Rate] = Field(5e-4, description="learning rate, or one per method")
     b_ratio: float = Field(1.0, gt=0, description="learning rate of B over that of A (LoRA+)")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate rises")
@@ -154,18 +156,24 @@ def check(section: type[Section], values: Mapping[str, Any], where: str = "") ->
 
 
 def _explained(where: str, errors: Sequence[Any]) -> list[str]:
-    """One sentence for each value; of a union, what each member wanted of it."""
-    found: dict[str, list[str]] = {}
+    """One sentence for each value; of a union, what each member wanted of it, unless one member found fault inside it."""
+    found: dict[str, dict[str, list[str]]] = {}
     for error in errors:
         place = where + ".".join(str(part) for part in error["loc"] if not _is_type_name(part))
-        found.setdefault(f"{place}={error['input']!r}", []).append(error["msg"][:1].lower() + error["msg"][1:])
+        said = found.setdefault(place, {}).setdefault(f"{place}={error['input']!r}", [])
+        said.append(error["msg"][:1].lower() + error["msg"][1:])
     again = "input should be "
-    return [f"{said}: {' or '.join(whys).replace(f' or {again}', ' or ')}" for said, whys in found.items()]
+    return [
+        f"{said}: {' or '.join(whys).replace(f' or {again}', ' or ')}"
+        for place, each in found.items()
+        if not any(other.startswith(f"{place}.") for other in found)
+        for said, whys in each.items()
+    ]
 
 
 def _is_type_name(part: Any) -> bool:
     """Pydantic names the member of a union that it tried; a reader of the message needs the key only."""
-    return isinstance(part, str) and (part in {"float", "int", "str"} or "[" in part)
+    return isinstance(part, str) and (part in {"float", "constrained-float", "int", "str"} or "[" in part)
 
 
 def method_variant(config: RunConfig, method: str | None = None) -> Variant:
