@@ -31,6 +31,11 @@ CARD = "README.md"
 PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin")
 OURS = (CONFIG, WEIGHTS, MANIFEST, CARD)
 MAX_TOTAL = 64 << 30
+NO_PLACE = (
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""What the system says of a path that no folder can be made at."""
 Aligned = Callable[[bytes], int] | None
 
 
@@ -43,10 +48,7 @@ class Folder:
     handle: int | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            self.path = Path(path)
-        except TypeError as error:
-            raise AdapterError(f"a folder is named by a text or a path, found {type(path).__name__}") from error
+        self.path = named(path)
         try:
             self.handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self.names = sorted(os.listdir(self.handle))
@@ -144,6 +146,14 @@ class Files(Folder):
         return Opened(self.where[name].open("rb"), self.path / name, max_bytes, aligned)
 
 
+def named(path: str | os.PathLike[str]) -> Path:
+    """`path` as a Path, or an AdapterError."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise AdapterError(f"a folder is named by a text or a path, found {type(path).__name__}") from error
+
+
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
     handle = os.open(path, flags | os.O_CLOEXEC)
@@ -161,13 +171,17 @@ def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
     Raises:
         AdapterError: `path` is something else, holds files that are not an adapter's, or is where nothing can be written.
     """
-    target = Path(path)
-    exists = _may_replace(target)
+    target = named(path)
     draft = target.parent / f".{target.name}.tmp-{secrets.token_hex(6)}"
     try:
+        exists = _may_replace(target)
         draft.mkdir(parents=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise AdapterError(f"{target} cannot be written, nor a folder be made beside it: {error.strerror}") from error
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise AdapterError(
+            f"{str(target)[:200]} cannot be written, nor a folder be made beside it: {error.strerror}"
+        ) from error
     try:
         fill(draft)
         if exists and (target / CARD).is_file() and not (draft / CARD).exists():

@@ -203,3 +203,17 @@ def test_reading_leaves_no_folder_open(tmp_path: Path) -> None:
     with pytest.raises(AdapterError):
         dw.read(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("path", [None, 3, b"a"])
+def test_what_names_no_folder_is_refused(path: Any) -> None:
+    for write in (lambda: dw.write(adapter(1), path), lambda: dw.read(path)):
+        with pytest.raises(AdapterError, match="a folder is named by a text or a path, found"):
+            write()
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_the_system_finds_too_long_is_refused(length: int, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"cannot be written.*File name too long"):
+        dw.write(adapter(1), tmp_path / ("n" * length))
+    assert not list(tmp_path.iterdir())
