@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from typing import Any, Self
 
@@ -51,10 +50,16 @@ def seed(value: Any) -> None:
         raise ConfigError(f"seed={value!r}: must be a whole number from -2**63 to 2**63 - 1, for example seed=0")
 
 
+LARGEST = (2 - 2.0**-23) * 2.0**127
+"""The largest finite number in float32, in which torch multiplies by what is no tensor."""
+
+
 def positive(name: str, value: Any, example: float = 16) -> None:
-    """Refuse what is not a finite number above 0. example: one that would do, for the message."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name}={value!r}: must be a finite number above 0, for example {name}={example}")
+    """Refuse what is not a number above 0 and finite in float32. example: one that would do, for the message."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
+        raise ConfigError(
+            f"{name}={value!r}: must be a finite number above 0 (in float32), for example {name}={example}"
+        )
 
 
 def probability(name: str, value: Any) -> None:

@@ -251,6 +251,7 @@ def test_bad_configs(folders: dict[str, Path], tmp_path: Path, text: str, messag
         ({"modules_to_save": None}, None),
         ({"target_modules": ["first", "0", "1", "norm", "head2"]}, None),
         ({"lora_alpha": "8"}, "is no number"),
+        ({"lora_alpha": 1e300}, r"alpha=1e\+300: must be a finite number above 0 \(in float32\)"),
         ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, None),
         ({"megatron_core": "antigravity"}, None),
     ],
