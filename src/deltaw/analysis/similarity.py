@@ -21,7 +21,7 @@ from deltaw.analysis.by_weight import ByWeight
 from deltaw.analysis.directions import Directions, Found, Matter, directions, without_noise
 from deltaw.core.adapter import Adapter, check_adapter
 from deltaw.core.base_weights import Base
-from deltaw.core.options import one_of
+from deltaw.core.options import one_of, positive_int
 from deltaw.core.true_change import as_product
 from deltaw.errors import AdapterError, ConfigError
 
@@ -126,11 +126,13 @@ def similarity(
     base: needed for changes that depend on the base weight.
 
     Raises:
-        ConfigError: no weight is changed by both.
+        ConfigError: no weight is changed by both, or `top` is no whole number of at least 1.
         AdapterError: a weight has different shapes in the two.
     """
     one_of("side", side, ("in", "out"))
     one_of("of", of, ("change", "factors"))
+    if top is not None:
+        positive_int("top", top)
     common = _in_common(a, b)
     pick = _of_factors if of == "factors" else directions
     found = [pick(x.replace(changes={k: x.changes[k] for k in common}), base) for x in (a, b)]

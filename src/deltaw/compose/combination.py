@@ -7,7 +7,7 @@ W + Σ wᵢ (Wᵢ - W) = Σ wᵢ Wᵢ. One weight is worked on at a time, so mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,8 @@ from deltaw.core import options as check
 from deltaw.core.adapter import Adapter, Change, check_adapter
 from deltaw.core.base_weights import Base
 from deltaw.core.true_change import any_shape
-from deltaw.errors import ConfigError, did_you_mean
+from deltaw.errors import ConfigError, NonFinite, did_you_mean
+from deltaw.io.admission import finite
 
 
 def combine(
@@ -55,15 +56,20 @@ def combine(
     Raises:
         ConfigError: options that contradict each other, a change that depends on a base that was not given, or
             classifiers of different labels.
+        NonFinite: the blend is larger than its tensors' dtype can say.
         AdapterError: adapters of different shapes, or with values that are not finite.
         BaseMismatch: adapters of different bases.
     """
+    if not isinstance(adapters, Iterable):
+        raise ConfigError(
+            f"combine takes a list of adapters, as in dw.combine([a, b]); found {type(adapters).__name__}"
+        )
     adapters = list(adapters)
     blender = _combiner(how, options)
     if rank is not None:
         check.positive_int("rank", rank)
     check.seed(seed)
-    if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
+    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ConfigError(f"energy={energy!r}: the share of the squared singular values to keep, in (0, 1]")
     if not adapters:
         raise ConfigError("combine needs at least one adapter")
@@ -86,6 +92,8 @@ def combine(
         if not parts:
             continue
         blended = one.blend(key, parts)
+        if not all(finite(t) for t in blended.change.tensors.values()):
+            raise NonFinite(f"{key}: the blend is too large for its numbers' format: give smaller weights")
         changes[key], error[key], truncation[key] = blended.change, blended.error, blended.truncation
         averaged += [key] * blended.averaged
     if not changes:
@@ -110,6 +118,8 @@ def _combiner(how: str | Combiner, options: dict[str, Any]) -> Combiner:
         if options:
             raise ConfigError(f"{', '.join(options)}: give the options to {type(how).__name__}(...) itself")
         return how
+    if not isinstance(how, str):
+        raise ConfigError(f"how={how!r}: give one of {', '.join(name for name, _ in combiners.items())}, or a Combiner")
     cls = combiners[how]
     known = [f.name for f in fields(cls)]
     for name in options:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from deltaw.core.options import LARGEST
 from deltaw.errors import ConfigError, did_you_mean
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]] | None
@@ -41,6 +41,11 @@ def weights_by_parameter(weights: Weights, keys: Iterable[str], count: int) -> d
         return dict.fromkeys(keys, (1.0,) * count)
     if not isinstance(weights, Mapping):
         return dict.fromkeys(keys, _checked(weights, count, "weights"))
+    for pattern in weights:
+        if not isinstance(pattern, str):
+            raise ConfigError(
+                f"weights: {pattern!r} is no pattern: give parts of parameter names, for example 'layers.0'"
+            )
     table = {pattern: _checked(values, count, f"weights[{pattern!r}]") for pattern, values in weights.items()}
     named = {p: [k for k in keys if matches(p, k)] for p in table if p != OTHERS}
     for pattern, found in named.items():
@@ -67,9 +72,12 @@ def weights_by_parameter(weights: Weights, keys: Iterable[str], count: int) -> d
 def _checked(values: Sequence[float], count: int, name: str) -> tuple[float, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise ConfigError(f"{name}={values!r}: give one number per adapter, for example [0.6, -0.4]")
-    numbers = tuple(float(v) for v in values)
+    try:
+        numbers = tuple(float(v) for v in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{name}={values!r}: give one number per adapter, for example [0.6, -0.4]") from error
     if len(numbers) != count:
         raise ConfigError(f"{name}: {len(numbers)} weights for {count} adapters; give one per adapter, in their order")
-    if not all(math.isfinite(v) for v in numbers):
-        raise ConfigError(f"{name}={list(numbers)}: every weight must be a finite number")
+    if not all(abs(v) <= LARGEST for v in numbers):
+        raise ConfigError(f"{name}={list(numbers)}: every weight must be a finite number (in float32)")
     return numbers

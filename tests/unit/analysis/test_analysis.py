@@ -282,6 +282,13 @@ def test_places():
     assert place("0.weight") == Place(0, "weight")
 
 
+@pytest.mark.parametrize("top", [0, -1, 1.5, True])
+def test_a_bad_number_of_directions_is_refused(top):
+    a = one(randn(1, 4, 30), randn(2, 20, 4))
+    with pytest.raises(errors.ConfigError, match=r"top=.*: must be a whole number of at least 1"):
+        dw.similarity(a, a, top=top)
+
+
 def test_the_mean_similarity_is_over_the_weights_that_have_so_many_directions():
     small, large = "layers.0.head.weight", "layers.0.q.weight"
     parts = [

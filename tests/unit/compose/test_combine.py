@@ -505,10 +505,24 @@ class TestRefusals:
         with pytest.raises(errors.ConfigError, match="takes no options"):
             dw.combine([adapter(1)], how="cat", density=0.2)
 
-    @pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2.5}, {"energy": 0}, {"energy": 1.1}])
+    @pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2.5}, {"energy": 0}, {"energy": 1.1}, {"energy": True}])
     def test_bad_ranks_and_energies(self, options):
         with pytest.raises(errors.ConfigError):
             dw.combine([adapter(1)], how="svd", **options)
+
+    @pytest.mark.parametrize("weights", [[None, 1], ["x", 1], [10**400, 1], [1e39, 1], {3: [1, 1]}], ids=str)
+    def test_bad_weights(self, weights):
+        with pytest.raises(errors.ConfigError, match="weights"):
+            dw.combine([adapter(1), adapter(2)], weights)
+
+    def test_a_blend_beyond_float32_is_refused(self):
+        with pytest.raises(errors.NonFinite, match=r"x\.weight: the blend is too large .*give smaller weights"):
+            dw.combine([adapter(1), adapter(2)], [3e38, 1])
+
+    @pytest.mark.parametrize("how", [None, 3, ["cat"]])
+    def test_bad_ways(self, how):
+        with pytest.raises(errors.ConfigError, match=r"how=.*give one of .*cat.*, or a Combiner"):
+            dw.combine([adapter(1)], how=how)
 
     @pytest.mark.parametrize("density", [0, -1, 1.5, True])
     def test_bad_densities(self, density):
@@ -556,6 +570,8 @@ class TestRefusals:
     def test_nothing_and_not_adapters(self):
         with pytest.raises(errors.ConfigError, match="at least one"):
             dw.combine([])
+        with pytest.raises(errors.ConfigError, match=r"takes a list of adapters.*found Adapter"):
+            dw.combine(adapter(1))
         with pytest.raises(errors.ConfigError, match=r"use dw.read"):
             dw.combine(["folder"])
 
