@@ -38,12 +38,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product: it can, and on this machine it is the faster one."""
     return (
-        x.shape[0] * weight.numel() >= WORTH
+        not torch.compiler.is_compiling()  # asked first: a comparison of symbolic sizes would be a guard
+        and x.shape[0] * weight.numel() >= WORTH
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and not torch.compiler.is_compiling()
         and mkl_is_slow()
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._is_tracing()  # TorchScript cannot write the operation down

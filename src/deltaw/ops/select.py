@@ -28,7 +28,16 @@ WIDE = (torch.float32, torch.float64)
 
 def use_merged(rows_out: int, columns_in: int, tokens: int, dtype: torch.dtype) -> bool:
     """Whether the adapted linear forms W' for this call (if W is dense; an adapter with dropout is added all the same)."""
-    return dtype in WIDE and tokens * (rows_out + columns_in) > rows_out * columns_in
+    return dtype in WIDE and surely(tokens * (rows_out + columns_in) > rows_out * columns_in)
+
+
+def surely(holds: bool) -> bool:
+    """`holds`; or, if a compiler knows the sizes in it as symbols only, whether it is so for all of them, without a guard."""
+    if not torch.compiler.is_compiling():
+        return holds
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(holds)
 
 
 SMALL = 1 << 23
@@ -64,7 +73,7 @@ PLACES = 1 << 8
 
 def use_merged_kernel(numbers: int, places: int, dtype: torch.dtype) -> bool:
     """Whether a convolution, whose weight has so many numbers, forms W' for a call with so many places in the output."""
-    return dtype in WIDE and numbers <= KERNEL and (places >= PLACES or numbers <= KERNEL >> 4)
+    return dtype in WIDE and numbers <= KERNEL and (numbers <= KERNEL >> 4 or surely(places >= PLACES))
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,17 @@ def test_dora_is_exported():
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.parametrize("variant", [dw.LoRA(rank=2), dw.DoRA(rank=2), dw.LoHa(rank=2)], ids=repr)
+def test_exported_for_any_batch(variant):
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 300)).eval()
+    shaken(dw.attach(model, variant, ["0"]))
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (torch.randn(64, 256),), dynamic_shapes=batch).module()
+    for rows in (2, 300):
+        x = torch.randn(rows, 256)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_without_parameters_that_looks_like_a_container():
     model = Model(nn.Linear(4, 4), nn.Identity())
     with pytest.raises(TargetError, match=r"'layers.1', a Identity, which has no parameter that LoRA could adapt"):
