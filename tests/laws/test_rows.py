@@ -450,6 +450,25 @@ def test_generation_in_one_pass():
     assert scores.shape == (3, 5, 40)
 
 
+def test_a_cache_that_an_adapted_layer_is_given_is_refused():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = transformers.MambaForCausalLM(config).eval()
+    with_adapters(model, ["a", "b"], targets=["in_proj", "x_proj"])
+    ids, rows = torch.randint(1, 40, (2, 5)), []
+    for row, choice in zip(ids, ["a", "b"]):
+        with dw.use(model, choice):
+            rows.append(model(row[None]).logits)
+    with (
+        dw.rows(model, ["a", "b"], how="one pass"),
+        pytest.raises(ModelError, match=r"given a .*Cache.*use_cache=False"),
+    ):
+        model(ids)
+    with dw.rows(model, ["a", "b"], how="one pass"):
+        torch.testing.assert_close(model(ids, use_cache=False).logits, torch.cat(rows))
+
+
 # ---- sorted at the entry
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from deltaw.core.host import Host
 from deltaw.core.roster import Active, ByRow
 from deltaw.errors import ModelError
 from deltaw.model import state, trees
+from deltaw.model.probe import opaque
 
 Group = tuple[Active, list[int]]
 """Adapters, and the rows that have them."""
@@ -109,7 +110,12 @@ class OnePass(ByRow):
 
     def checked(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], multiple: int) -> set[str]:
         """The names of the arguments that follow the rows."""
-        tensors = [(n, t) for n, t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = list(trees.leaves((args, kwargs)))
+        tensors = [(n, t) for n, t in given if isinstance(t, Tensor)]
+        strange = next((t for _, t in given if opaque(t)), None)
+        if strange is not None:  # a cache: what one group writes (Mamba's mixer does), the next one would read
+            reason = f"is given a {type(strange).__name__}, whose rows cannot be taken apart"
+            self.refuse(host, reason, "leave it out (use_cache=False)")
         entries = self.count * multiple
         seen = None if self.follows is None else self.follows.get(id(host))
         if self.follows is not None and (seen is None or len(seen) != len(tensors)):
@@ -137,12 +143,10 @@ class OnePass(ByRow):
             )
         return trees.place(pieces, entries)
 
-    def refuse(self, host: Host, reason: str) -> None:
+    def refuse(self, host: Host, reason: str, cure: str = "declare its multiple, or use 'auto' or 'split'") -> NoReturn:
         """Give up one pass: the caller splits, or, where one pass was demanded, learns why it cannot be."""
         if self.follows is None:
-            raise ModelError(
-                f"dw.rows(how='one pass'): {self.path(host)} {reason}: declare its multiple, or use 'auto' or 'split'"
-            )
+            raise ModelError(f"dw.rows(how='one pass'): {self.path(host)} {reason}: {cure}")
         raise Unproven(self.path(host), reason)
 
     def path(self, host: Host) -> str:
