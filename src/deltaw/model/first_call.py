@@ -2,8 +2,9 @@
 
 A layer whose weight is fetched in a way that nobody foresaw, or that the forward never reaches, takes no effect, however
 long one trains. So `attach` and `load` leave a hook on the model, which takes itself away in the model's first call and
-warns of the layers that were neither called nor read. A layer that is only used at times (layer dropout, one of several
-heads) may be among them: hence a warning. The hook waits for a call in which the adapter speaks. Compiled calls are not looked into; `check_gradients` sees those too.
+warns of the layers that were neither called nor read, themselves or through a layer tied to them. A layer that is only
+used at times (layer dropout, one of several heads) may be among them: hence a warning. The hook waits for a call in which
+the adapter speaks. Compiled calls are not looked into; `check_gradients` sees those too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.core.host import Host
 from deltaw.core.roster import Roster
 from deltaw.model.state import Layout
 
@@ -30,9 +32,11 @@ class FirstCall:
             return
         compiled = any(m._compiled_call_impl is not None for m in module.modules())
         layout = Layout(module)
-        missed = [] if compiled else [(p, h) for p, h in layout.hosts() if id(h) in self.roster.uncalled]
-        paths = [path for path, host in missed if host.active_sites()]
-        silent = {id(host) for path, host in missed if path not in paths}  # their adapter did not speak in this call
+        hosts, uncalled = [] if compiled else layout.hosts(), self.roster.uncalled
+        through = {owner for _, host in hosts if id(host) not in uncalled for owner in owners(host)}
+        missed = [(path, host) for path, host in hosts if id(host) in uncalled and id(host) not in through]
+        paths = [path for path, host in missed if host.active_sites() and host.adapters._modules]
+        silent = {id(host) for _, host in missed if not host.active_sites()}  # no adapter of theirs spoke in this call
         self.roster.uncalled = silent
         if not silent:
             remove(layout, self.roster)
@@ -50,8 +54,14 @@ class FirstCall:
 def watch(layout: Layout, roster: Roster, changed: Iterable[nn.Module]) -> None:
     """Look at the first call of the model for the layers `changed`."""
     remove(layout, roster)
-    roster.uncalled |= {id(layer) for layer in changed}
+    ids = {id(layer) for layer in changed}
+    roster.uncalled |= ids | {id(host) for _, host in layout.hosts() if ids & owners(host)}
     layout.root.register_forward_hook(FirstCall(roster))
+
+
+def owners(host: Host) -> set[int]:
+    """The ids of the tied layers whose changes act through `host`."""
+    return {id(owner) for sites in host.adapters.tied.values() for owner, _ in sites.values()}
 
 
 def remove(layout: Layout, roster: Roster) -> None:

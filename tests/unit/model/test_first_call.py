@@ -109,3 +109,28 @@ def test_compiled_models_are_left_alone():
         compiled(X)
     assert not [w for w in said if "carry a change" in str(w.message)]
     torch._dynamo.reset()
+
+
+class Tied(nn.Module):
+    """T5's way: the layer that holds the weight is not called, one that is tied to it may be."""
+
+    def __init__(self, called: bool) -> None:
+        super().__init__()
+        self.shared, self.inner, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner.weight = self.shared.weight
+        self.called = called
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if self.called else self.other(x)
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_layer_that_acts_through_a_tied_one(called):
+    model = Tied(called)
+    dw.attach(model, dw.LoRA(rank=2), ["shared"])
+    if called:
+        quiet(model)
+    else:
+        with pytest.warns(UserWarning, match="^'shared' of Tied carry a change"):
+            model(X)
+    assert not model._forward_hooks
