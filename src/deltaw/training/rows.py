@@ -142,8 +142,9 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from _parquet(path)
         elif kind == ".json":
             content = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(content, Iterable):
-                raise DataError(f"{path}: holds {str(content)[:60]}; wanted: a list of objects with named columns")
+            if not isinstance(content, list):
+                found = f"an object of {', '.join(map(repr, content))[:60]}" if isinstance(content, dict) else content
+                raise DataError(f"{path}: holds {str(found)[:80]}; wanted: a list of objects with named columns")
             yield from content
         elif kind == ".jsonl":
             with path.open(encoding="utf-8-sig") as lines:
@@ -282,6 +283,7 @@ def labelled(
         usable = _clean(part, data, claimed, gone)
         if usable or name == "train":
             clean[name] = usable
+    total = sum(map(len, clean.values()))
     rows = sorted(clean.pop("train"))
     generator("split", seed).shuffle(rows)  # type: ignore[arg-type]
     for name, share in (("test", data.test), ("validation", data.validation)):
@@ -297,14 +299,23 @@ def labelled(
             f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}{why}; "
             "a classifier needs at least two classes"
         )
+    if not clean["validation"] or len(labels) > max(10, total / 2):
+        numbers = " (numbers to be predicted are not supported)" if all(_natural(x)[0] == 0 for x in labels) else ""
+        raise DataError(
+            f"{where}: {total} usable rows of {len(labels)} classes are too few: classification needs several rows "
+            f"of each class{numbers}{why}"
+        )
     missing = set(labels) - {label for _, label in clean["train"]}
+    if missing & {label for _, label in rows}:
+        raise DataError(
+            f"{where}: data.limit={data.limit} leaves no training example of class "
+            f"{', '.join(map(repr, sorted(missing)))}: raise it"
+        )
     if missing:
         raise DataError(
             f"{where}: no training example of class {', '.join(map(repr, sorted(missing)))}, which other splits have: "
             f"mend the label there, or add examples of it to train{why}"
         )
-    if not clean["validation"]:
-        raise DataError(f"{where}: {len(rows)} usable rows are too few to hold any out for validation{why}")
     index = {label: i for i, label in enumerate(labels)}
     names = [str((label_names or {}).get(label, label)) for label in labels]
     splits = {name: [(t, index[label]) for t, label in clean[name]] for name in reversed(SPLITS) if clean.get(name)}
@@ -378,11 +389,30 @@ def labelled_whole(
 def _check_columns(rows: Sequence[Row], data: DataConfig, where: str) -> None:
     if not rows:
         raise DataError(f"{where}: there are no rows")
+    columns = list(rows[0])
+    if len(columns) == 1 and (mark := next((sign for sign in ";\t|" if sign in columns[0]), None)):
+        raise DataError(
+            f"{where}: its columns {columns[0]!r} are separated by {mark!r}: save it with commas, or with tabs as .tsv"
+        )
     for key, column in (("text", data.text), ("label", data.label)):
-        if column not in rows[0]:
+        if column not in columns:
+            near = next((c for c in columns if c.strip().lower() == column.lower()), None)
+            hint = did_you_mean(column, columns) if near is None else f"; did you mean {near!r}?"
             raise DataError(
-                f"{where}: no column {column!r} among {', '.join(map(repr, rows[0]))}: set data.{key}=COLUMN"
+                f"{where}: no column {column!r} among {', '.join(map(repr, columns))}{hint}{' S' if hint else ': s'}et "
+                f"data.{key}={_as_setting(near)}"
             )
+    for number, row in enumerate(rows, 1):
+        if isinstance(label := row.get(data.label), (list, dict)):
+            raise DataError(
+                f"{where}, row {number}: the label is a {type(label).__name__}: multi-label data are not supported, "
+                "give every row one class"
+            )
+
+
+def _as_setting(column: str | None) -> str:
+    """A column's name as it is typed in a shell; a name with outer spaces needs quotes of YAML within those of the shell."""
+    return "COLUMN" if column is None else column if column.isidentifier() else f"'\"{column}\"'"
 
 
 def _natural(label: str) -> tuple[int, float, str]:

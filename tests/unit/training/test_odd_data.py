@@ -52,6 +52,48 @@ def test_the_word_nan_in_a_csv_stays_a_class(tmp_path):
     assert found.dropped == {}
 
 
+MANY = [(f"text {i}", i * 0.37) for i in range(60)]
+WRONG_LABELS = {
+    "a list": ([("a", "x"), ("b", ["x", "y"])], {}, r"row 2: the label is a list: multi-label data are not supported"),
+    "an object": ([("a", {"x": 1})], {}, r"row 1: the label is a dict: multi-label"),
+    "numbers": (MANY, {}, r"60 usable rows of 60 classes are too few: .* several rows .*\(numbers to be predicted are"),
+    "nearly all": ([*MANY, *((f"more {i}", 0.0) for i in range(9))], {}, r"69 usable rows of 60 classes are too few"),
+    "words": ([(t, f"c{n}") for t, n in MANY], {}, r"are too few: classification needs several rows of each class$"),
+    "cut off": (
+        [(f"{i}", "xy"[i % 2]) for i in range(40)],
+        {"limit": 1},
+        r"data.limit=1 leaves no .* class '[xy]': raise",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_LABELS)
+def test_labels_that_are_no_classes_and_a_limit_that_takes_one_away(tmp_path, what):
+    rows, settings, message = WRONG_LABELS[what]
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError, match=message):
+        labelled_text(DataConfig(path=str(tmp_path / "a.jsonl"), **settings), 0)
+
+
+HEADERS = {
+    "another separator": ("text;label\na;1\n", r"its columns 'text;label' are separated by ';': save it with commas"),
+    "capitals": (
+        "TEXT,Label\na,1\n",
+        r"no column 'text' among 'TEXT', 'Label'; did you mean 'TEXT'\? Set data.text=TEXT$",
+    ),
+    "spaces": (" text , label \na,1\n", r"did you mean ' text '\? Set data.text='\" text \"'$"),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_columns_that_are_nearly_there(tmp_path, what):
+    content, message = HEADERS[what]
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        labelled_text(DataConfig(path=str(tmp_path / "a.csv")), 0)
+
+
 def save_pictures(path, images, labels):
     np.savez(path, x_train=images, y_train=labels)
     return str(path)
@@ -123,6 +165,7 @@ BROKEN = {
     "label twice": ("a.csv", "text,label,label\na,1,x\n", "'label' names more than one column"),
     "text twice": ("a.csv", "text,text,label\na,b,1\n", "'text' names more than one column"),
     "a number": ("a.json", "5", "holds 5; wanted: a list of objects"),
+    "an object": ("a.json", '{"data": [{"text": "a"}]}', "an object of 'data'; wanted: a list of objects"),
     "null": ("a.json", "null", "holds None; wanted: a list of objects"),
     "empty parquet": ("a.parquet", "", "cannot be read as parquet"),
     "damaged parquet": ("a.parquet", "PAR1 and then nothing of the kind", "cannot be read as parquet"),
