@@ -100,7 +100,7 @@ def convert(
     if path.exists():
         raise AdapterError(f"{path} exists: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(6)}{path.suffix}")
+    draft = path.with_name(f".{path.stem}.converting-{secrets.token_hex(6)}{path.suffix}")
     try:
         chosen.write(adapter, draft, hints)
         for each in [*(draft.iterdir() if draft.is_dir() else ()), draft]:

@@ -3,7 +3,7 @@
 Reading opens the folder once and its files relative to it, never through a symlink, pipe or device; who needs several
 files of one writing asks `replaced` when all are open. Writing goes to a temporary sibling, is flushed to the disk, and
 takes the place of the old folder by one rename (an exchange, where the system has it): a crash leaves the old folder or
-the new one, whole.
+the new one, whole, and a draft that the next writer to the same place removes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -23,6 +24,11 @@ import numpy as np
 
 from deltaw.core.adapter import ALIGNMENT
 from deltaw.errors import AdapterError
+
+try:
+    import fcntl
+except ImportError:  # on Windows this can be imported, but folders cannot be opened
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -172,10 +178,9 @@ def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
         AdapterError: `path` is something else, holds files that are not an adapter's, or is where nothing can be written.
     """
     target = named(path)
-    draft = target.parent / f".{target.name}.tmp-{secrets.token_hex(6)}"
     try:
         exists = _may_replace(target)
-        draft.mkdir(parents=True)
+        draft, lock = _draft(target)
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
@@ -183,6 +188,7 @@ def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
             f"{str(target)[:200]} cannot be written, nor a folder be made beside it: {error.strerror}"
         ) from error
     try:
+        _remove_leftovers(target)
         fill(draft)
         if exists and (target / CARD).is_file() and not (draft / CARD).exists():
             shutil.copyfile(target / CARD, draft / CARD)
@@ -196,7 +202,32 @@ def replace(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
         sync(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
     return target
+
+
+def _draft(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target`, and it opened and locked: the lock goes with its process, so one without is dead."""
+    while True:
+        draft = target.parent / f".{target.name}.tmp-{secrets.token_hex(6)}"
+        draft.mkdir(parents=True)
+        with suppress(FileNotFoundError):
+            lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with suppress(OSError):  # a file system without locks, where nobody removes anything either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if draft.exists():  # else another writer took it for a dead one's before it was locked
+                return draft, lock
+            os.close(lock)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the drafts of writers to `target` that were killed."""
+    with suppress(OSError):
+        for draft in target.parent.iterdir():
+            if re.fullmatch(re.escape(f".{target.name}.tmp-") + "[0-9a-f]{12}", draft.name):
+                with suppress(OSError), _opened(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _may_replace(target: Path) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +206,67 @@ def test_reading_leaves_no_folder_open(tmp_path: Path) -> None:
     with pytest.raises(AdapterError):
         dw.read(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_drafts_of_killed_writers_are_removed_and_no_others(tmp_path: Path) -> None:
+    path, other = tmp_path / "a", tmp_path / ".b.tmp-0123456789ab"
+    mine = (
+        ".a.tmp-0123456789ab",
+        ".a.tmp-mine",
+        ".a.tmp-0123456789ab.old",
+        ".a.tmp-ab0123456789",
+        ".b.tmp-0123456789ab",
+    )
+    for name in mine:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG).write_text("{}")
+    (tmp_path / ".a.tmp-ba9876543210").symlink_to(other)
+    (tmp_path / ".a.tmp-000000000000").mkdir()
+    lock = os.open(tmp_path / ".a.tmp-ab0123456789", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    dw.write(adapter(1), path)
+    os.close(lock)
+    left = {*mine[1:], ".a.tmp-ba9876543210", "a"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+    dw.write(adapter(2), path)
+    assert {p.name for p in tmp_path.iterdir()} == left - {".a.tmp-ab0123456789"}
+    assert (other / CONFIG).exists()
+
+
+def test_a_draft_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = folders.fcntl.flock, []
+
+    def overtaken(handle: int, how: int) -> None:
+        if len(removed) < 2:
+            removed.extend(tmp_path.glob(".a.tmp-*"))
+            removed[-1].rmdir()
+        real(handle, how)
+
+    monkeypatch.setattr(folders.fcntl, "flock", overtaken)
+    dw.write(adapter(1), tmp_path / "a")
+    assert len(removed) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_writer_that_is_killed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    def wait(folder: Path) -> None:
+        (folder / CONFIG).write_text("{}")
+        os.write(ready[1], b"x")
+        time.sleep(60)
+
+    ready, path = os.pipe(), tmp_path / "a"
+    pid = os.fork()
+    if not pid:
+        folders.replace(path, wait)
+    os.read(ready[0], 1)
+    dw.write(adapter(1), path)
+    assert len(list(tmp_path.iterdir())) == 2
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    dw.write(adapter(2), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("path", [None, 3, b"a"])
