@@ -293,8 +293,13 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
     named: dict[str, str] = {}
     for word, value in _translated(values):
         key = ALIASES.get(str(word), str(word))
-        if named.setdefault(key, str(word)) != str(word):
-            raise ConfigError(f"{where}: {word!r} and {named[key]!r} are both names of {key!r}: give one")
+        inside = value if isinstance(value, Mapping) else ()
+        within = {f"{key}.{INNER.get(str(k), str(k))}": f"{word}: {k}" for k in inside}
+        if len(within) < len(inside):
+            raise ConfigError(f"{where}: {word}: {', '.join(map(str, inside))} name one key twice: give one")
+        for name, said in {key: str(word), **within}.items():
+            if named.setdefault(name, said) != said:
+                raise ConfigError(f"{where}: {said!r} and {named[name]!r} are both names of {name!r}: give one")
         outer, _, inner = key.partition(".")
         if inner:
             value = {inner: value}

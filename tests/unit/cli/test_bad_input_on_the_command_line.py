@@ -76,6 +76,10 @@ def test_configuration_errors(deltaw, tmp_path, what):
 def test_a_yaml_with_two_names_of_one_key(deltaw, tmp_path):
     (tmp_path / "a.yaml").write_text("recipe: sentiment\nepochs: 1\nnum_train_epochs: 2\n")
     assert "both names of 'epochs'" in deltaw("train", "a.yaml", code=2).err
+    (tmp_path / "b.yaml").write_text("recipe: sentiment\nlora: {rank: 2}\nlora_r: 4\n")
+    assert "'lora_r' and 'lora: rank' are both names of 'lora.rank'" in deltaw("train", "b.yaml", code=2).err
+    (tmp_path / "c.yaml").write_text("recipe: sentiment\nlora: {rank: 2, r: 4}\n")
+    assert "lora: rank, r name one key twice" in deltaw("train", "c.yaml", code=2).err
 
 
 def test_a_yaml_with_a_key_twice_and_a_broken_one(deltaw, tmp_path):
