@@ -65,8 +65,14 @@ def new_folder(out: str | None, default: str, overwrite: bool, kind: Kind) -> It
 
 
 def named(out: str | None, default: str) -> Path:
-    """`out`, or the first of runs/DEFAULT, runs/DEFAULT-2 ... that is free."""
+    """`out`, or the first of runs/DEFAULT, runs/DEFAULT-2 ... that is free.
+
+    Raises:
+        ConfigError: `out` is empty.
+    """
     if out is not None:
+        if not out.strip():
+            raise ConfigError("--out is empty: name a folder, or leave the option out")
         return Path(out)
     path, number = Path("runs") / default, 2
     while path.exists():
@@ -83,12 +89,14 @@ def check_replaced(path: Path, out: str, overwrite: bool, kind: Kind) -> None:
     """
     from deltaw.training.record import METRICS, Record
 
-    if not overwrite:
-        raise ConfigError(
-            f"--out {out} exists: choose another folder, or give --overwrite to replace it (or `deltaw resume {out}` to go on with it)"
-        )
     if not path.is_dir():
         raise ConfigError(f"--out {out} is a file: choose a folder")
+    if not overwrite:
+        begun = any((path / mark).is_file() for mark in ("run.json", "compare.json"))
+        again = (
+            f" (or `deltaw resume {out}` to go on with it)" if begun and not (path / "results.json").is_file() else ""
+        )
+        raise ConfigError(f"--out {out} exists: choose another folder, or give --overwrite to replace it{again}")
     if path.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
         raise ConfigError(f"--out {out} holds the working folder: it is not replaced")
     holds = [each for each, marks in MARKS.items() if any((path / mark).is_file() for mark in marks)]

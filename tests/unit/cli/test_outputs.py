@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltaw.cli.outputs import new_folder
+from deltaw.errors import ConfigError
+
 
 def listed(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
@@ -49,6 +52,25 @@ def test_a_run_replaces_a_run_and_nothing_else(deltaw, run, words, tmp_path):
     assert listed(run).keys() <= before.keys() | {"deltaw_manifest.json"}
     assert listed(run) != before
     assert [p.name for p in tmp_path.iterdir() if "replaced" in p.name] == []
+
+
+def test_only_what_is_unfinished_is_said_to_go_on(tmp_path):
+    def refusal(out):
+        with pytest.raises(ConfigError) as told, new_folder(str(out), "run", False, "run"):
+            pass
+        return str(told.value)
+
+    assert refusal("") == "--out is empty: name a folder, or leave the option out"
+    (tmp_path / "file").write_text("")
+    assert refusal(tmp_path / "file").endswith("is a file: choose a folder")
+    for mark, unfinished in {"analysis.json": False, "run.json": True, "compare.json": True}.items():
+        folder = tmp_path / mark.partition(".")[0]
+        folder.mkdir()
+        (folder / mark).write_text("{}")
+        assert ("`deltaw resume" in refusal(folder)) == unfinished
+        (folder / "results.json").write_text("{}")
+        assert "exists: choose another folder" in refusal(folder)
+        assert "resume" not in refusal(folder)
 
 
 def test_a_comparison_that_cannot_begin_takes_nothing_away(deltaw, tiny, tmp_path):

@@ -33,9 +33,14 @@ def add(app: typer.Typer) -> None:
         from deltaw.errors import DataError
         from deltaw.recipes.kept import open_kept
 
-        given = list(inputs or ()) or [line for line in typed() if line.strip()]
-        if not given or any(not text.strip() for text in given):
-            raise DataError("an input is empty: give texts on the command line, or one per line on stdin")
+        given = list(inputs or ()) or list(typed())
+        if not given:
+            raise DataError("no input: give texts on the command line, or one per line on stdin")
+        if empty := [n for n, text in enumerate(given, 1) if not text.strip()]:
+            raise DataError(
+                f"input {', '.join(map(str, empty[:5]))}{' ...' if len(empty) > 5 else ''} of {len(given)} is empty: "
+                "every input needs a text, so that answers and inputs line up"
+            )
         if strange := [text for text in given if text != text.encode(errors="replace").decode()]:
             raise DataError(f"the input {strange[0]!r} is not UTF-8: convert it to UTF-8")
         _, task, net = open_kept(Path(run), model)
