@@ -3,6 +3,8 @@
 Whole modules are trained in full (`train=`). A target that names a parameter (targets=["experts.gate_up_proj"]) adapts
 that one with any variant: a matrix (out, in), or the stacked weights of a mixture of experts, (E, out, in), or
 (E, in, out) where the module says `is_transposed`; every expert has factors of its own, A (E, rank, in), B (E, out, rank).
+Where it has no such attribute, (E, out, in) is assumed, as PEFT's files do, and only changes are taken that are of the same
+form from both sides (LoRA's).
 
 The forward runs on a shell, a per-call shallow twin with the changed tensors: nothing shared is mutated, so two threads
 may use two adapters. It also keeps running statistics still: in training a frozen BatchNorm normalises with the batch,
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from deltaw.core.host import Host
 from deltaw.core.registry import host
 from deltaw.core.twin import shell
+from deltaw.core.variant import Delta
+from deltaw.errors import TargetError
 from deltaw.layers.reading import Read, other_readers, read_hosts, reads_in, written_in
 
 
@@ -58,6 +62,23 @@ class ModuleHost(Host):
     @classmethod
     def reads(cls, layer: nn.Module) -> bool:
         return bool(read_hosts(layer))
+
+    def add(self, name: str, site: str, delta: Delta) -> None:
+        """As for any host; refused where a vector would lie along the outputs or inputs (DoRA, IA3) and nobody said which
+        side of a stack of matrices they are.
+
+        Raises:
+            TargetError: that is so.
+        """
+        shape, vectors = delta.site.shape, [tuple(p.shape) for p in delta._parameters.values() if p is not None]
+        told = len(shape) != 3 or hasattr(self, "is_transposed")
+        if not told and (shape[:2] in vectors or (shape[0], shape[2]) in vectors):
+            raise TargetError(
+                f"{delta.variant} treats outputs and inputs differently, and {self.base_class.__name__} does not say "
+                f"which side of {site!r} {shape} is which: set its is_transposed before, to False for (E, out, in) or to "
+                "True for (E, in, out) (Llama 4's experts), or use dw.LoRA"
+            )
+        super().add(name, site, delta)
 
     def bias_of(self, site: str) -> tuple[str, slice | None] | None:
         return None  # what an unknown forward adds its bias to, nobody knows

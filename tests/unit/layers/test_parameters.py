@@ -138,3 +138,19 @@ def test_mixtrals_experts():
         assert not torch.equal(adapted, out)
         dw.merge(model)
         torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", [dw.IA3(), dw.DoRA(rank=2)], ids=repr)
+def test_a_stack_that_does_not_say_which_side_its_outputs_are_takes_lora_only(variant):
+    llama4 = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    config = llama4.Llama4TextConfig(hidden_size=6, intermediate_size=10, num_local_experts=4)
+    model = nn.ModuleDict({"experts": llama4.Llama4TextExperts(config)})
+    kind = type(model["experts"])
+    with pytest.raises(TargetError, match=r"Llama4TextExperts does not say .* set its is_transposed before"):
+        dw.attach(model, variant, targets=["experts.gate_up_proj"])
+    assert type(model["experts"]) is kind
+    dw.detach(dw.attach(model, dw.LoRA(rank=2), targets=["experts.gate_up_proj"]))
+    model["experts"].is_transposed = True
+    dw.attach(model, variant, targets=["experts.gate_up_proj"])
+    delta = model["experts"].deltas("default")["gate_up_proj"]
+    assert (delta.l if isinstance(variant, dw.IA3) else delta.m).shape == (4, 20)
