@@ -252,7 +252,7 @@ def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
     (tmp_path / "empty").mkdir()
     assert "no run" in deltaw("predict", "empty", "a film", code=3).err
     assert "no run" in deltaw("resume", "empty", code=3).err
-    assert "an input is empty" in deltaw("predict", kept_run, " ", code=3).err
+    assert "input 1 of 1 is empty" in deltaw("predict", kept_run, " ", code=3).err
     assert "\nerror: " in "\n" + deltaw("inspect", "empty", code=2).err
 
 

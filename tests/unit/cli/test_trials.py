@@ -130,6 +130,13 @@ def test_predict_takes_only_utf8_from_stdin(kept_run):
     assert [json.loads(line)["text"] for line in marked.splitlines()] == ["a film", "a story"]
 
 
+def test_predict_refuses_an_empty_line_between_others(kept_run):
+    refused = run("predict", kept_run, input=b"a film\n\na story\n", code=None).exception
+    assert str(refused).startswith("input 2 of 3 is empty: every input needs a text")
+    assert len(run("predict", kept_run, input=b"a film\na story\n\n").stdout.splitlines()) == 2
+    assert str(run("predict", kept_run, input=b"", code=None).exception).startswith("no input: give texts")
+
+
 def test_predict_takes_only_utf8_as_arguments(kept_run):
     refused = run("predict", kept_run, "\udcff great", code=None).exception
     assert isinstance(refused, errors.DataError)
@@ -153,6 +160,9 @@ def test_diff_refuses_answers_of_language_models(tmp_path, texts):
     refused = run("diff", tmp_path / "run", "--data", texts, code=None).exception
     assert isinstance(refused, errors.ConfigError)
     assert "cannot be compared" in str(refused)
+    said = json.loads(run("predict", tmp_path / "run", "a number 1", "--json").stdout)
+    assert said.keys() == {"text", "answer"}
+    assert run("predict", tmp_path / "run", "a number 1").stdout == f"{said['answer']}  | a number 1\n"
 
 
 def test_hub_search_refuses_no_examples_and_an_adapter_given_twice(kept_run, other):

@@ -34,6 +34,8 @@ def add(app: typer.Typer) -> None:
         from deltaw.recipes.kept import open_kept
 
         given = list(inputs or ()) or list(typed())
+        while given and not inputs and not given[-1].strip():  # empty lines at the end of stdin
+            given.pop()
         if not given:
             raise DataError("no input: give texts on the command line, or one per line on stdin")
         if empty := [n for n, text in enumerate(given, 1) if not text.strip()]:
@@ -48,6 +50,9 @@ def add(app: typer.Typer) -> None:
         for answer in answers:
             if as_json:
                 typer.echo(strict(answer))
+                continue
+            if "answer" in answer:  # of a language model, which knows no classes
+                typer.echo(f"{answer['answer']}  | {answer['text']}")
                 continue
             shares = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
             typer.echo(

@@ -229,10 +229,7 @@ class CausalLM(Task):
 
     def predict(self, model: nn.Module, inputs: Sequence[str]) -> list[dict[str, Any]]:
         """For each text: the answer to it as a first question."""
-        return [
-            {"text": t, "label": self.answer(model, [{"role": "user", "content": t}]), "probabilities": {}}
-            for t in inputs
-        ]
+        return [{"text": t, "answer": self.answer(model, [{"role": "user", "content": t}])} for t in inputs]
 
 
 def answers(model: nn.Module, batch: Batch, *, packed: bool) -> tuple[Tensor, Tensor]:
