@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import signal
 import sys
 import traceback
 
@@ -61,6 +63,7 @@ def run() -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        _end_at_the_next_signal()
         print("\ninterrupted", file=sys.stderr)
         code = 130
     except DeltawError as error:
@@ -71,7 +74,14 @@ def run() -> None:
         code = _other(error, debug)
     if sys.stdout is not None:  # closed by the caller
         sys.stdout.flush()
+    _end_at_the_next_signal()
     sys.exit(code)
+
+
+def _end_at_the_next_signal() -> None:
+    """What is kept has been written: a signal from here on, or a second one, needs no traceback out of some exit hook."""
+    for known in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(known, lambda number, _: os._exit(128 + number))
 
 
 def _told(error: BaseException, debug: bool, code: int) -> int:
@@ -95,6 +105,7 @@ def _other(error: Exception, debug: bool) -> int:
         return _told(UsageText(text), debug, 2)
     code = getattr(error, "code", None)
     if type(error).__name__ == "Interrupted" and isinstance(code, int):
+        _end_at_the_next_signal()
         print(f"stopped by {error}", file=sys.stderr)
         return code
     if isinstance(error, OSError):

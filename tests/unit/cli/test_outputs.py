@@ -131,6 +131,15 @@ def test_a_run_goes_on_only_from_what_it_began_with(deltaw, tiny, tmp_path, chan
     assert "is not what this run began with" in answer.err
 
 
+def test_a_signal_at_the_very_end_shows_no_traceback():
+    hook = "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))"
+    code = f"import atexit, os, signal, sys, time; {hook}; sys.argv = ['deltaw', '--version']; import deltaw.cli as c; c.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stdout.startswith("deltaw ")
+    assert done.stderr == ""
+
+
 def test_gates_that_fail_end_with_2(deltaw, run, tiny, tmp_path):
     deltaw("check", run, "--base", tiny / "model")
     save_file({"other.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
