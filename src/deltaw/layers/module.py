@@ -63,7 +63,7 @@ class ModuleHost(Host):
     def reads(cls, layer: nn.Module) -> bool:
         return bool(read_hosts(layer))
 
-    def add(self, name: str, site: str, delta: Delta) -> None:
+    def add_delta(self, name: str, site: str, delta: Delta) -> None:
         """As for any host; refused where a vector would lie along the outputs or inputs (DoRA, IA3) and nobody said which
         side of a stack of matrices they are.
 
@@ -78,7 +78,7 @@ class ModuleHost(Host):
                 f"which side of {site!r} {shape} is which: set its is_transposed before, to False for (E, out, in) or to "
                 "True for (E, in, out) (Llama 4's experts), or use dw.LoRA"
             )
-        super().add(name, site, delta)
+        super().add_delta(name, site, delta)
 
     def bias_of(self, site: str) -> tuple[str, slice | None] | None:
         return None  # what an unknown forward adds its bias to, nobody knows
