@@ -309,7 +309,7 @@ def backward_factors(
         else:
             dA = u.new_zeros(t.A.shape)
             for part in blocks(x):
-                dA += linear(u[:, part], (x[part] * mask.rows(part)).t())
+                dA += linear(u.t()[part].t(), (x[part] * mask.rows(part)).t())
         dA = dA.to(t.A.dtype)
     return dA, dB, u
 
@@ -322,7 +322,7 @@ def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
         dx.addmm_(u.t(), A)
         return
     for part in blocks(dx):
-        dx[part].addcmul_(linear(u[:, part].t(), A.t()), mask.rows(part))
+        dx[part].addcmul_(linear(u.t()[part], A.t()), mask.rows(part))
 
 
 def project(t: Term, x: Tensor) -> Tensor:
@@ -404,7 +404,7 @@ def column_dots(g: Tensor, y: Tensor) -> Tensor:
     wide = torch.promote_types(g.dtype, torch.float32)
     total = torch.zeros(g.shape[1], dtype=wide, device=g.device)
     for part in blocks(g):
-        total += (g[part] * y[part]).sum(0, dtype=wide)
+        total = total + (g[part] * y[part]).sum(0, dtype=wide)
     return total
 
 

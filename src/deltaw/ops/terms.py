@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -146,4 +147,4 @@ def blocks(x: Tensor) -> list[slice]:
 
 def flat(x: Tensor) -> Tensor:
     """(..., k) -> (T, k), a view where x's strides allow; empty batches too."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -64,6 +64,18 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(lambda *t: case.run(adapted_linear, t), tuple(case.tensors))
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if 0 not in c.lead], ids=str)
+def test_many_gradients_at_once(case: Case) -> None:
+    if case.gain:
+        case.tensors[5 if case.bias else 4].data[0] = -1  # c = 0, of one adapter
+    y = case.run(adapted_linear)
+    probes = torch.randn(3, *y.shape, dtype=y.dtype)
+    found = torch.autograd.grad(y, case.tensors, probes, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, case.tensors, probe, retain_graph=True) for probe in probes]
+    for g, e in zip(found, zip(*each)):
+        torch.testing.assert_close(g, torch.stack(e), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_blocks_of_rows_do_not_change_the_result(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deltaw.ops.dropout.BLOCK", 35)  # 7 rows of x, 8 of y: the last block is shorter
