@@ -90,7 +90,7 @@ def check_replaced(path: Path, out: str, overwrite: bool, kind: Kind) -> None:
     from deltaw.training.record import METRICS, Record
 
     if not path.is_dir():
-        raise ConfigError(f"--out {out} is a file: choose a folder")
+        raise ConfigError(f"--out {out} is a file: choose another name for the folder")
     if not overwrite:
         begun = any((path / mark).is_file() for mark in ("run.json", "compare.json"))
         again = (

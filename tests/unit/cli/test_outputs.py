@@ -62,7 +62,7 @@ def test_only_what_is_unfinished_is_said_to_go_on(tmp_path):
 
     assert refusal("") == "--out is empty: name a folder, or leave the option out"
     (tmp_path / "file").write_text("")
-    assert refusal(tmp_path / "file").endswith("is a file: choose a folder")
+    assert refusal(tmp_path / "file").endswith("is a file: choose another name for the folder")
     for mark, unfinished in {"analysis.json": False, "run.json": True, "compare.json": True}.items():
         folder = tmp_path / mark.partition(".")[0]
         folder.mkdir()
