@@ -71,7 +71,8 @@ class ModuleHost(Host):
             TargetError: that is so.
         """
         shape, vectors = delta.site.shape, [tuple(p.shape) for p in delta._parameters.values() if p is not None]
-        told = len(shape) != 3 or hasattr(self, "is_transposed")
+        torch_own = self.base_class.__module__.startswith("torch.")
+        told = len(shape) != 3 or hasattr(self, "is_transposed") or torch_own
         if not told and (shape[:2] in vectors or (shape[0], shape[2]) in vectors):
             raise TargetError(
                 f"{delta.variant} treats outputs and inputs differently, and {self.base_class.__name__} does not say "
