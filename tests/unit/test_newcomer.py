@@ -61,7 +61,7 @@ def test_adapters_of_models_without_a_common_parameter_are_not_added_up(tmp_path
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "row 2: .* no object"),
-        ("a.json", b'{"text": "a"}', "row 1: 'text' is no object"),
+        ("a.json", b'{"text": "a"}', "holds an object of 'text'; wanted: a list"),
         ("a.csv", b"text,label\na,1\nb, c,1\n", "row 2: 3 values for 2 columns"),
         ("a.csv", "text,label\ncafé,1\n".encode("latin1"), "save it as UTF-8"),
     ],
