@@ -15,6 +15,8 @@ from deltaw.compose.combiner import Combiner, Term
 from deltaw.compose.compress import compress, length, relative_error
 from deltaw.core.adapter import Change, split_key
 from deltaw.core.base_weights import Base, dense_base, has_weight
+from deltaw.core.host import Host
+from deltaw.core.registry import hosts
 from deltaw.core.true_change import Matrix, any_shape, check_finite, delta_of, true_change, true_changes
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.ops.product import Product
@@ -175,7 +177,8 @@ class OneWeight:
             start = dense_base(self.base, key, first)
             terms = [Term(p.weight, true_change(key, p.change, start), p.place) for p in parts]
         terms = [Term(t.weight, t.dense(), t.place) for t in terms]
-        if len({tuple(t.change.shape) for t in terms}) > 1:
+        mixed = len({any_shape(p.change) for p in parts}) > 1
+        if len({tuple(t.change.shape) for t in terms}) > 1 or (mixed and stored_otherwise(parts)):
             raise ConfigError(
                 f"{key}: a low-rank change and a trained copy of a weight that is not stored as an (out, in) matrix "
                 f"cannot be added up; merge them into a model (dw.merge) and extract the difference instead"
@@ -202,6 +205,15 @@ class OneWeight:
             if self.base is None:
                 raise
             return true_changes(key, change, dense_base(self.base, key, change))
+
+
+def stored_otherwise(parts: Sequence[Part]) -> bool:
+    """Whether the weight's layer may store it in another form than its (out, in) matrix, which a square one does not show."""
+    family = _facts(parts).layer
+    if family is None or family not in hosts:
+        return False
+    host = hosts[family]
+    return host.to_matrix is not Host.to_matrix and not (host.full_only and len(_shape(parts)) == 2)
 
 
 def _with_errors(

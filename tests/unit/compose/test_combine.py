@@ -1,5 +1,6 @@
 """Combinations against dense float64 computations."""
 
+import copy
 import math
 
 import pytest
@@ -629,3 +630,25 @@ def test_linear_is_pefts_linear():
     wrapped.add_weighted_adapter(["one", "two"], [0.7, -0.3], "sum", combination_type="linear")
     ours = dw.combine(made, [0.7, -0.3], how="linear")
     assert torch.allclose(ours.changes["0.weight"].delta_weight(), layer.get_delta_weight("sum"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_square_weight_that_is_stored_transposed_is_not_added_to_its_copy():
+    from transformers.pytorch_utils import Conv1D
+
+    for make, added_up in ((Conv1D, False), (torch.nn.Linear, True)):
+        torch.manual_seed(0)
+        base, x = torch.nn.Sequential(make(8, 8)), torch.randn(3, 8)
+        adapters, outputs = [], []
+        for variant, target in ((dw.LoRA(rank=2), "0"), (dw.Diff(), "0.weight")):
+            model = dw.attach(copy.deepcopy(base), variant, [target])
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    torch.nn.init.normal_(parameter)
+            adapters.append(dw.get(model))
+            outputs.append(model(x))
+        if added_up:
+            got = dw.install(copy.deepcopy(base), dw.combine(adapters, [1.0, 1.0], how="svd", base=base))
+            torch.testing.assert_close(got(x), sum(outputs) - base(x), rtol=1e-4, atol=1e-4)
+            continue
+        with pytest.raises(errors.ConfigError, match="not stored as an"):
+            dw.combine(adapters, [1.0, 1.0], how="svd", base=base)
