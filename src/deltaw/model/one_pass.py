@@ -30,7 +30,9 @@ def changed_by(host: Host, names: Iterable[str]) -> frozenset[str]:
 
 
 def sorted_groups(groups: Sequence[Group]) -> tuple[list[Group], list[int]]:
-    """The groups of a batch whose rows are sorted by group, and the order of the rows that sorts them."""
+    """The groups of a batch whose rows are sorted by group, and the order of the rows that sorts them; groups of equal
+    length lie together (`ops.grouped.runs`)."""
+    groups = sorted(groups, key=lambda group: len(group[1]))
     order = [row for _, rows in groups for row in rows]
     spans = accumulate((len(rows) for _, rows in groups), initial=0)
     return [(active, list(range(at, at + len(rows)))) for (active, rows), at in zip(groups, spans)], order

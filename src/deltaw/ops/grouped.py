@@ -9,7 +9,14 @@ without adapters cost nothing more. No row is ever multiplied with another row's
 full of NaN changes its own rows only.
 
 Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, and
-usual terms are two calls: bookkeeping for every factor would cost as much as the thin products do.
+usual terms are two calls: bookkeeping for every factor would cost as much as the thin products do. Short segments of equal
+length are put side by side where their factors are small (`runs`, `add_stacked_`): two batched products instead of two
+calls for each of them,
+
+    h[i] = A[i] x[i]ᵀ,  y[i] += s[i] (B[i] h[i])ᵀ,    A (n, r, in), B (n, out, r), x (n, tokens, in), y (n, tokens, out).
+
+(With one wide A and one wide B, all rows of which see all adapters, a mask has to take out what is not theirs: n times the
+work, and 0 x NaN is NaN. It was slower wherever it was measured, docs/decisions/023.)
 
 The plain twin is `grouped_linear_reference`.
 """
@@ -37,7 +44,8 @@ from deltaw.ops.linear import (
     project,
     scale_and_shift_,
 )
-from deltaw.ops.matmul import linear, transformed
+from deltaw.ops.matmul import linear, thin, transformed
+from deltaw.ops.select import is_stacked
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -53,6 +61,9 @@ from deltaw.ops.terms import (
 
 Span = tuple[int, int, Plan]
 """First token, last token, and the constants of the segment's terms."""
+
+Tokens = tuple[int, int, Sequence[Term]]
+"""First token, last token, and the segment's terms, one at least."""
 
 
 class Segment(NamedTuple):
@@ -215,11 +226,11 @@ def grouped_values(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    segments: Sequence[tuple[int, int, Sequence[Term]]],
+    segments: Sequence[Tokens],
     frozen: FrozenProduct | None,
     products: list[Tensor] | None,
 ) -> Tensor:
-    """y (rows, ..., out). `segments`: first token, last token, terms. `products`, if wanted, is given hᵀ = A drop(x)ᵀ of
+    """y (rows, ..., out). `segments`: first token, last token, terms. `products`, if wanted, is given h = drop(x) Aᵀ of
     every term in turn."""
     rows = flat(x)
     if weight is None:
@@ -229,20 +240,56 @@ def grouped_values(
             y.add_(bias)
     else:
         y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
-    for start, stop, terms in segments:
+    for run in runs(segments, y.dtype) if products is None else [[s] for s in segments]:
+        if len(run) > 1:
+            add_stacked_(y, rows, run)
+            continue
+        start, stop, terms = run[0]
         part, own = y[start:stop], rows[start:stop]
         gain = total_gain(terms)
         if gain is not None:
             scale_and_shift_(part, gain, None if bias is None else -gain * bias)
         for t in terms:
             if products is None and t.seed is None and t.A.dtype == t.B.dtype == y.dtype:
-                part.addmm_(linear(t.A, own).t(), t.B.t(), alpha=t.scale)
+                part.addmm_(thin(own, t.A), t.B.t().contiguous(), alpha=t.scale)
                 continue
             h = project(t, own)
             add_(part, h, t)
             if products is not None:
                 products.append(h)
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]
+
+
+def runs(segments: Sequence[Tokens], dtype: torch.dtype) -> list[list[Tokens]]:
+    """The segments in their order, those that `add_stacked_` takes together in one list."""
+    found: list[list[Tokens]] = []
+    last: object = None
+    for segment in segments:
+        start, stop, terms = segment
+        t, kind = terms[0], None
+        if len(terms) == 1 and t.gain is None and t.seed is None and t.A.dtype == t.B.dtype == dtype:
+            rank, columns = t.A.shape
+            if is_stacked(t.B.shape[0], columns, stop - start, rank):
+                kind = (stop - start, t.A.shape, t.B.shape)
+        if kind is not None and kind == last and start == found[-1][-1][1]:
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+        last = kind
+    return found
+
+
+def add_stacked_(y: Tensor, rows: Tensor, run: Sequence[Tokens]) -> None:
+    """y[seg] += s (A x)ᵀ Bᵀ for n segments of equal length, one behind the other, with one usual term of one shape each."""
+    terms = [only for _, _, (only,) in run]
+    part = slice(run[0][0], run[-1][1])
+    n, each = len(run), run[0][1] - run[0][0]
+    x, own = (z[part].view(n, each, z.shape[1]) for z in (rows, y))
+    h = torch.bmm(torch.stack([t.A for t in terms]), x.mT)
+    scale = terms[0].scale
+    if any(t.scale != scale for t in terms):
+        h, scale = h * h.new_tensor([t.scale for t in terms]).view(-1, 1, 1), 1.0
+    own.add_(torch.bmm(torch.stack([t.B for t in terms]), h).mT, alpha=scale)
 
 
 def unpack_spans(spans: Sequence[Span], tensors: Sequence[Any]) -> list[tuple[int, int, list[Term]]]:

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
 from deltaw.ops.leaves import as_views
-from deltaw.ops.matmul import by_onednn, linear, transformed
+from deltaw.ops.matmul import by_onednn, linear, thin, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.terms import (
@@ -87,7 +87,8 @@ def adapted_linear(
     tokens, compiled = math.prod(x.shape[:-1]), torch.compiler.is_compiling()
     if weight is not None and not compiled and is_small(weight.shape[0], weight.shape[1], tokens):
         return composed(x, weight, bias, [in_force(a, training, False, x.device) for a in adapters])
-    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype)
+    gains = any(a.gain is not None for a in adapters)
+    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype, gains)
     terms = [in_force(a, training, merge, x.device) for a in adapters]
     if transformed():
         return plain(x, weight, bias, terms, frozen)
@@ -214,7 +215,7 @@ class AdaptedLinear(torch.autograd.Function):
             scaled = (g * (1 + gain)).to(g.dtype)
 
         dfactors: list[Tensor | None] = []
-        thin: list[Tensor | None] = []  # uᵀ (r, T) of each term
+        projected: list[Tensor | None] = []  # g B of each term
         shares: list[Tensor] = []  # Σ_r B ⊙ ∂B of each term, (out,)
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
             needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or needs_gain
@@ -223,7 +224,7 @@ class AdaptedLinear(torch.autograd.Function):
                 assert dB is not None
                 shares.append((t.B * dB).sum(1))
             dfactors += [dA, dB]
-            thin.append(u)
+            projected.append(u)
         sums = g.sum(0) if needs_bias or (needs_gain and bias is not None) else None
         dgain = None
         if needs_gain:
@@ -244,7 +245,7 @@ class AdaptedLinear(torch.autograd.Function):
                 dx = ctx.frozen.matmul_grad(scaled)
             else:
                 dx = linear(g, merged_weight(weight, terms).t()) if ctx.merge else linear(scaled, weight.t())
-            for t, u in zip(terms, thin, strict=True):
+            for t, u in zip(terms, projected, strict=True):
                 if not t.merged:
                     assert u is not None
                     add_input_gradient_(dx, u, t)
@@ -261,7 +262,7 @@ def adapted_values(
     frozen: FrozenProduct | None,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """y, and hᵀ (r, T) of each term that was added, or that backward needs since it does not read x (not `keep`)."""
+    """y, and h (T, r) of each term that was added, or that backward needs since it does not read x (not `keep`)."""
     gain = None if merge else total_gain(terms)
     if weight is None:
         assert frozen is not None
@@ -288,51 +289,52 @@ def adapted_values(
 def backward_factors(
     t: Term, g: Tensor, x: Tensor, h: Tensor | None, needs_A: bool, needs_B: bool, needs_u: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂A, ∂B and uᵀ of one term from g (T, out) and x (T, in).
-
-    hᵀ and uᵀ are kept transposed, (r, T): with a short side r these are the fast orientations of all products.
-    """
+    """∂A, ∂B and u / s = g B, (T, r), of one term from g (T, out) and x (T, in)."""
     drop = t.output_mask(g)
     if drop is not None:
         g = g * drop
     dA = dB = u = None
     if needs_B:
         h = project(t, x) if h is None else h.to(x.dtype)
-        dB = linear(h, g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
+        dB = linear(h.t(), g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
     if needs_A or needs_u:
-        u = linear(t.B.to(x.dtype).t() * t.scale, g)
+        u = thin(g, t.B.to(x.dtype).t().contiguous())
     if needs_A:
         assert u is not None
         mask = t.input_mask(x)
         if mask is None:
-            dA = linear(u, x.t())
+            dA = linear(u.t(), x.t())
         else:
             dA = u.new_zeros(t.A.shape)
             for part in blocks(x):
-                dA += linear(u.t()[part].t(), (x[part] * mask.rows(part)).t())
-        dA = dA.to(t.A.dtype)
+                dA += linear(u[part].t(), (x[part] * mask.rows(part)).t())
+        dA = dA.to(t.A.dtype).mul_(t.scale)
     return dA, dB, u
 
 
 def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
-    """dx += drop(u A) in place, for uᵀ (r, T) and dx (T, in)."""
+    """dx += drop(s u A) in place, for u (T, r) = g B and dx (T, in)."""
     A = t.A.to(dx.dtype)
     mask = t.input_mask(dx)
     if mask is None:
-        dx.addmm_(u.t(), A)
+        dx.addmm_(u, A, alpha=t.scale)
         return
     for part in blocks(dx):
-        dx[part].addcmul_(linear(u.t()[part], A.t()), mask.rows(part))
+        dx[part].addcmul_(linear(u[part], A.t()), mask.rows(part), value=t.scale)
 
 
 def project(t: Term, x: Tensor) -> Tensor:
-    """hᵀ = A drop(x)ᵀ, (r, T), of x (T, in)."""
+    """h = drop(x) Aᵀ, (T, r), of x (T, in)."""
     A = t.A.to(x.dtype)
     mask = t.input_mask(x)
     if mask is None:
-        return linear(A, x)
-    parts = [linear(A, x[part] * mask.rows(part)) for part in blocks(x)]
-    return torch.cat(parts, dim=1) if parts else x.new_empty(A.shape[0], 0)
+        return thin(x, A)
+    parts = [thin(x[part] * mask.rows(part), A) for part in blocks(x)]
+    if len(parts) == 1:
+        return parts[0]
+    if not parts or parts[0].is_contiguous():
+        return torch.cat(parts) if parts else x.new_empty(0, A.shape[0])
+    return torch.cat([h.t() for h in parts], dim=1).t()
 
 
 def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
@@ -359,13 +361,13 @@ def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> No
 
 
 def add_(y: Tensor, h: Tensor, t: Term) -> None:
-    """y += drop(s h Bᵀ) in place, for hᵀ (r, T) and y (T, out)."""
-    B = t.B.to(y.dtype)
+    """y += drop(s h Bᵀ) in place, for h (T, r) and y (T, out)."""
+    B = t.B.to(y.dtype).t().contiguous()  # MKL takes half the time with the long side last
     drop = t.output_mask(y)
     if drop is None:
-        y.addmm_(h.t(), B.t(), alpha=t.scale)
+        y.addmm_(h, B, alpha=t.scale)
     else:
-        y.addcmul_(h.t() @ B.t(), drop, value=t.scale)
+        y.addcmul_(h @ B, drop, value=t.scale)
 
 
 def gain_from_output(

@@ -1,8 +1,12 @@
 """Which kernel runs, and why: the rules that `deltaw ops` prints. The choices made by timing are in choices.py.
 
-Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operations and a pass over the output; forming
-W' = W + s B A costs 2r·in·out and a pass over the weight. So W' is cheaper where T > in·out / (in + out). It is exact
-up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never there.
+Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operations, forming W' = W + s B A 2r·in·out. So
+W' takes fewer of them where T > in·out / (in + out), and where MKL multiplies thin matrices slowly (matmul.py) that
+decides. Elsewhere passes over memory do. Forward and backward, W' reads and writes the weight four times (a copy and a
+product, twice); added, the change reads and writes y and ∂x once, as what is behind it, h and u, ∂B and ∂A take anyway: so
+W' is cheaper from four times as many rows on. A gain, which in W' is free, reads and writes y and g once more: from twice.
+W' is exact up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never
+there.
 
 For a convolution it is passes that cost: factors make five of them over the output, forward and backward, W' the gradient
 of a whole weight. Measured with rank 8 (benchmarks/convolution.py), W' is cheaper for kernels of up to `KERNEL` numbers at
@@ -22,13 +26,24 @@ from dataclasses import dataclass
 import torch
 
 from deltaw.ops.int8 import int8_available
+from deltaw.ops.matmul import mkl_is_slow
 
 WIDE = (torch.float32, torch.float64)
 
 
-def use_merged(rows_out: int, columns_in: int, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether the adapted linear forms W' for this call (if W is dense; an adapter with dropout is added all the same)."""
-    return dtype in WIDE and surely(tokens * (rows_out + columns_in) > rows_out * columns_in)
+def use_merged(rows_out: int, columns_in: int, tokens: int, dtype: torch.dtype, gain: bool = False) -> bool:
+    """Whether the adapted linear forms W' for this call (if W is dense; an adapter with dropout is added all the same).
+
+    gain: whether an adapter has one.
+    """
+    return dtype in WIDE and surely(tokens * (rows_out + columns_in) > worth(gain) * rows_out * columns_in)
+
+
+def worth(gain: bool) -> int:
+    """From how many times in·out / (in + out) rows on W' is formed."""
+    if not torch.compiler.is_compiling() and mkl_is_slow():
+        return 1
+    return 2 if gain else 4
 
 
 def surely(holds: bool) -> bool:
@@ -62,6 +77,22 @@ def is_formed(rows_out: int, columns_in: int) -> bool:
     By its shape alone: were it by the number of rows as well, a row would round otherwise in another batch.
     """
     return rows_out * columns_in <= FORMED
+
+
+SHORT = 16
+"""Tokens of a segment."""
+
+THIN = 1 << 14
+"""Numbers of both factors of an adapter (64 KiB): rank 8 of 1024 x 1024."""
+
+
+def is_stacked(rows_out: int, columns_in: int, tokens: int, rank: int) -> bool:
+    """Whether segments of so many tokens each, in a batch with many adapters, share two batched products without gradients.
+
+    Their factors are copied side by side for it, which costs less than two calls of Python's for each as long as they are
+    small (docs/decisions/023).
+    """
+    return tokens <= SHORT and rank * (rows_out + columns_in) <= THIN
 
 
 KERNEL = 1 << 16
@@ -101,7 +132,9 @@ def explain(
     device: str = "cpu",
 ) -> Explanation:
     """What `adapted_linear` does with x (tokens, in), W (out, in) kept in `form`, and one adapter in training."""
-    bound = rows_out * columns_in / (rows_out + columns_in)
+    times = worth(False)
+    bound = times * rows_out * columns_in / (rows_out + columns_in)
+    limit = f"{times if times > 1 else ''} in·out/(in+out) = {bound:.0f}".lstrip()
     thin = tokens * rank * (rows_out + columns_in)  # one thin product on each side
     frozen = 2 * tokens * rows_out * columns_in
     if form != "dense" and is_formed(rows_out, columns_in):
@@ -113,9 +146,7 @@ def explain(
         return Explanation("composed", reason, 3 * thin / frozen)
     if form == "dense" and not dropout and use_merged(rows_out, columns_in, tokens, dtype):
         work = 2 * thin + 2 * rank * rows_out * columns_in
-        return Explanation(
-            "merged", f"{tokens} rows > in·out/(in+out) = {bound:.0f}: W' = W + sBA is cheaper to form", work / frozen
-        )
+        return Explanation("merged", f"{tokens} rows > {limit}: W' = W + sBA is cheaper to form", work / frozen)
     if form != "dense":
         reason = f"W is kept as {form}, its own kernels make the frozen products"
         if form == "int8" and (device != "cpu" or not int8_available()):
@@ -125,5 +156,5 @@ def explain(
     elif dtype not in WIDE:
         reason = f"{str(dtype).removeprefix('torch.')} would round a small change away if it were merged into W"
     else:
-        reason = f"{tokens} rows <= in·out/(in+out) = {bound:.0f}: the factors are cheaper to apply than W' to form"
+        reason = f"{tokens} rows <= {limit}: the factors are cheaper to apply than W' to form"
     return Explanation("added", reason, 3 * thin / frozen)

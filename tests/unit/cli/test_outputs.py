@@ -93,7 +93,7 @@ def training(words, where):
     )
     try:
         until = time.monotonic() + 120
-        while not list((where / "live").glob("checkpoints/step-*")):
+        while not [p for p in (where / "live").glob("checkpoints/step-*") if ".tmp-" not in p.name]:
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.1)

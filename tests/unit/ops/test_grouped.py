@@ -7,7 +7,7 @@ import torch
 
 from deltaw.core.variant import LowRank
 from deltaw.errors import ConfigError
-from deltaw.ops import adapted_linear
+from deltaw.ops import adapted_linear, grouped
 from deltaw.ops.grouped import Segment, grouped_linear, grouped_linear_reference
 from tests.unit.ops.test_linear import Doubled
 
@@ -117,3 +117,50 @@ def test_the_same_bits_with_and_without_gradients(lead: tuple[int, ...], trainin
     assert recorded.requires_grad
     assert not bare.requires_grad
     assert torch.equal(recorded, bare)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (3, 5), (2, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_short_segments_of_equal_length_share_their_products(
+    lead: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(*lead[:1], 12, *lead[1:], 5, dtype=torch.float64)
+    x = x.transpose(0, 1) if lead else x  # rows that do not lie one behind the other
+    weight, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 5), (4,)))
+    two, one, other = adapter(2), adapter(2)._replace(scale=-3.0), adapter(3)
+    spans = [
+        (0, 1, two),
+        (1, 2, one),
+        (2, 3, two),
+        (4, 5, two),
+        (5, 7, one),
+        (7, 9, two),
+        (9, 10, other),
+        (10, 12, other),
+    ]
+    segments = [Segment(start, stop, (a,)) for start, stop, a in spans]
+    stacked: list[int] = []
+    done = grouped.add_stacked_
+    monkeypatch.setattr(grouped, "add_stacked_", lambda y, rows, run: (stacked.append(len(run)), done(y, rows, run)))
+    with torch.no_grad():
+        y = grouped_linear(x, weight, b if bias else None, segments, training=False)
+        reference = grouped_linear_reference(x, weight, b if bias else None, segments, training=False)
+    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+    assert stacked == {(3, 5): [3], (2, 40): []}.get(lead, [3, 2])  # more than 16 tokens are no short segment
+
+
+def test_stacked_factors_full_of_nan_or_infinity_change_their_own_rows_only() -> None:
+    x = torch.randn(6, 2, 5)
+    weight = torch.randn(4, 5)
+    healthy = [LowRank(torch.randn(2, 5), torch.randn(4, 2), 1.0) for _ in range(6)]
+    broken = list(healthy)
+    broken[2] = LowRank(torch.full((2, 5), float("nan")), healthy[2].B, 1.0)
+    broken[4] = LowRank(healthy[4].A, torch.full((4, 2), float("inf")), 1.0)
+    with torch.no_grad():
+        y, expected = (
+            grouped_linear(x, weight, None, [Segment(i, i + 1, (a,)) for i, a in enumerate(own)], training=False)
+            for own in (broken, healthy)
+        )
+    assert not y[[2, 4]].isfinite().any()
+    assert torch.equal(y[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
