@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from deltaw.core.host import Host, Spoken
 from deltaw.core.part import parameter_of, placed, placed_rows, rows_of
 from deltaw.core.roster import Active
-from deltaw.core.variant import LowRank
+from deltaw.core.variant import FrozenMatrix, LowRank
 from deltaw.ops.seeded import seeded_dropout
+
+Known = dict[tuple[Host, str], FrozenMatrix]
+"""Frozen matrices by host and site."""
 
 
 class OutputHost(Host):
@@ -30,19 +33,25 @@ class OutputHost(Host):
         """The weight as it is stored, (out, in)."""
         return {"weight": tuple(layer.weight.shape)}  # type: ignore[arg-type]
 
-    def low_rank(self, active: Active | None = None) -> list[LowRank] | None:
-        """The active changes of the weight (or those of `active`) as low-rank terms, or None if one is not of that form."""
+    def low_rank(self, active: Active | None = None, known: Known | None = None) -> list[LowRank] | None:
+        """The active changes of the weight (or those of `active`) as low-rank terms, or None if one is not of that form.
+
+        known: frozen matrices that are looked up once for several `active`.
+        """
         terms: list[LowRank] = []
         for spoken in self.speaking("weight", active):
-            parts = self.terms_of(spoken)
+            parts = self.terms_of(spoken, {} if known is None else known)
             if parts is None:
                 return None
             terms.extend(parts if spoken.weight == 1.0 else [weighted(p, spoken.weight) for p in parts])
         return terms
 
-    def terms_of(self, spoken: Spoken) -> Sequence[LowRank] | None:
+    def terms_of(self, spoken: Spoken, known: Known) -> Sequence[LowRank] | None:
         """The terms of one delta, for this layer's matrix (out, in)."""
-        terms = spoken.delta.low_rank(spoken.host.frozen_matrix(spoken.site))
+        key = spoken.host, spoken.site
+        if key not in known:
+            known[key] = spoken.host.frozen_matrix(spoken.site)
+        terms = spoken.delta.low_rank(known[key])
         rows = rows_of(spoken.site)
         if terms is None:
             return None

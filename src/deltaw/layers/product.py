@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltaw.core.frozen import FrozenWeight
 from deltaw.core.roster import Active
-from deltaw.layers.output import OutputHost
+from deltaw.layers.output import Known, OutputHost
 from deltaw.ops.grouped import Segment, grouped_linear
 from deltaw.ops.linear import adapted_linear
 from deltaw.ops.select import is_formed
@@ -59,10 +59,12 @@ class ProductHost(OutputHost):
         return self.to_matrix("weight", stored)
 
     def grouped_call(self, x: Tensor, groups: Sequence[tuple[Active, int, int]]) -> Tensor | None:
-        segments = []
+        if self.beneath or not self.active_sites(tuple(one for active, *_ in groups for one in active)) <= {"weight"}:
+            return None
+        segments, known = [], Known()
         for active, start, stop in groups:
-            terms = self.low_rank(active) if active else []
-            if terms is None or self.beneath or not self.active_sites(active) <= {"weight"}:
+            terms = self.low_rank(active, known) if active else []
+            if terms is None:
                 return None
             segments.append(Segment(start, stop, terms))
         weight, form = self.dense_or_form(x)
