@@ -3,8 +3,8 @@
 Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operations, forming W' = W + s B A 2r·in·out. So
 W' takes fewer of them where T > in·out / (in + out), and where MKL multiplies thin matrices slowly (matmul.py) that
 decides. Elsewhere passes over memory do. Forward and backward, W' reads and writes the weight four times (a copy and a
-product, twice); added, the change reads and writes y and ∂x once, as what is behind it, h and u, ∂B and ∂A take anyway: so
-W' is cheaper from four times as many rows on. A gain, which in W' is free, reads and writes y and g once more: from twice.
+product, twice), the added change reads and writes y and ∂x once (h and u are made either way, for ∂B and ∂A): so W' is
+cheaper from four times as many rows on. A gain, which in W' is free, is a pass over y and one over g: from twice as many.
 W' is exact up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never
 there.
 
