@@ -35,7 +35,7 @@ demo: $(DEMO_STAMP)
 	$(BIN)/deltaw compare sentiment --out $(DEMO) --overwrite
 
 test: $(TEST_STAMP) $(DEMO_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(TEST_STAMP)
 	$(BIN)/ruff format --check src tests examples
