@@ -251,7 +251,7 @@ def grouped_values(
             scale_and_shift_(part, gain, None if bias is None else -gain * bias)
         for t in terms:
             if products is None and t.seed is None and t.A.dtype == t.B.dtype == y.dtype:
-                part.addmm_(thin(own, t.A), t.B.t().contiguous(), alpha=t.scale)
+                part.addmm_(thin(own, t.A), t.B.t(), alpha=t.scale)
                 continue
             h = project(t, own)
             add_(part, h, t)
@@ -279,17 +279,22 @@ def runs(segments: Sequence[Tokens], dtype: torch.dtype) -> list[list[Tokens]]:
     return found
 
 
+FEW = 8
+"""Tokens of a segment from which on MKL multiplies A xᵀ faster than x Aᵀ, if there are several of them at once."""
+
+
 def add_stacked_(y: Tensor, rows: Tensor, run: Sequence[Tokens]) -> None:
     """y[seg] += s (A x)ᵀ Bᵀ for n segments of equal length, one behind the other, with one usual term of one shape each."""
     terms = [only for _, _, (only,) in run]
     part = slice(run[0][0], run[-1][1])
     n, each = len(run), run[0][1] - run[0][0]
     x, own = (z[part].view(n, each, z.shape[1]) for z in (rows, y))
-    h = torch.bmm(torch.stack([t.A for t in terms]), x.mT)
+    A, B = torch.stack([t.A for t in terms]), torch.stack([t.B for t in terms])
+    h = torch.bmm(x, A.mT) if each < FEW else torch.bmm(A, x.mT).mT
     scale = terms[0].scale
     if any(t.scale != scale for t in terms):
         h, scale = h * h.new_tensor([t.scale for t in terms]).view(-1, 1, 1), 1.0
-    own.add_(torch.bmm(torch.stack([t.B for t in terms]), h).mT, alpha=scale)
+    own.baddbmm_(h, B.mT, alpha=scale)
 
 
 def unpack_spans(spans: Sequence[Span], tensors: Sequence[Any]) -> list[tuple[int, int, list[Term]]]:

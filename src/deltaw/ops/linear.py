@@ -37,9 +37,9 @@ from torch.nn import functional as F
 from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
 from deltaw.ops.leaves import as_views
-from deltaw.ops.matmul import by_onednn, linear, thin, transformed
+from deltaw.ops.matmul import by_onednn, linear, mkl_is_slow, thin, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
-from deltaw.ops.select import is_small, use_merged
+from deltaw.ops.select import WIDE, is_small, use_merged
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -55,6 +55,9 @@ from deltaw.ops.terms import (
     total_gain,
     unpack,
 )
+
+BESIDE = 1 << 17
+"""Numbers of the sums that `column_dots` keeps beside each other."""
 
 SMALL = 2.0**-6
 """Below this |c| the division by it would cost more than six bits: there ∂gain is computed from z."""
@@ -241,14 +244,18 @@ class AdaptedLinear(torch.autograd.Function):
         del x, rows  # before ∂x, which is as large, is made
         dx: Tensor | None = None
         if needs_x:
+            added = [(t, u) for t, u in zip(terms, projected, strict=True) if u is not None and not t.merged]
             if weight is None:
                 dx = ctx.frozen.matmul_grad(scaled)
             else:
-                dx = linear(g, merged_weight(weight, terms).t()) if ctx.merge else linear(scaled, weight.t())
-            for t, u in zip(terms, projected, strict=True):
-                if not t.merged:
-                    assert u is not None
-                    add_input_gradient_(dx, u, t)
+                over, used = (g, merged_weight(weight, terms)) if ctx.merge else (scaled, weight)
+                if added and adds_in_place(over, used):
+                    t, u = added.pop(0)
+                    dx = first_input_gradient(u, t).addmm_(over, used)
+                else:
+                    dx = linear(over, used.t())
+            for t, u in added:
+                add_input_gradient_(dx, u, t)
             dx = dx.view(*grads[0].shape[:-1], ctx.columns)
         return None, None, None, None, None, None, dx, dweight, sums if needs_bias else None, *dterms
 
@@ -263,27 +270,25 @@ def adapted_values(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y, and h (T, r) of each term that was added, or that backward needs since it does not read x (not `keep`)."""
-    gain = None if merge else total_gain(terms)
-    if weight is None:
+    gain, rows = None if merge else total_gain(terms), flat(x)
+    used = merged_weight(weight, terms) if weight is not None and merge else weight
+    products = [project(t, rows) if not t.merged or (not keep and t.B.requires_grad) else None for t in terms]
+    added = [(t, h) for t, h in zip(terms, products, strict=True) if h is not None and not t.merged]
+    if used is None:
         assert frozen is not None
-        result = frozen.matmul(x)
-    else:
-        result = first_product(x, merged_weight(weight, terms) if merge else weight, bias, terms)
-    y = flat(result)
-    if weight is None:
+        y = flat(frozen.matmul(x))
         scale_and_shift_(y, gain, bias)
-    elif gain is not None:  # c z + b from z + b: exact where gain is 0
-        scale_and_shift_(y, gain, None if bias is None else -gain * bias)
-    products: list[Tensor | None] = []
-    for t in terms:
-        h = None
-        if not t.merged:
-            h = project(t, flat(x))
-            add_(y, h, t)
-        elif not keep and t.B.requires_grad:
-            h = project(t, flat(x))
-        products.append(h)
-    return torch.ops.aten._unsafe_view.default(y, result.shape), products  # no view to autograd: `relu_(y)` is allowed
+    elif added and gain is None and is_laid_first(x, used, bias, terms):
+        t, h = added.pop(0)
+        y = first_change(h, t, bias).addmm_(rows, used.t())
+    else:
+        y = flat(first_product(x, used, bias, terms))
+        if gain is not None:  # c z + b from z + b: exact where gain is 0
+            scale_and_shift_(y, gain, None if bias is None else -gain * bias)
+    for t, h in added:
+        add_(y, h, t)
+    shape = [*x.shape[:-1], y.shape[1]]
+    return torch.ops.aten._unsafe_view.default(y, shape), products  # no view to autograd: `relu_(y)` is allowed
 
 
 def backward_factors(
@@ -298,7 +303,7 @@ def backward_factors(
         h = project(t, x) if h is None else h.to(x.dtype)
         dB = linear(h.t(), g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
     if needs_A or needs_u:
-        u = thin(g, t.B.to(x.dtype).t().contiguous())
+        u = thin(g, t.B.to(x.dtype).t())
     if needs_A:
         assert u is not None
         mask = t.input_mask(x)
@@ -321,6 +326,16 @@ def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
         return
     for part in blocks(dx):
         dx[part].addcmul_(linear(u[part], A.t()), mask.rows(part), value=t.scale)
+
+
+def first_input_gradient(u: Tensor, t: Term) -> Tensor:
+    """drop(s u A), (T, in), for u (T, r) = g B."""
+    dx = u @ (t.A.to(u.dtype) * t.scale)
+    mask = t.input_mask(dx)
+    if mask is not None:
+        for part in blocks(dx):
+            dx[part].mul_(mask.rows(part))
+    return dx
 
 
 def project(t: Term, x: Tensor) -> Tensor:
@@ -346,6 +361,39 @@ def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
     return F.linear(x, weight, bias)
 
 
+def adds_in_place(x: Tensor, weight: Tensor) -> bool:
+    """Whether `y.addmm_(x, weight)` is as fast as the product alone (MKL's; oneDNN, as torch calls it, has no such sum) and
+    rounds no sum to 16 bit on its way."""
+    return (
+        not torch.compiler.is_compiling()
+        and not mkl_is_slow()
+        and x.dtype == weight.dtype
+        and x.dtype in WIDE
+        and x.device.type == "cpu"
+    )
+
+
+def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> bool:
+    """Whether `first_change` goes first and the base's product is added to it.
+
+    A fresh change lays b where F.linear lays it, and then the sums are F.linear's to the bit; without b, or where
+    F.linear adds it last (x not contiguous), they may not be: there only when some term has moved.
+    """
+    return (
+        adds_in_place(x, weight)
+        and all(t.seed is None or not t.at_output for t in terms)
+        and ((bias is not None and bias.dtype == x.dtype and x.is_contiguous() and x.dim() > 1) or moved(terms))
+    )
+
+
+def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
+    """s h Bᵀ + b, (T, out), written once: b is one more column of s B, beside one more column of h, of ones."""
+    B = t.B.to(h.dtype).t() * t.scale
+    if bias is None:
+        return h @ B
+    return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])
+
+
 def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
     """y ⊙ (1 + gain) + shift in place, for y (T, out); computed in the wider of the precisions."""
     alike = gain is not None and shift is not None and y.dtype == gain.dtype == shift.dtype
@@ -362,7 +410,7 @@ def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> No
 
 def add_(y: Tensor, h: Tensor, t: Term) -> None:
     """y += drop(s h Bᵀ) in place, for h (T, r) and y (T, out)."""
-    B = t.B.to(y.dtype).t().contiguous()  # MKL takes half the time with the long side last
+    B = t.B.to(y.dtype).t()
     drop = t.output_mask(y)
     if drop is None:
         y.addmm_(h, B, alpha=t.scale)
@@ -402,12 +450,19 @@ def gain_from_output(
 
 
 def column_dots(g: Tensor, y: Tensor) -> Tensor:
-    """Σ_t g ⊙ y, (T, out) -> (out,), summed in at least 32 bit."""
+    """Σ_t g ⊙ y, (T, out) -> (out,), summed in at least 32 bit.
+
+    As many rows as stay in a CPU's cache are summed beside each other: each product is made where its sum lies.
+    """
     wide = torch.promote_types(g.dtype, torch.float32)
-    total = torch.zeros(g.shape[1], dtype=wide, device=g.device)
-    for part in blocks(g):
-        total = total + (g[part] * y[part]).sum(0, dtype=wide)
-    return total
+    if g.device.type != "cpu" or torch.compiler.is_compiling():
+        return (g * y).sum(0, dtype=wide)
+    step = max(1, BESIDE // max(1, g.shape[1]))
+    sums = g[:step].to(wide) * y[:step]
+    for start in range(step, len(g), step):
+        part = slice(start, start + step)
+        sums[: len(g) - start].addcmul_(g[part], y[part])
+    return sums.sum(0)
 
 
 def alias(y: Tensor) -> tuple[Tensor, Any]:

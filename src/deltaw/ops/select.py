@@ -79,8 +79,8 @@ def is_formed(rows_out: int, columns_in: int) -> bool:
     return rows_out * columns_in <= FORMED
 
 
-SHORT = 16
-"""Tokens of a segment."""
+SHORT = 256
+"""Tokens of a segment; where MKL is slow (matmul.py), whose batched products these are, a sixteenth of them."""
 
 THIN = 1 << 14
 """Numbers of both factors of an adapter (64 KiB): rank 8 of 1024 x 1024."""
@@ -92,7 +92,7 @@ def is_stacked(rows_out: int, columns_in: int, tokens: int, rank: int) -> bool:
     Their factors are copied side by side for it, which costs less than two calls of Python's for each as long as they are
     small (docs/decisions/023).
     """
-    return tokens <= SHORT and rank * (rows_out + columns_in) <= THIN
+    return tokens <= (SHORT >> 4 if mkl_is_slow() else SHORT) and rank * (rows_out + columns_in) <= THIN
 
 
 KERNEL = 1 << 16

@@ -119,7 +119,7 @@ def test_the_same_bits_with_and_without_gradients(lead: tuple[int, ...], trainin
     assert torch.equal(recorded, bare)
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (3, 5), (2, 40)])
+@pytest.mark.parametrize("lead", [(), (3,), (3, 2), (2, 300)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_short_segments_of_equal_length_share_their_products(
     lead: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +147,7 @@ def test_short_segments_of_equal_length_share_their_products(
         y = grouped_linear(x, weight, b if bias else None, segments, training=False)
         reference = grouped_linear_reference(x, weight, b if bias else None, segments, training=False)
     torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
-    assert stacked == {(3, 5): [3], (2, 40): []}.get(lead, [3, 2])  # more than 16 tokens are no short segment
+    assert stacked == ([] if lead == (2, 300) else [3, 2])  # 600 tokens a row are no short segment
 
 
 def test_stacked_factors_full_of_nan_or_infinity_change_their_own_rows_only() -> None:
