@@ -32,6 +32,9 @@ LEVELS = 127.0
 TINY = 1e-35
 """The smallest maximum of a token: keeps the reciprocal finite for rows of zeros."""
 
+ROUNDING = float((1 << 23) + (1 << 22) + 128)
+"""Near it the numbers of 32 bit lie 1 apart."""
+
 BLOCK = 1 << 18
 """Numbers quantised at a time: the block and its copy stay in the second-level cache through the passes over it."""
 
@@ -57,6 +60,11 @@ class Int8Weight:
         """The codes as the product with g reads them."""
         packed: Tensor = torch.ops.onednn.qlinear_prepack(self.codes.t().contiguous(), None)
         return packed
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """(in,): the channels' scales in the product with g."""
+        return torch.ones(self.codes.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -120,8 +128,7 @@ def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
 def int8_matmul_grad(g: Tensor, weight: Int8Weight) -> Tensor:
     """g W: (..., out) -> (..., in), in g's dtype."""
-    ones = torch.ones(weight.codes.shape[1], dtype=torch.float32)
-    return product(g, weight.backward, ones, weight.scales, None)
+    return product(g, weight.backward, weight.ones, weight.scales, None)
 
 
 def product(x: Tensor, packed: Tensor, channels: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -165,25 +172,25 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x ⊙ columns, (T, k), as unsigned codes (T, k) around 128 and one scale per row, (T, 1), fp32.
 
-    Each pass is one that torch vectorises: a product, a rounding, a cast to *signed* bytes, and their sign bits flipped.
+    `ROUNDING` plus a number v of at most seven bits has v's nearest whole number, plus 128, in its lowest byte: one pass
+    scales and rounds, and one takes the bytes.
     """
     rows, width = x.shape
-    codes = torch.empty((rows, width), dtype=torch.int8)
+    codes = torch.empty((rows, width), dtype=torch.uint8)
     scales = torch.empty((rows, 1), dtype=torch.float32)
-    step = min(rows, max(1, BLOCK // width))
+    step = rows if x.numel() <= 2 * BLOCK else max(1, BLOCK // width)
     buffer = torch.empty((step, width), dtype=torch.float32)
-    weighted = None if columns is None and x.dtype == torch.float32 else torch.empty_like(buffer)
+    rounding = torch.full((width,), ROUNDING)
     for start in range(0, rows, step):
-        part = x[start : start + step]
-        work, scale = buffer[: part.shape[0]], scales[start : start + step]
-        if weighted is not None:
-            weighted = weighted[: part.shape[0]]
-            part = weighted.copy_(part) if columns is None else torch.mul(part.float(), columns, out=weighted)
-        torch.abs(part, out=work)
-        torch.amax(work, 1, keepdim=True, out=scale)
-        torch.mul(part, LEVELS / scale.clamp_min_(TINY), out=work)
-        codes[start : start + step].copy_(work.round_())
-    return codes.view(torch.uint8).bitwise_xor_(128), scales.div_(LEVELS)
+        part, work, scale = x[start : start + step], buffer[: rows - start], scales[start : start + step]
+        if columns is not None:
+            part = torch.mul(part, columns, out=work)
+        elif x.dtype != torch.float32:
+            part = work.copy_(part)
+        torch.maximum(part.amax(1, keepdim=True), part.amin(1, keepdim=True).neg_(), out=scale)
+        torch.addcmul(rounding, part, LEVELS / scale.clamp_min_(TINY), out=work)
+        codes[start : start + step].copy_(work.view(torch.int32))
+    return codes, scales.div_(LEVELS)
 
 
 def int8_matmul_reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
