@@ -35,7 +35,7 @@ demo: $(DEMO_STAMP)
 	$(BIN)/deltaw compare sentiment --out $(DEMO) --overwrite
 
 test: $(TEST_STAMP) $(DEMO_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxschedchunk=32   # small portions: no worker is left with all the slow ones
 
 check: $(TEST_STAMP)
 	$(BIN)/ruff format --check src tests examples

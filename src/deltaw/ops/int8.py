@@ -21,6 +21,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ BLOCK = 1 << 18
 """Numbers quantised at a time: the block and its copy stay in the second-level cache through the passes over it."""
 
 
+class Packed(NamedTuple):
+    """Codes (n, k) in oneDNN's own order, and a scale and a zero point for each of the n outputs."""
+
+    codes: Tensor
+    channels: Tensor
+    zeros: Tensor
+
+
+def packed(codes: Tensor, channels: Tensor) -> Packed:
+    """`codes` int8 (n, k) and their outputs' scales, fp32 (n,), for `product`."""
+    return Packed(torch.ops.onednn.qlinear_prepack(codes, None), channels, torch.zeros(len(codes), dtype=torch.int32))
+
+
 @dataclass(frozen=True)
 class Int8Weight:
     """A frozen weight in 8 bit. codes: int8 (out, in). scales: fp32 (out,).
@@ -50,21 +64,14 @@ class Int8Weight:
     scales: Tensor
 
     @cached_property
-    def forward(self) -> Tensor:
-        """The codes as the product with x reads them."""
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(self.codes, None)
-        return packed
+    def forward(self) -> Packed:
+        """As the product with x reads them."""
+        return packed(self.codes, self.scales)
 
     @cached_property
-    def backward(self) -> Tensor:
-        """The codes as the product with g reads them."""
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(self.codes.t().contiguous(), None)
-        return packed
-
-    @cached_property
-    def ones(self) -> Tensor:
-        """(in,): the channels' scales in the product with g."""
-        return torch.ones(self.codes.shape[1])
+    def backward(self) -> Packed:
+        """As the product with g reads them; g was multiplied with the scales."""
+        return packed(self.codes.t().contiguous(), torch.ones(self.codes.shape[1]))
 
     @property
     def nbytes(self) -> int:
@@ -123,23 +130,22 @@ def kernels_of(codes: Tensor, scales: Tensor) -> Int8Weight:
 
 def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: (..., in) -> (..., out), in x's dtype."""
-    return product(x, weight.forward, weight.scales, None, bias)
+    return product(x, weight.forward, None, bias)
 
 
 def int8_matmul_grad(g: Tensor, weight: Int8Weight) -> Tensor:
     """g W: (..., out) -> (..., in), in g's dtype."""
-    return product(g, weight.backward, weight.ones, weight.scales, None)
+    return product(g, weight.backward, weight.scales, None)
 
 
-def product(x: Tensor, packed: Tensor, channels: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Packed, columns: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x ⊙ columns) Qᵀ ⊙ channels + b for the packed codes Q (n, k): (..., k) -> (..., n)."""
-    n = channels.shape[0]
+    n = weight.channels.shape[0]
     if x.numel() == 0:
         return x.new_zeros((*x.shape[:-1], n))
     codes, scales = codes_of(x) if columns is None else quantize_rows(flat(x), columns)
-    zeros = torch.zeros(n, dtype=torch.int32)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 128, packed, channels, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], ""
     )
     if bias is None:
         y.mul_(scales)

@@ -13,7 +13,8 @@ adapter, h = drop(x) Aᵀ and u = s g B, both (T, r). Then
 
 Where W' = c W + Σ s B A is cheaper to form than the adapters are to apply (select.py), the base product runs on W' and
 the adapters cost nothing in forward and in ∂x; W' is formed again in backward, not kept. Otherwise, and for adapters
-with dropout, they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy.
+with dropout, they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy. Or the thin product goes
+first and the base's is added to it (`first_change`), where that sum is part of the large product: a pass over y less.
 
 x is saved as it came, so that all projections of one input keep one copy, or not at all where it can be made again from
 what its producer keeps (recompute.py). Dropout is made again from its seed. Nothing is computed for an input that needs
@@ -37,9 +38,9 @@ from torch.nn import functional as F
 from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
 from deltaw.ops.leaves import as_views
-from deltaw.ops.matmul import by_onednn, linear, mkl_is_slow, thin, transformed
+from deltaw.ops.matmul import adds_in_place, by_onednn, linear, thin, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
-from deltaw.ops.select import WIDE, is_small, use_merged
+from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -359,18 +360,6 @@ def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
     if by_onednn(rows, weight) and moved(terms):
         return linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
-
-
-def adds_in_place(x: Tensor, weight: Tensor) -> bool:
-    """Whether `y.addmm_(x, weight)` is as fast as the product alone (MKL's; oneDNN, as torch calls it, has no such sum) and
-    rounds no sum to 16 bit on its way."""
-    return (
-        not torch.compiler.is_compiling()
-        and not mkl_is_slow()
-        and x.dtype == weight.dtype
-        and x.dtype in WIDE
-        and x.device.type == "cpu"
-    )
 
 
 def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> bool:

@@ -60,6 +60,21 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def adds_in_place(x: Tensor, weight: Tensor) -> bool:
+    """Whether `y.addmm_(x, weight)` takes no longer than the product alone, and no sum is rounded to 16 bit on its way.
+
+    So it is with MKL. oneDNN has such a sum, but torch gives no way to it.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and not mkl_is_slow()
+    )
+
+
 def transformed() -> bool:
     """Whether `torch.func`, forward-mode differentiation or `torch.jit.trace` is at work, which need plain operations."""
     if torch.compiler.is_compiling():

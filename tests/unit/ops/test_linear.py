@@ -42,12 +42,19 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=["fused", "composed"])
+@pytest.fixture(autouse=True, params=["fused", "fused, thin products last", "composed"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """No shape is too small for the fused operation, or every one is."""
+    """No shape is too small for the fused operation, in one order of its products or the other, or every one is."""
+    kind, _, order = request.param.partition(", ")
     for limit in ("SMALL", "LIGHT", "FORMED"):
-        monkeypatch.setattr(select, limit, -1 if request.param == "fused" else 1 << 62)
-    return str(request.param)
+        monkeypatch.setattr(select, limit, -1 if kind == "fused" else 1 << 62)
+
+    def in_place(x: Tensor, weight: Tensor) -> bool:  # as with MKL, on every machine
+        wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+        return not order and wide and not torch.compiler.is_compiling()
+
+    monkeypatch.setattr(module, "adds_in_place", in_place)
+    return kind
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -97,6 +104,18 @@ def test_a_neutral_adapter_changes_no_bit(dtype: torch.dtype, lead: tuple[int, .
             assert torch.equal(
                 adapted_linear(strided, weight, b, [term], training=training), F.linear(strided, weight, b)
             )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("columns", "out"), [(384, 1536), (1537, 129)])
+def test_a_neutral_adapter_changes_no_bit_of_large_products(
+    columns: int, out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # this machine's own order
+    weight, b = torch.randn(out, columns), torch.randn(out) if bias else None
+    term = LowRank(torch.randn(8, columns), torch.zeros(out, 8), 2.0, None, 0.1)
+    for x in (torch.randn(257, columns), torch.randn(3, 257, columns), torch.randn(257, 3, columns).transpose(0, 1)):
+        assert torch.equal(adapted_linear(x, weight, b, [term], training=True), F.linear(x, weight, b))
 
 
 def test_strided_inputs_and_gradients() -> None:
