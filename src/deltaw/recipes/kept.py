@@ -21,7 +21,7 @@ from deltaw.recipes.start import PRETRAINED
 from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import evaluate
-from deltaw.training.rows import DROPPED
+from deltaw.training.labelled import DROPPED
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
 

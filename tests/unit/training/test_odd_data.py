@@ -11,8 +11,9 @@ import torch
 from deltaw.errors import DataError
 from deltaw.training.config import DataConfig
 from deltaw.training.image_files import read_images
+from deltaw.training.labelled import labelled_text
 from deltaw.training.pictures import read_pictures
-from deltaw.training.rows import labelled_text, read_file
+from deltaw.training.rows import read_file
 from deltaw.training.sounds import LOUDEST, read_sound, read_sounds
 from deltaw.training.tasks.audio_classification import AudioClassification
 

@@ -19,9 +19,9 @@ from deltaw.training.config import RunConfig
 from deltaw.training.conversations import Conversation, Unusable, conversations
 from deltaw.training.fit import evaluate
 from deltaw.training.hub import check_length, quiet_transformers
+from deltaw.training.labelled import DROPPED
 from deltaw.training.language_models import language_model, tokenizer_of
 from deltaw.training.packing import collate, may_see, pack
-from deltaw.training.rows import DROPPED
 from deltaw.training.task import Batch, Tally, Task
 
 

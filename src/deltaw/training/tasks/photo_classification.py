@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from deltaw.errors import ConfigError, DataError
 from deltaw.training.config import RunConfig
 from deltaw.training.image_files import ImageSource, open_picture, read_images
+from deltaw.training.labelled import labelled, labelled_whole
 from deltaw.training.preparation import Preparation
-from deltaw.training.rows import labelled, labelled_whole
 from deltaw.training.task import Batch, Classified, Task, answer
 from deltaw.training.vision_models import VisionModel
 

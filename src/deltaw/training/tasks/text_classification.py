@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import RunConfig
 from deltaw.training.hub import check_length, load_pretrained, position_rows, quiet_transformers, resolve
-from deltaw.training.rows import all_rows, labelled_text
+from deltaw.training.labelled import all_rows, labelled_text
 from deltaw.training.task import Batch, Classified, Task, answer
 
 
