@@ -20,7 +20,7 @@ from deltaw.recipes.configure import build, recipe_of
 from deltaw.training.config import RunConfig
 from deltaw.training.methods import prepare
 from deltaw.training.order import batches
-from deltaw.training.prefix import frozen_prefix
+from deltaw.training.prefix_run import frozen_prefix
 from deltaw.training.signals_file import Signals, write_signals
 
 WHISPER = Path(__file__).resolve().parents[2] / "shared" / "models" / "whisper-tiny-en"

@@ -34,7 +34,7 @@ from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
 from deltaw.training.place import check_place
-from deltaw.training.prefix import frozen_prefix
+from deltaw.training.prefix_run import frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import METRICS, Record, jsonable
 from deltaw.training.signals import Interrupted, Stop
