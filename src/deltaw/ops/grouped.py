@@ -32,17 +32,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.errors import ConfigError
+from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import (
     add_,
     add_input_gradient_,
     as_autocast,
     backward_factors,
-    column_dots,
     first_product,
     plain,
     project,
-    scale_and_shift_,
 )
 from deltaw.ops.matmul import linear, thin, transformed
 from deltaw.ops.select import is_stacked

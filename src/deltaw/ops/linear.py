@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
+from deltaw.ops.gain import alias, column_dots, gain_from_output, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import adds_in_place, by_onednn, linear, thin, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
@@ -56,12 +57,6 @@ from deltaw.ops.terms import (
     total_gain,
     unpack,
 )
-
-BESIDE = 1 << 17
-"""Numbers of the sums that `column_dots` keeps beside each other."""
-
-SMALL = 2.0**-6
-"""Below this |c| the division by it would cost more than six bits: there ∂gain is computed from z."""
 
 
 def adapted_linear(
@@ -383,20 +378,6 @@ def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
     return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])
 
 
-def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
-    """y ⊙ (1 + gain) + shift in place, for y (T, out); computed in the wider of the precisions."""
-    alike = gain is not None and shift is not None and y.dtype == gain.dtype == shift.dtype
-    if alike and not torch.compiler.is_compiling():  # a compiler makes one pass of two; torch.export knows no `out=`
-        assert gain is not None
-        assert shift is not None
-        torch.addcmul(shift, y, 1 + gain, out=y)
-        return
-    if gain is not None:
-        y.mul_(1 + gain)
-    if shift is not None:
-        y.add_(shift)
-
-
 def add_(y: Tensor, h: Tensor, t: Term) -> None:
     """y += drop(s h Bᵀ) in place, for h (T, r) and y (T, out)."""
     B = t.B.to(y.dtype).t()
@@ -405,65 +386,6 @@ def add_(y: Tensor, h: Tensor, t: Term) -> None:
         y.addmm_(h, B, alpha=t.scale)
     else:
         y.addcmul_(h @ B, drop, value=t.scale)
-
-
-def gain_from_output(
-    g: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    shares: Sequence[Tensor],
-    gain: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    frozen: FrozenProduct,
-) -> Tensor:
-    """∂gain = Σ_t g ⊙ z, (out,), from y = c z + b + Σ s h Bᵀ; columns with a small c from z itself.
-
-    sums: Σ_t g. shares: Σ_r B ⊙ ∂B of each term.
-    """
-    total = column_dots(g, y)
-    if bias is not None:
-        assert sums is not None
-        total = total - bias * sums
-    for share in shares:
-        total = total - share
-    c = 1 + gain
-    small = c.abs() < SMALL
-    dgain = total / torch.where(small, 1.0, c)
-    if bool(small.any()):
-        few = small.nonzero().squeeze(1)
-        z = x @ weight[few].t() if weight is not None else frozen.matmul(x)[:, few]
-        dgain[few] = column_dots(g[:, few], z).to(dgain.dtype)
-    return dgain
-
-
-def column_dots(g: Tensor, y: Tensor) -> Tensor:
-    """Σ_t g ⊙ y, (T, out) -> (out,), summed in at least 32 bit.
-
-    As many rows as stay in a CPU's cache are summed beside each other: each product is made where its sum lies.
-    """
-    wide = torch.promote_types(g.dtype, torch.float32)
-    if g.device.type != "cpu" or torch.compiler.is_compiling():
-        return (g * y).sum(0, dtype=wide)
-    step = max(1, BESIDE // max(1, g.shape[1]))
-    sums = g[:step].to(wide) * y[:step]
-    for start in range(step, len(g), step):
-        part = slice(start, start + step)
-        sums[: len(g) - start].addcmul_(g[part], y[part])
-    return sums.sum(0)
-
-
-def alias(y: Tensor) -> tuple[Tensor, Any]:
-    """`y` for `save_for_backward`, and a function that says whether y has not been written to since.
-
-    Saving y itself would make `relu_(y)` an error, which it is not after a plain linear layer; here it only costs a
-    product in backward. The witness shares y's version counter, not its memory.
-    """
-    witness = y.detach()
-    witness.data = torch.empty(0, dtype=y.dtype, device=y.device)
-    version = witness._version
-    return y.data, lambda: witness._version == version
 
 
 def as_autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -15,6 +15,7 @@ import deltaw as dw
 from deltaw.core.variant import LowRank
 from deltaw.ops import adapted_linear, adapted_linear_reference, select
 from deltaw.ops import linear as module
+from deltaw.ops.gain import alias
 from tests.unit.ops.cases import Case
 
 CASES = [
@@ -357,7 +358,7 @@ def test_the_base_alone_in_a_frozen_form() -> None:
 
 def test_the_witness_sees_writes_to_the_output_and_to_its_views() -> None:
     y = torch.randn(4, 3)
-    kept, unchanged = module.alias(y)
+    kept, unchanged = alias(y)
     assert unchanged()
     assert kept.data_ptr() == y.data_ptr()
     y.view(-1)[0] = 7.0
