@@ -57,19 +57,35 @@ def attaching(rounds: int) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in times.items()}
 
 
-def loading_and_switching(rounds: int, folder: Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Load one more adapter beside `PRESENT` others (PEFT: beside a few, its time grows with them), and switch."""
+def private_bytes() -> int:
+    """Memory that this process shares with nobody and no file could give back."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def loading_and_switching(
+    rounds: int, folder: Path
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
+    """Load one more adapter beside `PRESENT` others (PEFT: beside a few, its time grows with them), and switch; and MB of
+    private memory that an adapter takes, read and mapped."""
     ours = deberta()
     dw.attach(ours, dw.LoRA(rank=8), targets=TARGETS, name="first")
     dw.save(ours, folder / "one", name="first")
-    for i in range(PRESENT):
-        dw.load(ours, folder / "one", name=f"n{i}", active=False)
+    taken = {}
+    for kind, names in {"mapped": range(PRESENT // 2), "read": range(PRESENT // 2, PRESENT)}.items():
+        before = private_bytes()
+        for i in names:
+            dw.load(ours, folder / "one", name=f"n{i}", active=False, mapped=kind == "mapped")
+        taken[kind] = round((private_bytes() - before) / len(names) / 2**20, 2)
     theirs = PeftModel.from_pretrained(deberta(), folder / "one", adapter_name="first")
     for i in range(8):
         theirs.load_adapter(folder / "one", adapter_name=f"n{i}")
-    loads: dict[str, list[float]] = {"deltaw": [], "peft": []}
+    loads: dict[str, list[float]] = {"deltaw": [], "mapped": [], "peft": []}
     for i in range(rounds + 1):
         loads["deltaw"].append(seconds(lambda i=i: dw.load(ours, folder / "one", name=f"m{i}", active=False)))
+        loads["mapped"].append(
+            seconds(lambda i=i: dw.load(ours, folder / "one", name=f"p{i}", active=False, mapped=True))
+        )
         loads["peft"].append(seconds(lambda i=i: theirs.load_adapter(folder / "one", adapter_name=f"m{i}")))
     turn = [0]
 
@@ -81,7 +97,7 @@ def loading_and_switching(rounds: int, folder: Path) -> tuple[dict[str, list[flo
         theirs.set_adapter(f"n{turn[0] % 8}")
 
     switches = alternate({"deltaw": switch_ours, "peft": switch_theirs}, rounds * 3)
-    return {name: values[1:] for name, values in loads.items()}, switches
+    return {name: values[1:] for name, values in loads.items()}, switches, taken
 
 
 def importing(rounds: int) -> dict[str, list[float]]:
@@ -98,18 +114,19 @@ def importing(rounds: int) -> dict[str, list[float]]:
 def main(rounds: int = 11) -> None:
     attach = attaching(rounds)
     with tempfile.TemporaryDirectory() as folder:
-        load, switch = loading_and_switching(rounds, Path(folder))
+        load, switch, taken = loading_and_switching(rounds, Path(folder))
     imports = importing(3)
     rows = [
         row("attach to DeBERTa-v3-large: deltaw / PEFT", ratio(attach, "deltaw", "peft"), 0.1),
         row(f"load one more beside {PRESENT}: deltaw / PEFT beside 8", ratio(load, "deltaw", "peft"), 0.1),
+        row(f"load one more beside {PRESENT}, mapped: deltaw / PEFT beside 8", ratio(load, "mapped", "peft"), 0.1),
         row("switch the active adapter: deltaw / PEFT", ratio(switch, "deltaw", "peft"), 0.1),
         row("import deltaw / import torch", ratio(imports, "deltaw", "torch"), 1.1),
         row("import peft / import torch", ratio(imports, "peft", "torch")),
     ]
     every = {"attach": attach, "load": load, "switch": switch, "import": imports}
     ms = {k: {n: round(1e3 * statistics.median(v), 3) for n, v in t.items()} for k, t in every.items()}
-    record("S9", rows, milliseconds=ms)
+    record("S9", rows, milliseconds=ms, private_mib_of_an_adapter=taken)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class Arriving:
     """A folder whose weights are being read, and hashed then, beside other work. Call what it holds to wait for them.
 
     config, manifest: what is in these files; None if there is no manifest. All three are of one writing.
+    mapped: the weights are the file's own pages.
     sha: None if there is no checksum to compare with, or none is wanted.
     """
 
@@ -95,11 +96,12 @@ class Arriving:
     config: bytes
     manifest: bytes | None
     weights: Callable[[], memoryview]
+    mapped: bool
     sha: Callable[[], str] | None
 
 
-def arriving(source: str | os.PathLike[str] | Folder, *, verify: bool = True) -> Arriving:
-    """Begin to read a folder.
+def arriving(source: str | os.PathLike[str] | Folder, *, verify: bool = True, mapped: bool = False) -> Arriving:
+    """Begin to read a folder. mapped: its weights are not read, but mapped into memory.
 
     Raises:
         AdapterError: it has not the files of an adapter.
@@ -107,18 +109,18 @@ def arriving(source: str | os.PathLike[str] | Folder, *, verify: bool = True) ->
     folder = source if isinstance(source, Folder) else Folder(source)
     for _ in range(LOOKS):
         try:
-            return _arriving(folder, verify)
+            return _arriving(folder, verify, mapped)
         except AdapterError:
             if not folder.replaced():
                 raise
         folder = Folder(folder.path)
-    return _arriving(folder, verify)
+    return _arriving(folder, verify, mapped)
 
 
-def _arriving(folder: Folder, verify: bool) -> Arriving:
+def _arriving(folder: Folder, verify: bool, mapped: bool) -> Arriving:
     with _naming(folder):
         _check_names(folder)
-        file = folder.opened(WEIGHTS, aligned=tensor_file.data_start)
+        file = folder.opened(WEIGHTS, aligned=tensor_file.data_start, mapped=mapped)
         manifested = MANIFEST in folder.names
         stamped = verify and manifested
         weights, sha = meanwhile(file.size, file.read, sha256) if stamped else meanwhile(file.size, file.read)
@@ -128,7 +130,7 @@ def _arriving(folder: Folder, verify: bool) -> Arriving:
             raise AdapterError(
                 "it is replaced again and again while it is read: try again when its writer has finished"
             )
-        return Arriving(folder, config, described, weights, sha if stamped else None)
+        return Arriving(folder, config, described, weights, mapped, sha if stamped else None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import re
 import secrets
@@ -82,10 +83,11 @@ class Folder:
         """`opened(...).read()`: the content of a file directly inside the folder, in memory of its own."""
         return self.opened(name, max_bytes, aligned).read()
 
-    def opened(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> Opened:
+    def opened(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None, mapped: bool = False) -> Opened:
         """A file directly inside the folder, ready to be read.
 
         aligned: from the file's first 8 bytes, the place in it that shall lie at a multiple of 64 in memory.
+        mapped: it is not read, but mapped into memory.
 
         Raises:
             AdapterError: it is a link, no regular file, or too large.
@@ -104,13 +106,13 @@ class Folder:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
             raise AdapterError(f"{self.path / name} is not a regular file")
-        return Opened(os.fdopen(file, "rb"), self.path / name, max_bytes, aligned)
+        return Opened(os.fdopen(file, "rb"), self.path / name, max_bytes, aligned, mapped)
 
 
 class Opened:
-    """A plain file, open, and memory of its `size` in bytes for what is in it."""
+    """A plain file, open, and memory of its `size` in bytes for what is in it, or the file mapped into memory."""
 
-    def __init__(self, stream: BufferedReader, path: Path, max_bytes: int, aligned: Aligned) -> None:
+    def __init__(self, stream: BufferedReader, path: Path, max_bytes: int, aligned: Aligned, mapped: bool) -> None:
         self.stream, self.path = stream, path
         try:
             about = os.fstat(stream.fileno())
@@ -119,6 +121,13 @@ class Opened:
                 raise AdapterError(f"{path} is not a regular file")
             if self.size > max_bytes:
                 raise AdapterError(f"{path} holds {self.size:,} bytes; at most {max_bytes:,} are read")
+            self.mapped = mapped and self.size > 0
+            if self.mapped:  # privately: what is written there stays in this process
+                try:
+                    self.data = memoryview(mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_COPY))
+                except OSError as error:
+                    raise AdapterError(f"{path} cannot be mapped into memory ({error}): leave mapped out") from error
+                return
             room = np.empty(self.size + ALIGNMENT, np.uint8)  # a bytearray would be filled with zeros first
             start = 0 if aligned is None else -(room.ctypes.data + aligned(stream.peek(8)[:8])) % ALIGNMENT
             self.data = room[start : start + self.size].data
@@ -133,7 +142,7 @@ class Opened:
             AdapterError: it changed meanwhile.
         """
         with self.stream:
-            if self.stream.readinto(self.data) != self.size or self.stream.read(1):
+            if not self.mapped and (self.stream.readinto(self.data) != self.size or self.stream.read(1)):
                 raise AdapterError(f"{self.path} changed while it was read; try again")
         return self.data
 
@@ -146,10 +155,10 @@ class Files(Folder):
         self.where = {name: Path(p).resolve() for name, p in where.items()}
         self.names = sorted(where)
 
-    def opened(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None) -> Opened:
+    def opened(self, name: str, max_bytes: int = MAX_TOTAL, aligned: Aligned = None, mapped: bool = False) -> Opened:
         if name not in self.where:
             raise AdapterError(f"{self.path} has no {name}; it has: {', '.join(self.names)}")
-        return Opened(self.where[name].open("rb"), self.path / name, max_bytes, aligned)
+        return Opened(self.where[name].open("rb"), self.path / name, max_bytes, aligned, mapped)
 
 
 def named(path: str | os.PathLike[str]) -> Path:

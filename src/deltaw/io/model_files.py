@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from deltaw.core.adapter import Adapter, split_key
-from deltaw.errors import AdapterError, BaseMismatch, did_you_mean
+from deltaw.core.adapter import ALIGNMENT, Adapter, split_key
+from deltaw.errors import AdapterError, BaseMismatch, ConfigError, did_you_mean
 from deltaw.io import fingerprint as prints
 from deltaw.io import hub
 from deltaw.io.admission import Admitted, Arriving, admitting, arriving, check_values
@@ -139,6 +139,7 @@ def load(
     allow_base_mismatch: bool = False,
     *,
     verify: bool = True,
+    mapped: bool = False,
     rename: Mapping[str, str] | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -149,6 +150,10 @@ def load(
     active: it speaks from now on, alone. trainable: training goes on with it.
     allow_base_mismatch: accept a base with other weights than the one it was trained on.
     verify: False accepts files that were edited since deltaw wrote them.
+    mapped: compute with the file's own pages instead of reading it into memory: they are shared by all processes that map
+        it, and the system may drop them and fetch them again. For servers with many adapters. All checks stay, but they are
+        made once: from then on nobody may write into the file or cut it (that changes the weights in use, or ends the
+        process); `dw.save` over it is safe, as it puts a new file in its place. Not for training.
     rename: {old: new} beginnings of module paths, for a base whose modules have other names than they had in training.
     A `deltaw.io.AdapterNotice` (a warning) says when the base could not be verified, or has another precision.
 
@@ -157,9 +162,15 @@ def load(
         BaseMismatch: the base is not the one that it was trained on; the message names the weights.
         NonFinite: a tensor holds NaN or infinity.
         NameTaken, ModelError: the model is not in a state to take it.
+        ConfigError: mapped=True, but it shall be trained, or it is no file.
     If anything is wrong, the model is left as it was.
     """
-    files = None if isinstance(source, Adapter) else arriving(found(source, revision, token), verify=verify)
+    if mapped and (trainable or isinstance(source, Adapter)):
+        reason = "trainable=True trains a copy of its own" if trainable else "an Adapter is in memory already"
+        raise ConfigError(f"mapped=True is for a folder that is served as it is; {reason}: leave mapped out")
+    files = (
+        None if isinstance(source, Adapter) else arriving(found(source, revision, token), verify=verify, mapped=mapped)
+    )
     for note in taken(model, source, files, name, active, trainable, allow_base_mismatch, verify, rename):
         warnings.warn(note, AdapterNotice, stacklevel=2)
     return model
@@ -191,7 +202,12 @@ def taken(
             notes += checked_for(base, adapter, allow_base_mismatch)
             # base weights would stay in memory beside it; and who trains may resize, offload and share memory
             adopt = not trainable and not admitted.parsed.base_copies
-    installed(layout, adapter, name, active=active, trainable=trainable, adopt=adopt)
+    adopted = installed(layout, adapter, name, active=active, trainable=trainable, adopt=adopt)
+    if files is not None and files.mapped and not adopted:
+        notes.append(
+            "mapped=True, but its tensors were copied: they have another precision or device than the model, or do not all "
+            f"begin at a multiple of {ALIGNMENT} bytes (in a file that dw.save writes they do, if their sizes are such)"
+        )
     return notes
 
 

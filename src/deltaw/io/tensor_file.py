@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltaw.core.adapter import ALIGNMENT
 from deltaw.errors import AdapterError
 from deltaw.io import strict_json
 
@@ -202,8 +203,12 @@ def content(tensor: Tensor, piece: int = 1 << 24) -> Iterator[memoryview]:
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: widest dtypes first (so that all are aligned), then by name."""
-    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    """Write a safetensors file: widest dtypes first, of them first what fills whole lines of `ALIGNMENT` bytes, then by name.
+
+    So every tensor lies at a multiple of its dtype's size, and those at the front where torch would place them, so that a
+    mapped file can be computed with as it is.
+    """
+    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, tensors[n].nbytes % ALIGNMENT != 0, n))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     for name in order:
@@ -212,7 +217,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
         at += size
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     file.write(len(raw).to_bytes(8, "little") + raw)
     for name in order:
         for part in content(tensors[name]):

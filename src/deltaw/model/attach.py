@@ -207,8 +207,10 @@ def installed(
     trainable: bool,
     freeze: bool = True,
     adopt: bool = False,
-) -> None:
+) -> bool:
     """Give the model of `layout` an adapter that exists already, as `name`. adopt: its tensors are for this model alone.
+
+    Returns whether the model took them as they are, instead of copies.
 
     Raises:
         AdapterError: a change names no parameter of this model, or has another shape; all of them are listed.
@@ -216,9 +218,10 @@ def installed(
     """
     checked_name(layout, name)
     state.unmerged_in(layout.rosters(), "load an adapter")
-    deltas = loaded(fitted(layout, adapter), adapter, trainable, adopt)
+    deltas, adopted = loaded(fitted(layout, adapter), adapter, trainable, adopt)
     notes = {"base": dict(adapter.base), "extra": dict(adapter.extra)}
     place(layout, deltas, name, notes, prepared, freeze=freeze, active=active)
+    return adopted
 
 
 def prepared(item: Planned, delta: Delta, host: Host) -> None:
@@ -229,11 +232,11 @@ def prepared(item: Planned, delta: Delta, host: Host) -> None:
 
 def loaded(
     plan: Sequence[Planned], adapter: Adapter, trainable: bool, adopt: bool = False
-) -> list[tuple[Planned, Delta]]:
+) -> tuple[list[tuple[Planned, Delta]], bool]:
     """The deltas that hold the adapter's tensors (copies, in the site's dtype and on its device).
 
     Nothing is initialised only to be written over: the deltas are made without memory, and take the copies.
-    adopt: they take the tensors themselves, if all of them can be taken so.
+    adopt: they take the tensors themselves, if all of them can be taken so; whether they did is what is returned beside.
     """
     shared: dict[str, Any] = {}
     sites = [item.site_seen() for item in plan]
@@ -248,7 +251,7 @@ def loaded(
             raise AdapterError(f"{item.key!r}: {error}") from None
         delta.site = site
         found.append((item, delta))
-    return found
+    return found, adopted
 
 
 @functools.lru_cache(maxsize=256)
