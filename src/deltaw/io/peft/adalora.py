@@ -15,7 +15,7 @@ from deltaw.core.adapter import Change
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.per_module import PerModule, alpha_value
+from deltaw.io.peft.per_module import Beside, PerModule, alpha_value
 
 SCHEDULE = {
     "target_r": "target",
@@ -39,7 +39,7 @@ class AdaloraGrammar(PerModule):
     suffixes: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
     unsupported: ClassVar[Mapping[str, str]] = {"use_dora": "DoRA with AdaLoRA", "use_rslora": "rsLoRA with AdaLoRA"}
 
-    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
+    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], beside: Beside) -> Change:
         rank = int(config.get("init_r", 12))
         alpha = config.get("lora_alpha", 8)
         known = {ours: config[theirs] for theirs, ours in SCHEDULE.items() if config.get(theirs) is not None}

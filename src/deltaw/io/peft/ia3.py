@@ -17,8 +17,7 @@ from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io.pattern import pattern
 from deltaw.io.peft.claims import names
-from deltaw.io.peft.grammar import Parsed, Shapes
-from deltaw.io.peft.per_module import CONVOLUTIONS, PerModule
+from deltaw.io.peft.per_module import CONVOLUTIONS, Beside, PerModule
 
 
 class Ia3Grammar(PerModule):
@@ -29,10 +28,7 @@ class Ia3Grammar(PerModule):
     suffixes: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
     layers: ClassVar[tuple[str, ...]] = (*PerModule.layers, "conv2d", "conv3d")
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
-        return super().read({**config, "_shapes": shapes or {}}, tensors, shapes)
-
-    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
+    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], beside: Beside) -> Change:
         wanted = names(config, "feedforward_modules")
         if isinstance(wanted, str):
             inner = pattern(wanted).fullmatch(path)
@@ -46,19 +42,21 @@ class Ia3Grammar(PerModule):
         variant = variants[self.kind](of="input" if inner else "output")
         if not convolution:
             return Change(variant, {"l": l.reshape(-1)})
-        base = config["_shapes"].get(f"{path}.weight")
-        if inner and base is None:
+        base = beside.shapes.get(f"{path}.weight")
+        if not inner:
+            return Change(variant, {"l": l.reshape(-1)}, f"conv{len(shape) - 2}d", base)
+        if base is None:
             raise AdapterError(
                 "it scales the inputs of a convolution, whose kernel only the model can tell: load it onto the model "
                 "(dw.load) and save it from there"
             )
-        if inner and base[1] != l.numel():
+        if base[1] != l.numel():
             raise AdapterError(
                 f"it scales {l.numel()} inputs, and the convolution's weight {base} has {base[1]} (of each group): train it "
                 f"again here"
             )
-        l = l.reshape(-1).repeat_interleave(math.prod(base[2:])) if inner else l.reshape(-1)
-        return Change(variant, {"l": l}, f"conv{len(shape) - 2}d", base)
+        places = l.reshape(-1).repeat_interleave(math.prod(base[2:]))
+        return Change(variant, {"l": places}, f"conv{len(shape) - 2}d", base)
 
     def tensors(self, path: str, change: Change) -> dict[str, Tensor]:
         l = change.tensors["l"]

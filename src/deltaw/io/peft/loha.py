@@ -10,7 +10,7 @@ from torch import Tensor
 from deltaw.core.adapter import Change
 from deltaw.core.registry import variants
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.per_module import LYCORIS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
+from deltaw.io.peft.per_module import LYCORIS, Beside, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
 
 
 class LohaGrammar(PerModule):
@@ -28,7 +28,7 @@ class LohaGrammar(PerModule):
     }
     layers: ClassVar[tuple[str, ...]] = LYCORIS
 
-    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
+    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], beside: Beside) -> Change:
         variant = variants[self.kind](
             rank=rank_of(config, path),
             alpha=alpha_of(config, path, "alpha"),

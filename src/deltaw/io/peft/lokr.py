@@ -20,7 +20,16 @@ from deltaw.core.registry import variants
 from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.io.peft import config as fields
 from deltaw.io.peft.grammar import Parsed, Shapes
-from deltaw.io.peft.per_module import CONVOLUTIONS, LYCORIS, PerModule, alpha_of, rank_of, ranks_and_alphas, tucker
+from deltaw.io.peft.per_module import (
+    CONVOLUTIONS,
+    LYCORIS,
+    Beside,
+    PerModule,
+    alpha_of,
+    rank_of,
+    ranks_and_alphas,
+    tucker,
+)
 from deltaw.variants.lokr import divided
 
 MAX_DENSE = 1 << 28
@@ -55,7 +64,7 @@ class LokrGrammar(PerModule):
         )
         return replace(parsed, notes=(*parsed.notes, note))
 
-    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
+    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], beside: Beside) -> Change:
         found = {name: t.flatten(1) for name, t in parts.items() if name != "T"}
         if "T" in parts:
             found["D_left"], found["D_right"] = tucker(parts["T"], parts["D_left"], parts["D_right"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,14 @@ from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 LYCORIS = ("linear", "linear (own forward)", "conv1d", "conv2d")
 """Layer families that PEFT's LoHa and LoKr adapt."""
+
+
+class Beside(NamedTuple):
+    """What a module's tensors may have to be read with. shared: the file's tensors that belong to no module, by full name.
+    shapes: those of the base's parameters by name, empty where no model is at hand."""
+
+    shared: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 class PerModule(Grammar):
@@ -36,7 +44,7 @@ class PerModule(Grammar):
         return (self.kind, "full")
 
     @abstractmethod
-    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
+    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], beside: Beside) -> Change:
         """The change of the module at `path`."""
 
     @abstractmethod
@@ -47,9 +55,9 @@ class PerModule(Grammar):
     def config_of(self, changes: Mapping[str, Change]) -> dict[str, Any]:
         """The method's own fields; `changes` by module path."""
 
-    def common(self, tensors: dict[str, Tensor]) -> None:
+    def take_shared(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take tensors that belong to no module out of `tensors`."""
-        return None
+        return {}
 
     def shared(self, changes: Mapping[str, Change]) -> dict[str, Tensor]:
         """The tensors that belong to no module, under their full names."""
@@ -63,7 +71,7 @@ class PerModule(Grammar):
         notes = fields.check(config, self.unsupported)
         claims = Claims.of(config)
         mine = dict(tensors)
-        self.common(mine)
+        beside = Beside(self.take_shared(mine), shapes or {})
         groups: dict[str, dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in strip_prefix(mine).items():
@@ -79,7 +87,7 @@ class PerModule(Grammar):
                 if not tensor.is_floating_point():
                     raise AdapterError(f"{path!r}: {part} is {tensor.dtype}; an adapter's tensors are real numbers")
             try:
-                change = self.change(config, path, parts)
+                change = self.change(config, path, parts, beside)
                 _ = change.matrix_shape
             except AdapterError as error:
                 raise AdapterError(f"{path!r}: {error}") from error

@@ -15,8 +15,7 @@ from deltaw.core.adapter import Change
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.grammar import Parsed, Shapes
-from deltaw.io.peft.per_module import PerModule
+from deltaw.io.peft.per_module import Beside, PerModule
 
 NAMES = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 
@@ -28,30 +27,26 @@ class VeraGrammar(PerModule):
     kind: ClassVar[str] = "vera"
     suffixes: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "b", "vera_lambda_d": "d"}
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes = None) -> Parsed:
+    def take_shared(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for part, name in NAMES.items():
             if name not in tensors:
                 raise AdapterError(
                     f"the random matrix {part} is not in the file (save_projection was false): it depends on the "
                     f"generator of the machine that made it. Save it again from there with save_projection=True"
                 )
-        config = {**config, "_projections": {p: tensors[n] for p, n in NAMES.items()}, "_shapes": shapes or {}}
-        if any(t.ndim != 2 for t in config["_projections"].values()):
+        big = {name: tensors.pop(name) for name in NAMES.values()}
+        if any(t.ndim != 2 for t in big.values()):
             raise AdapterError("vera_A and vera_B must be matrices")
-        return super().read(config, tensors, shapes)
+        return big
 
-    def common(self, tensors: dict[str, Tensor]) -> None:
-        for name in NAMES.values():
-            tensors.pop(name, None)
-
-    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) -> Change:
-        big = config["_projections"]
+    def change(self, config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], beside: Beside) -> Change:
+        big_A, big_B = (beside.shared[NAMES[part]] for part in "AB")
         b, d = parts["b"], parts["d"]
         rank = int(config.get("r", 256))
-        columns = width(config["_shapes"].get(f"{path}.weight"), len(b) if b.ndim else 0)
-        if b.ndim != 1 or d.ndim != 1 or len(b) > len(big["B"]) or len(d) != rank:
+        columns = width(beside.shapes.get(f"{path}.weight"), len(b) if b.ndim else 0)
+        if b.ndim != 1 or d.ndim != 1 or len(b) > len(big_B) or len(d) != rank:
             raise AdapterError(
-                f"b {tuple(b.shape)} and d {tuple(d.shape)} do not fit rank {rank} and B {tuple(big['B'].shape)}"
+                f"b {tuple(b.shape)} and d {tuple(d.shape)} do not fit rank {rank} and B {tuple(big_B.shape)}"
             )
         variant = variants[self.kind](
             rank=rank,
@@ -59,8 +54,8 @@ class VeraGrammar(PerModule):
             d=float(config.get("d_initial") or 0.1),
             dropout=float(config.get("vera_dropout") or 0.0),
         )
-        A = big["A"] if columns is None else big["A"][:, :columns]
-        return Change(variant, {"A": A, "B": big["B"][: len(b)], "b": b, "d": d})
+        A = big_A if columns is None else big_A[:, :columns]
+        return Change(variant, {"A": A, "B": big_B[: len(b)], "b": b, "d": d})
 
     def tensors(self, path: str, change: Change) -> dict[str, Tensor]:
         return {"b": change.tensors["b"], "d": change.tensors["d"]}
