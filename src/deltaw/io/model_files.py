@@ -205,8 +205,9 @@ def taken(
     adopted = installed(layout, adapter, name, active=active, trainable=trainable, adopt=adopt)
     if files is not None and files.mapped and not adopted:
         notes.append(
-            "mapped=True, but its tensors were copied: they have another precision or device than the model, or do not all "
-            f"begin at a multiple of {ALIGNMENT} bytes (in a file that dw.save writes they do, if their sizes are such)"
+            "mapped=True, but its tensors were copied: the model does not compute with them as they lie in the file (another "
+            f"precision or device, one tensor in several layers, or not all at a multiple of {ALIGNMENT} bytes, where dw.save puts "
+            "those whose sizes allow it)"
         )
     return notes
 

@@ -39,7 +39,7 @@ from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
 from deltaw.ops.gain import alias, column_dots, gain_from_output, scale_and_shift_
 from deltaw.ops.leaves import as_views
-from deltaw.ops.matmul import adds_in_place, by_onednn, linear, thin, transformed
+from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.terms import (
@@ -340,12 +340,7 @@ def project(t: Term, x: Tensor) -> Tensor:
     mask = t.input_mask(x)
     if mask is None:
         return thin(x, A)
-    parts = [thin(x[part] * mask.rows(part), A) for part in blocks(x)]
-    if len(parts) == 1:
-        return parts[0]
-    if not parts or parts[0].is_contiguous():
-        return torch.cat(parts) if parts else x.new_empty(0, A.shape[0])
-    return torch.cat([h.t() for h in parts], dim=1).t()
+    return joined([thin(x[part] * mask.rows(part), A) for part in blocks(x)])
 
 
 def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:

@@ -45,6 +45,13 @@ def thin(x: Tensor, A: Tensor) -> Tensor:
     return linear(A, x).t()
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """(T, r) from what `thin` gave for its blocks of rows, at least one; in memory as these."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts[0].is_contiguous() else torch.cat([h.t() for h in parts], dim=1).t()
+
+
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product: it can, and on this machine it is the faster one."""
     return (

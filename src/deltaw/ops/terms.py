@@ -137,12 +137,12 @@ def added_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
 
 
 def blocks(x: Tensor) -> list[slice]:
-    """The blocks of rows of x (T, k) that a mask is made in, few enough to stay in a CPU's cache through
+    """The blocks of rows of x (T, k), at least one, that a mask is made in, few enough to stay in a CPU's cache through
     several passes; all rows at once elsewhere and under a compiler."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
     step = rows_per_block(x.shape[1])
-    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+    return [slice(start, start + step) for start in range(0, max(1, x.shape[0]), step)]
 
 
 def flat(x: Tensor) -> Tensor:
