@@ -122,18 +122,23 @@ class Opened:
             if self.size > max_bytes:
                 raise AdapterError(f"{path} holds {self.size:,} bytes; at most {max_bytes:,} are read")
             self.mapped = mapped and self.size > 0
-            if self.mapped:  # privately: what is written there stays in this process
-                try:
-                    self.data = memoryview(mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_COPY))
-                except OSError as error:
-                    raise AdapterError(f"{path} cannot be mapped into memory ({error}): leave mapped out") from error
-                return
-            room = np.empty(self.size + ALIGNMENT, np.uint8)  # a bytearray would be filled with zeros first
-            start = 0 if aligned is None else -(room.ctypes.data + aligned(stream.peek(8)[:8])) % ALIGNMENT
-            self.data = room[start : start + self.size].data
+            self.data = self._pages() if self.mapped else self._room(aligned)
         except BaseException:
             stream.close()
             raise
+
+    def _pages(self) -> memoryview:
+        """The file's own pages; what is written there stays in this process."""
+        try:
+            return memoryview(mmap.mmap(self.stream.fileno(), self.size, access=mmap.ACCESS_COPY))
+        except OSError as error:
+            raise AdapterError(f"{self.path} cannot be mapped into memory ({error}): leave mapped out") from error
+
+    def _room(self, aligned: Aligned) -> memoryview:
+        """Memory that nobody filled with zeros, as a bytearray would be."""
+        room = np.empty(self.size + ALIGNMENT, np.uint8)
+        start = 0 if aligned is None else -(room.ctypes.data + aligned(self.stream.peek(8)[:8])) % ALIGNMENT
+        return room[start : start + self.size].data
 
     def read(self) -> memoryview:
         """All of it, once. The file is closed then.
