@@ -37,7 +37,7 @@ def main(rounds: int = 9) -> None:
             "peft dropout": methods.peft(work, dropout=0.05),
             "full": methods.full(work),
         }
-        # the first calls time 8-bit products against 32-bit ones, and look at them: at calls 1, 2 and 4, then 8
+        # the first calls look at how exact the 8-bit products are: at calls 1, 2 and 4, then 8
         t = alternate({name: c.step for name, c in contenders.items()}, rounds, warmup=4)
         times[work.name] = medians(t)
         cos = {"gradient_cosine": round(near, 5)}

@@ -6,8 +6,9 @@ are the gradients' own sums; only the activations that gradients are made of car
 each, as in training in bfloat16, but the products stay in 32 bit). The gradient of a tensor is off by that order,
 relative to its size.
 
-Kept as they are: weights and buffers of the model (they are kept anyway), and small tensors, which hold statistics
-that an exponential follows (attention's log-sum-exp) or a variance, and cost no memory.
+Kept as they are: weights and buffers of the model (they are kept anyway), views of a part of a larger tensor, tensors of
+other classes, and small tensors, which hold statistics that an exponential follows (attention's log-sum-exp) or a
+variance, and cost no memory.
 
 A tensor that several operations save is packed once: packs are found by the storage they were made from, which a weak
 reference proves to be still the same.

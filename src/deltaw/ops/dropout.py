@@ -7,9 +7,11 @@ the tape at a hashed place:
     tape[k]    = (hash(k) >= p) / (1 - p)                           start(b) = hash(seed + b) mod TAPE
 
 On a CPU a block of the mask is a view of the tape: nothing is drawn, hashed or copied, where one random number per entry
-costs more than the product that follows. Entries of one block are independent. Two blocks whose windows overlap, in one
-call or in two, are shifted copies of each other there; they are equal for one pair of blocks in TAPE. The seed comes
-from torch's generator, so checkpointing, resuming and `torch.manual_seed` work as with any dropout.
+costs more than the product that follows. Entries of one block are independent. A full block covers twice as much of the
+tape as there are starts, so that any two of them, of one call or of two, of whatever layers, hold some of the same
+decisions, shifted against each other: at the same (i, j) they have different places of the tape, but for one pair of
+blocks in TAPE, which is equal. The seed comes from torch's generator, so checkpointing, resuming and
+`torch.manual_seed` work as with any dropout.
 """
 
 from __future__ import annotations

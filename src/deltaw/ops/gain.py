@@ -3,18 +3,16 @@ read off y (the formula stands in linear.py's header)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaw.ops.terms import FrozenProduct
-
 BESIDE = 1 << 17
 """Numbers of the sums that `column_dots` keeps beside each other."""
 
-SMALL = 2.0**-6
+SMALL_C = 2.0**-6
 """Below this |c| the division by it would cost more than six bits: there ∂gain is computed from z."""
 
 
@@ -32,34 +30,17 @@ def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> No
         y.add_(shift)
 
 
-def gain_from_output(
-    g: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    shares: Sequence[Tensor],
-    gain: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    frozen: FrozenProduct,
-) -> Tensor:
-    """∂gain = Σ_t g ⊙ z, (out,), from y = c z + b + Σ s h Bᵀ; columns with a small c from z itself.
+def gain_from_output(total: Tensor, gain: Tensor, g: Tensor, z: Callable[[Tensor], Tensor]) -> Tensor:
+    """∂gain (out,) = total / c, from `total` = c ∂gain as y gave it; where c is small, Σ_t g ⊙ z from z itself.
 
-    sums: Σ_t g. shares: Σ_r B ⊙ ∂B of each term.
+    z: columns (n,) of x Wᵀ -> their values (T, n).
     """
-    total = column_dots(g, y)
-    if bias is not None:
-        assert sums is not None
-        total = total - bias * sums
-    for share in shares:
-        total = total - share
     c = 1 + gain
-    small = c.abs() < SMALL
+    small = c.abs() < SMALL_C
     dgain = total / torch.where(small, 1.0, c)
     if bool(small.any()):
         few = small.nonzero().squeeze(1)
-        z = x @ weight[few].t() if weight is not None else frozen.matmul(x)[:, few]
-        dgain[few] = column_dots(g[:, few], z).to(dgain.dtype)
+        dgain[few] = column_dots(g[:, few], z(few)).to(dgain.dtype)
     return dgain
 
 

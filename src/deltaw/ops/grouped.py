@@ -8,10 +8,10 @@ for each segment (as in linear.py) would cut that product into pieces, which cos
 without adapters cost nothing more. No row is ever multiplied with another row's adapter, not even by zero, so an adapter
 full of NaN changes its own rows only.
 
-Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, and
-usual terms are two calls: bookkeeping for every factor would cost as much as the thin products do. Short segments of equal
-length are put side by side where their factors are small (`runs`, `add_stacked_`): two batched products instead of two
-calls for each of them,
+Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, and a
+plain term, one without dropout whose factors have y's dtype, is two calls (`is_plain`): steps.py's bookkeeping would cost
+as much as the thin products do. Short segments of equal length are put side by side where their factors are small (`runs`,
+`add_stacked_`): two batched products instead of two calls for each of them,
 
     h[i] = A[i] x[i]ᵀ,  y[i] += s[i] (B[i] h[i])ᵀ,    A (n, r, in), B (n, out, r), x (n, tokens, in), y (n, tokens, out).
 
@@ -34,17 +34,10 @@ from torch.autograd.function import once_differentiable
 from deltaw.errors import ConfigError
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.leaves import as_views
-from deltaw.ops.linear import (
-    add_,
-    add_input_gradient_,
-    as_autocast,
-    backward_factors,
-    first_product,
-    plain,
-    project,
-)
+from deltaw.ops.linear import as_autocast, plain
 from deltaw.ops.matmul import linear, thin, transformed
 from deltaw.ops.select import is_stacked
+from deltaw.ops.steps import add_, add_input_gradient_, backward_factors, base_values, first_product, project
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -61,8 +54,8 @@ from deltaw.ops.terms import (
 Span = tuple[int, int, Plan]
 """First token, last token, and the constants of the segment's terms."""
 
-Tokens = tuple[int, int, Sequence[Term]]
-"""First token, last token, and the segment's terms, one at least."""
+Part = tuple[int, int, Sequence[Term]]
+"""First row (or token), last row, and the terms of a segment, one at least."""
 
 
 class Segment(NamedTuple):
@@ -87,19 +80,14 @@ def grouped_linear(
     Raises:
         ConfigError: the segments overlap, are out of order, or reach beyond x's rows. Rows in none have no adapter.
     """
-    check(segments, x.shape[0])
     x, weight, bias = as_autocast(x, weight, bias)
-    parts = [
-        (start, stop, [in_force(a, training, False, x.device) for a in adapters])
-        for start, stop, adapters in segments
-        if adapters and start < stop
-    ]
+    parts = adapted_parts(segments, training, x)
     if transformed():
         return grouped_plain(x, weight, bias, parts, frozen)
     per_row = math.prod(x.shape[1:-1])
     by_token = [(start * per_row, stop * per_row, terms) for start, stop, terms in parts]
     if not torch.is_grad_enabled():
-        return grouped_values(x, weight, bias, by_token, frozen, None)
+        return grouped_values(x, weight, bias, by_token, frozen, False)[0]
     spans: list[Span] = []
     tensors: list[Tensor | None] = []
     for start, stop, terms in by_token:
@@ -121,19 +109,14 @@ def grouped_linear_reference(
 ) -> Tensor:
     """The same function, segment by segment, in plain differentiable PyTorch."""
     x, weight, bias = as_autocast(x, weight, bias)
-    parts = [
-        (start, stop, [in_force(a, training, False, x.device) for a in adapters])
-        for start, stop, adapters in segments
-        if adapters and start < stop
-    ]
-    return grouped_plain(x, weight, bias, parts, frozen)
+    return grouped_plain(x, weight, bias, adapted_parts(segments, training, x), frozen)
 
 
 def grouped_plain(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    parts: Sequence[tuple[int, int, Sequence[Term]]],
+    parts: Sequence[Part],
     frozen: FrozenProduct | None,
 ) -> Tensor:
     """Every segment as if it were alone, put together again."""
@@ -146,16 +129,25 @@ def grouped_plain(
     return torch.cat(pieces)
 
 
-def check(segments: Sequence[Segment], rows: int) -> None:
-    """Segments are in order, do not overlap and lie within the rows."""
+def adapted_parts(segments: Sequence[Segment], training: bool, x: Tensor) -> list[Part]:
+    """First row, last row and terms of each segment that has rows and adapters.
+
+    Raises:
+        ConfigError: segments overlap, are out of order, or reach beyond the rows of x.
+    """
     done = 0
     for s in segments:
-        if not done <= s.start <= s.stop <= rows:
+        if not done <= s.start <= s.stop <= x.shape[0]:
             raise ConfigError(
-                f"segments must be in order, apart, and within the batch's {rows} rows; found {s.start}..{s.stop} "
+                f"segments must be in order, apart, and within the batch's {x.shape[0]} rows; found {s.start}..{s.stop} "
                 f"after row {done}: sort the rows by adapter first"
             )
         done = s.stop
+    return [
+        (start, stop, [in_force(a, training, False, x.device) for a in adapters])
+        for start, stop, adapters in segments
+        if adapters and start < stop
+    ]
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -172,8 +164,7 @@ class GroupedLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         """`spans` are (first token, last token, plan) of each segment; `tensors` their packed terms in turn."""
-        products: list[Tensor] = []
-        y = grouped_values(x, weight, bias, unpack_spans(spans, tensors), frozen, products)
+        y, products = grouped_values(x, weight, bias, unpack_spans(spans, tensors), frozen, True)
         ctx.spans, ctx.frozen = spans, frozen
         ctx.save_for_backward(x, weight, *tensors, *products)
         return y
@@ -213,7 +204,7 @@ class GroupedLinear(torch.autograd.Function):
                 dgain = None
                 if needs_gain and t.gain is not None:
                     if base is None:
-                        base = linear(own, weight) if weight is not None else ctx.frozen.matmul(own)
+                        base = base_values(own, weight, ctx.frozen)
                     dgain = column_dots(g[start:stop], base).to(t.gain.dtype)
                 out += [dA, dB, dgain, None]
         dweight = linear(scaled.t(), rows.t()) if needs_weight else None
@@ -225,13 +216,12 @@ def grouped_values(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    segments: Sequence[Tokens],
+    segments: Sequence[Part],
     frozen: FrozenProduct | None,
-    products: list[Tensor] | None,
-) -> Tensor:
-    """y (rows, ..., out). `segments`: first token, last token, terms. `products`, if wanted, is given h = drop(x) Aᵀ of
-    every term in turn."""
-    rows = flat(x)
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """y (rows, ..., out) and, to `keep` for backward, h = in(x) Aᵀ of every term in turn; `segments` count tokens."""
+    rows, products = flat(x), list[Tensor]()
     if weight is None:
         assert frozen is not None
         y = flat(frozen.matmul(x))
@@ -239,7 +229,7 @@ def grouped_values(
             y.add_(bias)
     else:
         y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
-    for run in runs(segments, y.dtype) if products is None else [[s] for s in segments]:
+    for run in [[s] for s in segments] if keep else runs(segments, y.dtype):
         if len(run) > 1:
             add_stacked_(y, rows, run)
             continue
@@ -249,26 +239,31 @@ def grouped_values(
         if gain is not None:
             scale_and_shift_(part, gain, None if bias is None else -gain * bias)
         for t in terms:
-            if products is None and t.seed is None and t.A.dtype == t.B.dtype == y.dtype:
+            if not keep and is_plain(t, y.dtype):
                 part.addmm_(thin(own, t.A), t.B.t(), alpha=t.scale)
                 continue
             h = project(t, own)
             add_(part, h, t)
-            if products is not None:
+            if keep:
                 products.append(h)
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
 
 
-def runs(segments: Sequence[Tokens], dtype: torch.dtype) -> list[list[Tokens]]:
+def is_plain(t: Term, dtype: torch.dtype) -> bool:
+    """Whether a term's two products can be made as they stand: no dropout, and factors of y's dtype."""
+    return t.seed is None and t.A.dtype == t.B.dtype == dtype
+
+
+def runs(segments: Sequence[Part], dtype: torch.dtype) -> list[list[Part]]:
     """The segments in their order, those that `add_stacked_` takes together in one list."""
-    found: list[list[Tokens]] = []
+    found: list[list[Part]] = []
     last: object = None
     for segment in segments:
         start, stop, terms = segment
         t, kind = terms[0], None
-        if len(terms) == 1 and t.gain is None and t.seed is None and t.A.dtype == t.B.dtype == dtype:
+        if len(terms) == 1 and t.gain is None and is_plain(t, dtype):
             rank, columns = t.A.shape
-            if is_stacked(t.B.shape[0], columns, stop - start, rank):
+            if is_stacked(t.B.shape[0], columns, stop - start, rank, t.A.device.type):
                 kind = (stop - start, t.A.shape, t.B.shape)
         if kind is not None and kind == last and start == found[-1][-1][1]:
             found[-1].append(segment)
@@ -282,8 +277,8 @@ FEW = 8
 """Tokens of a segment from which on MKL multiplies A xᵀ faster than x Aᵀ, if there are several of them at once."""
 
 
-def add_stacked_(y: Tensor, rows: Tensor, run: Sequence[Tokens]) -> None:
-    """y[seg] += s (A x)ᵀ Bᵀ for n segments of equal length, one behind the other, with one usual term of one shape each."""
+def add_stacked_(y: Tensor, rows: Tensor, run: Sequence[Part]) -> None:
+    """y[seg] += s (A x)ᵀ Bᵀ for n segments of equal length, one behind the other, with one plain term of one shape each."""
     terms = [only for _, _, (only,) in run]
     part = slice(run[0][0], run[-1][1])
     n, each = len(run), run[0][1] - run[0][0]

@@ -8,7 +8,8 @@ per token (a scale for a whole tensor costs accuracy, and would let the rows of 
     x Wᵀ    = a[t] w[n] Σ_k (U - 128) Q          whole numbers, exact in 32 bit
     g W     = a[t] Σ_n (V - 128) Q               where a, V quantise g ⊙ w: the derivative of the very W that is used
 
-so that the only errors are the two roundings to 8 bit. A token that is not finite gives NaN in its own row only.
+so that the only errors are the two roundings to 8 bit. A token with NaN or infinity gives no finite number (not always
+the one of 32 bit: ∞ or -∞ may come as NaN, as ∞, or with the other sign), and in its own row only.
 
 Projections that read the same x (query, key, value) quantise it once: the codes of the last x are kept, per thread.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaw.ops.choices import Choices
 from deltaw.ops.composed import composed
 from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
-from deltaw.ops.linear import AdaptedLinear
+from deltaw.ops.linear import AdaptedLinear, Call
 from deltaw.ops.matmul import library, linear
 from deltaw.ops.select import Explanation, explain, is_formed, is_small
 from deltaw.ops.terms import FrozenProduct, Term, pack
@@ -84,18 +84,18 @@ def kernels(shape: Shape, choices: Choices) -> Kernels:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A W (out, in) whose products run on what `weight` gives: a dense weight that is kept, or formed at every call."""
+class Dequantised:
+    """A W (out, in) in 8 bit that is made dense for each product."""
 
-    weight: Callable[[], Tensor]
+    weight: Int8Weight
 
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ."""
-        return linear(x, self.weight())
+        return linear(x, self.weight.dense())
 
     def matmul_grad(self, g: Tensor) -> Tensor:
         """g W."""
-        return linear(g, self.weight().t())
+        return linear(g, self.weight.dense().t())
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def measure(shape: Shape, repeats: int = REPEATS) -> dict[str, float]:
     def fused(merge: bool, frozen: FrozenProduct | None = None) -> Tensor:
         plan, tensors = pack([Term(A, B, None, None, 2.0, 0.0, False, merge)])
         weight = W if frozen is None else None
-        y: Tensor = AdaptedLinear.apply(plan, merge, frozen, True, None, (), x, weight, None, *tensors)  # type: ignore[no-untyped-call]
+        y: Tensor = AdaptedLinear.apply(Call(plan, merge, frozen), (), x, weight, None, *tensors)  # type: ignore[no-untyped-call]
         return y
 
     contenders: dict[str, Callable[[], Tensor]] = {
@@ -143,7 +143,7 @@ def measure(shape: Shape, repeats: int = REPEATS) -> dict[str, float]:
     if int8_available():
         codes = quantize_int8(W)
         contenders["int8"] = lambda: fused(False, Narrow(codes))
-        contenders["dequantised"] = lambda: fused(False, Dense(codes.dense))
+        contenders["dequantised"] = lambda: fused(False, Dequantised(codes))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats + 1):
         for name, forward in contenders.items():

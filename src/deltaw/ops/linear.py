@@ -1,24 +1,28 @@
 """The fused adapted linear: base product, bias, adapters, dropout and their backward as one operation.
 
-    y = x Wᵀ + b + Σ ( gain ⊙ (x Wᵀ) + s (drop(x) Aᵀ) Bᵀ )
+    z = x Wᵀ      h = in(x) Aᵀ      y = z + b + Σ ( gain ⊙ z + s out(h Bᵀ) )
 
-with x (T, in), W (out, in), A (r, in), B (out, r), gain (out,). Let g = ∂L/∂y, z = x Wᵀ, c = 1 + Σ gain and, per
-adapter, h = drop(x) Aᵀ and u = s g B, both (T, r). Then
+with x (T, in), W (out, in) and, of each adapter, A (r, in), B (out, r), gain (out,) and a scale s. in(·) and out(·) are
+its dropout, on A's input or on the change; each multiplies by a mask, and one of them at least is the identity. Let
+g = ∂L/∂y, c = 1 + Σ gain and, per adapter, u = out(g) B, (T, r). Then
 
-    ∂x = (g ⊙ c) W + Σ drop(u A)      one buffer; the adapters are added to it in place
-    ∂A = uᵀ drop(x)                   ∂B = s gᵀ h
-    ∂gain = Σ_t g ⊙ z                 z is not kept, nor computed again: y = c z + b + s h Bᵀ is, by what follows it, so
-                                      c ∂gain = Σ_t g ⊙ y - b ⊙ Σ_t g - Σ_r B ⊙ ∂B     (∂B taken without merging)
-                                      (in 16 bit y is rounded at the size of b, so that with a bias z is computed again)
+    ∂x = (g ⊙ c) W + Σ s in(u A)      one buffer; the adapters are added to it in place
+    ∂A = s uᵀ in(x)                   ∂B = s out(g)ᵀ h
+    ∂gain = Σ_t g ⊙ z                 and since c z = y - b - Σ s out(h Bᵀ), it is read from y instead of z:
+    c ∂gain = Σ_t g ⊙ y - b ⊙ Σ_t g - Σ Σ_r B ⊙ ∂B
+
+y is most often kept already, by the operation that reads it; z is not (in 16 bit y is rounded at the size of b, so that
+with a bias z is computed again).
 
 Where W' = c W + Σ s B A is cheaper to form than the adapters are to apply (select.py), the base product runs on W' and
-the adapters cost nothing in forward and in ∂x; W' is formed again in backward, not kept. Otherwise, and for adapters
-with dropout, they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy. Or the thin product goes
-first and the base's is added to it (`first_change`), where that sum is part of the large product: a pass over y less.
+the adapters cost nothing in y and in ∂x; W' is formed again in backward, not kept. Otherwise, and for adapters with
+dropout, they are added to the base's output by `addmm_`: no scale pass, no add pass, no copy. Where a product can be
+added in place at no cost (`matmul.adds_in_place`), the adapter's change is written first and the base product is
+accumulated onto it, which is one pass over y less.
 
 x is saved as it came, so that all projections of one input keep one copy, or not at all where it can be made again from
 what its producer keeps (recompute.py). Dropout is made again from its seed. Nothing is computed for an input that needs
-no gradient. The plain twin is `adapted_linear_reference`.
+no gradient. What one adapter does is in steps.py; the plain twin is `adapted_linear_reference`.
 
 Where the products are so small that all this bookkeeping costs more than they do (select.py), torch's own operations are
 composed instead (composed.py).
@@ -26,9 +30,10 @@ composed instead (composed.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,20 +44,29 @@ from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
 from deltaw.ops.gain import alias, column_dots, gain_from_output, scale_and_shift_
 from deltaw.ops.leaves import as_views
-from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin, transformed
+from deltaw.ops.matmul import adds_in_place, linear, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
+from deltaw.ops.steps import (
+    add_,
+    add_input_gradient_,
+    backward_factors,
+    base_values,
+    first_change,
+    first_input_gradient,
+    first_product,
+    is_laid_first,
+    project,
+)
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
     FrozenProduct,
     Plan,
     Term,
-    blocks,
     flat,
     in_force,
     merged_weight,
-    moved,
     pack,
     total_gain,
     unpack,
@@ -75,7 +89,8 @@ def adapted_linear(
 
     Adapters kept in another precision than x are rounded to x's for the products; their gradients come back in theirs.
     With B = 0 and gain = 0 the result equals `F.linear(x, weight, bias)` to the bit.
-    Derivatives of the derivatives: only of the plain twin, and of products as small as `select.is_small` says.
+    Derivatives of the derivatives: only where W is dense, of the plain twin and of products as small as
+    `select.is_small` says.
     """
     if not adapters and weight is not None:
         return F.linear(x, weight, bias)
@@ -87,7 +102,7 @@ def adapted_linear(
     if weight is not None and not compiled and is_small(weight.shape[0], weight.shape[1], tokens):
         return composed(x, weight, bias, [in_force(a, training, False, x.device) for a in adapters])
     gains = any(a.gain is not None for a in adapters)
-    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype, gains)
+    merge = weight is not None and use_merged(weight.shape[0], weight.shape[1], tokens, x.dtype, gains, x.device.type)
     terms = [in_force(a, training, merge, x.device) for a in adapters]
     if transformed():
         return plain(x, weight, bias, terms, frozen)
@@ -97,7 +112,8 @@ def adapted_linear(
     keep = reads_x(weight, terms)
     recipe, sources = (recipe_of(x) if keep else None) or (None, ())
     parameters = as_views((weight, bias, *tensors))
-    y: Tensor = AdaptedLinear.apply(plan, merge, frozen, keep, recipe, sources, x, *parameters)  # type: ignore[no-untyped-call]
+    call = Call(plan, merge, frozen, keep, recipe)
+    y: Tensor = AdaptedLinear.apply(call, sources, x, *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -117,7 +133,7 @@ def adapted_linear_reference(
     training: bool,
     frozen: FrozenProduct | None = None,
 ) -> Tensor:
-    """The same function in plain differentiable PyTorch; with the same generator state, the same dropout."""
+    """The same function in plain PyTorch; with the same generator state, the same dropout."""
     x, weight, bias = as_autocast(x, weight, bias)
     return plain(x, weight, bias, [in_force(a, training, False, x.device) for a in adapters], frozen)
 
@@ -156,9 +172,24 @@ class FrozenMatmul(torch.autograd.Function):
         return frozen.matmul(x)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """(..., out) -> (..., in)."""
         return None, ctx.frozen.matmul_grad(grads[0]) if ctx.needs_input_grad[1] else None
+
+
+class Call(NamedTuple):
+    """What is fixed in one call of the operation, beside its tensors.
+
+    plan: the constants of the packed terms. merge: gains and undropped factors are in W'. frozen: W, where it is no tensor.
+    keep: backward reads x, which `recipe`, if there is one, makes again.
+    """
+
+    plan: Plan
+    merge: bool = False
+    frozen: FrozenProduct | None = None
+    keep: bool = True
+    recipe: Recipe | None = None
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -167,31 +198,24 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Plan,
-        merge: bool,
-        frozen: FrozenProduct | None,
-        keep: bool,
-        recipe: Recipe | None,
+        call: Call,
         sources: tuple[Tensor, ...],
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """`plan` and `tensors` are the packed terms; `merge` says whether gains and undropped factors are in W'.
-
-        `keep`: backward reads x. `sources` is what `recipe` makes it again from.
-        """
-        terms = unpack(plan, tensors)
-        y, products = adapted_values(x, weight, bias, terms, merge, frozen, keep)
+        """`sources`: what `call.recipe` makes x again from. `tensors`: the packed terms."""
+        terms = unpack(call.plan, tensors)
+        y, products = adapted_values(x, weight, bias, terms, call.merge, call.frozen, call.keep)
         products = [None if h is None else as_saved(h) for h in products]
         kept = None  # y, from which ∂gain is read
         learns_gain = any(t.gain is not None and t.gain.requires_grad for t in terms)
         if learns_gain and not torch.compiler.is_compiling() and (bias is None or is_kept_wide(y)):
             kept, ctx.witness = alias(y)
-        ctx.plan, ctx.merge, ctx.frozen, ctx.recipe, ctx.sources = plan, merge, frozen, recipe, len(sources)
-        ctx.columns = x.shape[-1]
-        ctx.save_for_backward(kept, x if keep and recipe is None else None, weight, bias, *tensors, *products, *sources)
+        ctx.call, ctx.sources, ctx.columns = call, len(sources), x.shape[-1]
+        saved = x if call.keep and call.recipe is None else None
+        ctx.save_for_backward(kept, saved, weight, bias, *tensors, *products, *sources)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -199,38 +223,41 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
         kept, x, weight, bias, *rest = ctx.saved_tensors
-        if ctx.recipe is not None:
-            x = ctx.recipe.take(rest[len(rest) - ctx.sources :])
+        call: Call = ctx.call
+        if call.recipe is not None:
+            x = call.recipe.take(rest[len(rest) - ctx.sources :])
             del rest[len(rest) - ctx.sources :]  # over compact saves (compact.py) these were made for x alone
-        terms = unpack(ctx.plan, rest)
+        terms = unpack(call.plan, rest)
         products = rest[TENSORS * len(terms) :]
-        needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[6:]
+        needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[2:]
         needs_gain = any(needs[i] for i in range(2, len(needs), TENSORS))
         g = flat(grads[0]).contiguous()  # (T, out)
         rows = g.new_empty(()).expand(g.shape[0], ctx.columns) if x is None else flat(x)  # (T, in); without x its shape
         gain = total_gain(terms)
+        from_y = needs_gain and kept is not None and ctx.witness()
         scaled = g
-        if gain is not None and (needs_weight or (needs_x and not ctx.merge)):
+        if gain is not None and (needs_weight or (needs_x and not call.merge)):
             scaled = (g * (1 + gain)).to(g.dtype)
 
         dfactors: list[Tensor | None] = []
         projected: list[Tensor | None] = []  # g B of each term
         shares: list[Tensor] = []  # Σ_r B ⊙ ∂B of each term, (out,)
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
-            needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or needs_gain
+            needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or from_y
             dA, dB, u = backward_factors(t, g, rows, h, needs_A, needs_B, needs_x and not t.merged)
-            if needs_gain:
+            if from_y:
                 assert dB is not None
                 shares.append((t.B * dB).sum(1))
             dfactors += [dA, dB]
             projected.append(u)
-        sums = g.sum(0) if needs_bias or (needs_gain and bias is not None) else None
+        sums = g.sum(0) if needs_bias or (from_y and bias is not None) else None
         dgain = None
-        if needs_gain:
-            if kept is not None and gain is not None and ctx.witness():
-                dgain = gain_from_output(g, flat(kept), bias, sums, shares, gain, rows, weight, ctx.frozen)
-            else:
-                dgain = column_dots(g, linear(rows, weight) if weight is not None else ctx.frozen.matmul(rows))
+        if from_y:
+            assert gain is not None
+            total = column_dots(g, flat(kept)) - (0 if bias is None else bias * sums) - sum(shares)
+            dgain = gain_from_output(total, gain, g, functools.partial(base_values, rows, weight, call.frozen))
+        elif needs_gain:
+            dgain = column_dots(g, base_values(rows, weight, call.frozen))
         dterms: list[Tensor | None] = []
         for i, t in enumerate(terms):
             wanted = needs[TENSORS * i + 2]
@@ -242,9 +269,10 @@ class AdaptedLinear(torch.autograd.Function):
         if needs_x:
             added = [(t, u) for t, u in zip(terms, projected, strict=True) if u is not None and not t.merged]
             if weight is None:
-                dx = ctx.frozen.matmul_grad(scaled)
+                assert call.frozen is not None
+                dx = call.frozen.matmul_grad(scaled)
             else:
-                over, used = (g, merged_weight(weight, terms)) if ctx.merge else (scaled, weight)
+                over, used = (g, merged_weight(weight, terms)) if call.merge else (scaled, weight)
                 if added and adds_in_place(over, used):
                     t, u = added.pop(0)
                     dx = first_input_gradient(u, t).addmm_(over, used)
@@ -253,7 +281,7 @@ class AdaptedLinear(torch.autograd.Function):
             for t, u in added:
                 add_input_gradient_(dx, u, t)
             dx = dx.view(*grads[0].shape[:-1], ctx.columns)
-        return None, None, None, None, None, None, dx, dweight, sums if needs_bias else None, *dterms
+        return None, None, dx, dweight, sums if needs_bias else None, *dterms
 
 
 def adapted_values(
@@ -285,102 +313,6 @@ def adapted_values(
         add_(y, h, t)
     shape = [*x.shape[:-1], y.shape[1]]
     return torch.ops.aten._unsafe_view.default(y, shape), products  # no view to autograd: `relu_(y)` is allowed
-
-
-def backward_factors(
-    t: Term, g: Tensor, x: Tensor, h: Tensor | None, needs_A: bool, needs_B: bool, needs_u: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂A, ∂B and u / s = g B, (T, r), of one term from g (T, out) and x (T, in)."""
-    drop = t.output_mask(g)
-    if drop is not None:
-        g = g * drop
-    dA = dB = u = None
-    if needs_B:
-        h = project(t, x) if h is None else h.to(x.dtype)
-        dB = linear(h.t(), g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
-    if needs_A or needs_u:
-        u = thin(g, t.B.to(x.dtype).t())
-    if needs_A:
-        assert u is not None
-        mask = t.input_mask(x)
-        if mask is None:
-            dA = linear(u.t(), x.t())
-        else:
-            dA = u.new_zeros(t.A.shape)
-            for part in blocks(x):
-                dA += linear(u[part].t(), (x[part] * mask.rows(part)).t())
-        dA = dA.to(t.A.dtype).mul_(t.scale)
-    return dA, dB, u
-
-
-def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
-    """dx += drop(s u A) in place, for u (T, r) = g B and dx (T, in)."""
-    A = t.A.to(dx.dtype)
-    mask = t.input_mask(dx)
-    if mask is None:
-        dx.addmm_(u, A, alpha=t.scale)
-        return
-    for part in blocks(dx):
-        dx[part].addcmul_(linear(u[part], A.t()), mask.rows(part), value=t.scale)
-
-
-def first_input_gradient(u: Tensor, t: Term) -> Tensor:
-    """drop(s u A), (T, in), for u (T, r) = g B."""
-    dx = u @ (t.A.to(u.dtype) * t.scale)
-    mask = t.input_mask(dx)
-    if mask is not None:
-        for part in blocks(dx):
-            dx[part].mul_(mask.rows(part))
-    return dx
-
-
-def project(t: Term, x: Tensor) -> Tensor:
-    """h = drop(x) Aᵀ, (T, r), of x (T, in)."""
-    A = t.A.to(x.dtype)
-    mask = t.input_mask(x)
-    if mask is None:
-        return thin(x, A)
-    return joined([thin(x[part] * mask.rows(part), A) for part in blocks(x)])
-
-
-def first_product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    """x Wᵀ + b, (..., in) -> (..., out). While all terms are zero it is `F.linear`'s to the bit: a fresh adapter changes
-    nothing, whichever library is the faster one (matmul.py)."""
-    rows = flat(x)
-    if by_onednn(rows, weight) and moved(terms):
-        return linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight, bias)
-
-
-def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> bool:
-    """Whether `first_change` goes first and the base's product is added to it.
-
-    A fresh change lays b where F.linear lays it, and then the sums are F.linear's to the bit; without b, or where
-    F.linear adds it last (x not contiguous), they may not be: there only when some term has moved.
-    """
-    return (
-        adds_in_place(x, weight)
-        and all(t.seed is None or not t.at_output for t in terms)
-        and ((bias is not None and bias.dtype == x.dtype and x.is_contiguous() and x.dim() > 1) or moved(terms))
-    )
-
-
-def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
-    """s h Bᵀ + b, (T, out), written once: b is one more column of s B, beside one more column of h, of ones."""
-    B = t.B.to(h.dtype).t() * t.scale
-    if bias is None:
-        return h @ B
-    return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])
-
-
-def add_(y: Tensor, h: Tensor, t: Term) -> None:
-    """y += drop(s h Bᵀ) in place, for h (T, r) and y (T, out)."""
-    B = t.B.to(y.dtype).t()
-    drop = t.output_mask(y)
-    if drop is None:
-        y.addmm_(h, B, alpha=t.scale)
-    else:
-        y.addcmul_(h @ B, drop, value=t.scale)
 
 
 def as_autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -4,7 +4,7 @@
 at less than half of what oneDNN, which torch carries as well, does with the same numbers in the same precision. So
 there, products that are large enough to pay for oneDNN's longer call go to oneDNN.
 
-Both round every product and every sum to 32 bit; they sum in different orders, so their results differ by roundings.
+Both compute in 32 bit; they sum in different orders, so their results differ by roundings.
 The choice depends on the processor, the precision and the shape alone, never on a measurement: a run that is resumed on
 the same machine takes the same kernels. `torch.backends.mkldnn.flags(enabled=False)` forbids it. Under a compiler or
 `torch.jit.trace`, on tensor subclasses and in every other precision it is `F.linear`, the plain twin.
@@ -40,7 +40,7 @@ def thin(x: Tensor, A: Tensor) -> Tensor:
 
     The libraries differ: MKL on Intel's processors takes half the time with the short side last, oneDNN with it first.
     """
-    if torch.compiler.is_compiling() or not mkl_is_slow():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not mkl_is_slow():
         return F.linear(x, A)
     return linear(A, x).t()
 

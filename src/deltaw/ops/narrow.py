@@ -29,11 +29,11 @@ from torch.utils._pytree import tree_map_only
 aten = torch.ops.aten
 
 LOOPS = {
-    aten.gelu_backward.default: aten.gelu_backward.grad_input,
-    aten.silu_backward.default: aten.silu_backward.grad_input,
-    aten.mul.Tensor: aten.mul.out,
+    aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input"),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
+    aten.mul.Tensor: (aten.mul.out, "out"),
 }
-"""Elementwise operations that backward calls with a saved tensor, and how they write into a given result."""
+"""Elementwise operations that backward calls with a saved tensor, how they write into a given result, and its keyword."""
 
 READERS = frozenset({"GeluBackward0", "SiluBackward0", "MulBackward0"})
 """The autograd nodes that call them."""
@@ -67,6 +67,17 @@ class Packed:
         assert found is not None
         return found
 
+    @property
+    def whole(self) -> Tensor:
+        """The numbers.
+
+        Raises:
+            RuntimeError: only GELU's derivative there was kept.
+        """
+        if self.numbers is None:
+            raise RuntimeError(DERIVATIVE_ONLY)
+        return self.numbers
+
 
 class View(NamedTuple):
     """A pack with the shape, strides and offset of the tensor that was saved."""
@@ -77,14 +88,8 @@ class View(NamedTuple):
     offset: int
 
     def widened(self) -> Tensor:
-        """The tensor again, in 32 bit.
-
-        Raises:
-            RuntimeError: only GELU's derivative there was kept.
-        """
-        if self.packed.numbers is None:
-            raise RuntimeError(DERIVATIVE_ONLY)
-        return self.packed.numbers.float().as_strided(self.shape, self.stride, self.offset)
+        """The tensor again, in 32 bit; raises as `Packed.whole`."""
+        return self.packed.whole.float().as_strided(self.shape, self.stride, self.offset)
 
 
 class Narrow(Tensor):
@@ -108,7 +113,7 @@ class Narrow(Tensor):
         if op is aten.gelu_backward.default and isinstance(args[1], cls) and args[1].view_of.packed.slopes is not None:
             return _times_slope(args[0], args[1])
         if op in LOOPS and len(args) == 2 and all(_in_order(t, args[0].shape) for t in args):
-            return _in_blocks(LOOPS[op], *args, **kwargs)
+            return _in_blocks(*LOOPS[op], *args, **kwargs)
         args, kwargs = tree_map_only(cls, lambda t: t.view_of.widened(), (args, kwargs))
         return op(*args, **kwargs)
 
@@ -125,11 +130,10 @@ def _in_order(t: Any, shape: torch.Size) -> bool:
     return plain and t.shape == shape and t.is_contiguous()
 
 
-def _in_blocks(op: Any, one: Tensor, other: Tensor, **options: Any) -> Tensor:
+def _in_blocks(op: Any, into: str, one: Tensor, other: Tensor, **options: Any) -> Tensor:
     """op(one, other), elementwise, with at most a block of what is narrow in 32 bit."""
     result = torch.empty(one.shape, dtype=torch.float32, device=one.device)
-    flat = [t.view_of.packed.kept if isinstance(t, Narrow) else t.reshape(-1) for t in (one, other, result)]
-    into = "out" if op is aten.mul.out else "grad_input"
+    flat = [t.view_of.packed.whole if isinstance(t, Narrow) else t.reshape(-1) for t in (one, other, result)]
     for a, b, out in zip(*(torch.split(t, BLOCK) for t in flat), strict=True):
         op(a.float(), b.float(), **options, **{into: out})
     return result

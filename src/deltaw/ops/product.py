@@ -2,8 +2,8 @@
 
 With `left = Q₁R₁` and `rightᵀ = Q₂R₂` (two thin QRs), `left @ right = Q₁ (R₁R₂ᵀ) Q₂ᵀ`, and the k x k core's SVD is the
 whole matrix's: O((out + in)·k²) instead of O(out·in·min(out, in)). The norm comes from the same core, so that
-that of a difference of nearly equal products is not lost to cancellation as it is in `trace(LᵀL · RRᵀ)`. Inner products are such
-traces: of two different matrices they lose nothing, of a matrix with itself `norm` is the one to ask.
+that of a difference of nearly equal products is not lost to cancellation as it is in `trace(LᵀL · RRᵀ)`. Inner products
+are such traces, with roundings as large as those of ‖L‖‖R‖; of a matrix with itself `norm` is the one to ask.
 
 All of it is computed in float64: the factors are thin, and what is decided from small singular values (rank, energy,
 angles between subspaces) does not survive single precision.

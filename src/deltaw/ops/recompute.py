@@ -70,7 +70,7 @@ def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
         return None
     try:
         found = known(node)
-    except RuntimeError:  # the producer's input was written to: its own backward will say so
+    except RuntimeError:  # written to, or freed: the producer's own backward will say so
         return None
     if found is None:
         return None

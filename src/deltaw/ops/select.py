@@ -1,8 +1,8 @@
 """Which kernel runs, and why: the rules that `deltaw ops` prints. The choices made by timing are in choices.py.
 
 Merged or added. Applying a rank-r change to T rows costs 2Tr(in + out) operations, forming W' = W + s B A 2r·in·out. So
-W' takes fewer of them where T > in·out / (in + out), and where MKL multiplies thin matrices slowly (matmul.py) that
-decides. Elsewhere passes over memory do. Forward and backward, W' reads and writes the weight four times (a copy and a
+W' takes fewer of them where T > in·out / (in + out). Where MKL multiplies thin matrices slowly (matmul.py) that count
+decides; elsewhere memory traffic does. Forward and backward, W' reads and writes the weight four times (a copy and a
 product, twice), the added change reads and writes y and ∂x once (h and u are made either way, for ∂B and ∂A): so W' is
 cheaper from four times as many rows on. A gain, which in W' is free, is a pass over y and one over g: from twice as many.
 W' is exact up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never
@@ -25,23 +25,24 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaw.ops.int8 import int8_available
 from deltaw.ops.matmul import mkl_is_slow
 
 WIDE = (torch.float32, torch.float64)
 
 
-def use_merged(rows_out: int, columns_in: int, tokens: int, dtype: torch.dtype, gain: bool = False) -> bool:
+def use_merged(
+    rows_out: int, columns_in: int, tokens: int, dtype: torch.dtype, gain: bool = False, device: str = "cpu"
+) -> bool:
     """Whether the adapted linear forms W' for this call (if W is dense; an adapter with dropout is added all the same).
 
-    gain: whether an adapter has one.
+    gain: whether an adapter has one. device: the type of x's.
     """
-    return dtype in WIDE and surely(tokens * (rows_out + columns_in) > worth(gain) * rows_out * columns_in)
+    return dtype in WIDE and surely(tokens * (rows_out + columns_in) > worth(gain, device) * rows_out * columns_in)
 
 
-def worth(gain: bool) -> int:
+def worth(gain: bool, device: str = "cpu") -> int:
     """From how many times in·out / (in + out) rows on W' is formed."""
-    if not torch.compiler.is_compiling() and mkl_is_slow():
+    if device == "cpu" and not torch.compiler.is_compiling() and mkl_is_slow():
         return 1
     return 2 if gain else 4
 
@@ -56,7 +57,7 @@ def surely(holds: bool) -> bool:
 
 
 SMALL = 1 << 23
-"""Multiplications of the frozen product: 64 rows through 384 x 384 are about as many."""
+"""Multiplications of the frozen product: 56 rows through 384 x 384 are about as many."""
 
 LIGHT = 1 << 16
 """Numbers of an input (256 KiB) of which copies may be kept for backward, as torch's own operations do where there is
@@ -86,13 +87,14 @@ THIN = 1 << 14
 """Numbers of both factors of an adapter (64 KiB): rank 8 of 1024 x 1024."""
 
 
-def is_stacked(rows_out: int, columns_in: int, tokens: int, rank: int) -> bool:
+def is_stacked(rows_out: int, columns_in: int, tokens: int, rank: int, device: str = "cpu") -> bool:
     """Whether segments of so many tokens each, in a batch with many adapters, share two batched products without gradients.
 
     Their factors are copied side by side for it, which costs less than two calls of Python's for each as long as they are
     small (docs/decisions/023).
     """
-    return tokens <= (SHORT >> 4 if mkl_is_slow() else SHORT) and rank * (rows_out + columns_in) <= THIN
+    slow = device == "cpu" and mkl_is_slow()
+    return tokens <= (SHORT >> 4 if slow else SHORT) and rank * (rows_out + columns_in) <= THIN
 
 
 KERNEL = 1 << 16
@@ -127,34 +129,23 @@ def explain(
     rank: int,
     *,
     dropout: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    form: str = "dense",
-    device: str = "cpu",
 ) -> Explanation:
-    """What `adapted_linear` does with x (tokens, in), W (out, in) kept in `form`, and one adapter in training."""
+    """What `adapted_linear` does with x (tokens, in), a dense W (out, in) and one adapter in training, in fp32 on a CPU."""
     times = worth(False)
     bound = times * rows_out * columns_in / (rows_out + columns_in)
     limit = f"{times if times > 1 else ''} in·out/(in+out) = {bound:.0f}".lstrip()
     thin = tokens * rank * (rows_out + columns_in)  # one thin product on each side
     frozen = 2 * tokens * rows_out * columns_in
-    if form != "dense" and is_formed(rows_out, columns_in):
-        form = "dense"
-    if form == "dense" and is_small(rows_out, columns_in, tokens):
+    if is_small(rows_out, columns_in, tokens):
         reason = (
             f"{tokens * rows_out * columns_in:,} multiplications do not pay for the fused operation ({SMALL:,} would)"
         )
         return Explanation("composed", reason, 3 * thin / frozen)
-    if form == "dense" and not dropout and use_merged(rows_out, columns_in, tokens, dtype):
+    if not dropout and use_merged(rows_out, columns_in, tokens, torch.float32):
         work = 2 * thin + 2 * rank * rows_out * columns_in
         return Explanation("merged", f"{tokens} rows > {limit}: W' = W + sBA is cheaper to form", work / frozen)
-    if form != "dense":
-        reason = f"W is kept as {form}, its own kernels make the frozen products"
-        if form == "int8" and (device != "cpu" or not int8_available()):
-            reason = "W is kept as int8, but there are no 8-bit kernels here: it is made dense for each product"
-    elif dropout:
+    if dropout:
         reason = f"dropout {dropout:g} is part of the adapter's input, so it cannot be merged into W"
-    elif dtype not in WIDE:
-        reason = f"{str(dtype).removeprefix('torch.')} would round a small change away if it were merged into W"
     else:
         reason = f"{tokens} rows <= {limit}: the factors are cheaper to apply than W' to form"
     return Explanation("added", reason, 3 * thin / frozen)

@@ -2,8 +2,7 @@
 
 Halko, Martinsson and Tropp, "Finding structure with randomness" (arXiv:0909.4061), algorithm 4.4: a random block, a few
 rounds of `X ← qr(Mᵀ qr(M X))`, then the SVD of a thin projection. The block is drawn from its own seeded generator:
-torch's global one is neither read nor moved. The exact Frobenius norm is known, so the energy that is left out is
-known exactly too, however good the iteration was.
+torch's global one is neither read nor moved.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltaw as dw
 from deltaw.core.variant import LowRank
-from deltaw.ops import adapted_linear, adapted_linear_reference, select
+from deltaw.ops import adapted_linear, adapted_linear_reference, select, steps
 from deltaw.ops import linear as module
 from deltaw.ops.gain import alias
 from tests.unit.ops.cases import Case
@@ -54,7 +54,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
         return not order and wide and not torch.compiler.is_compiling()
 
-    monkeypatch.setattr(module, "adds_in_place", in_place)
+    for file in (module, steps):
+        monkeypatch.setattr(file, "adds_in_place", in_place)
     return kind
 
 
@@ -241,6 +242,25 @@ def test_nothing_is_computed_for_what_needs_no_gradient(trained: tuple[str, ...]
         with Products() as backward:
             y.sum().backward()
         assert backward.count == expected
+
+
+def test_a_gain_that_is_not_read_from_the_output_takes_one_product() -> None:
+    case = Case(lead=(64,), gain=True, dtype=torch.bfloat16)  # with a bias y is rounded too coarsely to read it there
+    x, weight, bias, A, B, gain = (t.detach() for t in case.tensors)
+    gain.requires_grad_()
+    loss = adapted_linear(x, weight, bias, [LowRank(A, B, 1.0, gain)], training=True).float().square().sum()
+    with Products() as backward:
+        loss.backward()
+    assert backward.count <= 1  # x Wᵀ at most, nothing for A and B
+
+
+def test_a_form_has_no_second_derivative_and_says_so() -> None:
+    form = dw.Int8().keep(torch.randn(40, 48))
+    x = torch.randn(5, 48, requires_grad=True)
+    y = adapted_linear_reference(x, None, None, [], training=True, frozen=form)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_sixteen_bit_base_with_adapters_in_32_bit() -> None:

@@ -214,6 +214,16 @@ def test_a_second_derivative_of_what_was_not_kept_is_an_error_that_says_so() -> 
         torch.autograd.grad(loss, z, create_graph=True)
 
 
+def test_codes_of_the_derivative_are_never_multiplied_as_if_they_were_the_input() -> None:
+    net, _ = perceptron(["0"])
+    saved: list[Tensor] = []
+    net[1].register_forward_hook(lambda layer, inputs, y: saved.append(y))
+    with dw.compact(net):
+        _ = net[2](net[1](torch.randn(300, 256, requires_grad=True)))
+    with pytest.raises(RuntimeError, match="only its derivative"):
+        saved[0].grad_fn._saved_self * torch.ones(300, 256)
+
+
 def test_differentiable_twice() -> None:
     hooks = Compact(set())
     z = torch.randn(70, 90, requires_grad=True)

@@ -30,9 +30,6 @@ def test_merging_is_chosen_where_it_is_less_work(slow: bool, gain: bool) -> None
     [
         ({}, "merged", "3200 rows > 4 in·out/(in+out) = 768"),
         ({"dropout": 0.05}, "added", "dropout 0.05"),
-        ({"dtype": torch.bfloat16}, "added", "bfloat16 would round"),
-        ({"form": "nf4"}, "added", "kept as nf4"),
-        ({"form": "int8", "device": "cuda"}, "added", "no 8-bit kernels"),
     ],
 )
 def test_the_explanation_names_kernel_and_reason(
@@ -43,6 +40,13 @@ def test_the_explanation_names_kernel_and_reason(
     assert found.kernel == kernel
     assert reason in str(found)
     assert 0 < found.share < 0.1
+
+
+def test_the_processor_decides_for_tensors_that_lie_on_it_only(slow: bool) -> None:
+    assert select.worth(False, "cuda") == 4
+    assert select.worth(True, "cuda") == 2
+    assert select.is_stacked(64, 64, select.SHORT, 8, "cuda")
+    assert select.is_stacked(64, 64, select.SHORT, 8) is not slow
 
 
 def test_few_rows_are_added() -> None:
