@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import deltaw as dw
+from deltaw.core.roster import Frame
 from deltaw.errors import ModelError
 
 from .conftest import shaken
@@ -170,7 +172,7 @@ def test_reentrant_with_threads_that_cannot_be_told_apart_is_refused():
         value = model(x).square().sum()
     roster = model.blocks[0].up.roster
     numbers, said = roster.journals[threading.get_ident()]
-    roster.journals[-1] = (list(numbers), [(("b", 1.0),)] * len(said))
+    roster.journals[-1] = (list(numbers), [(Frame((("b", 1.0),), 0, None),)] * len(said))
     with pytest.raises(ModelError, match="use_reentrant=False"):
         value.backward()
 
@@ -219,3 +221,75 @@ def test_a_transformers_model(reentrant):
         value = loss(model)
     value.backward()
     check(gradients(model), expected)
+
+
+def under(choice, f):
+    """`f` within `dw.use(model, choice)`."""
+
+    def call(model, x):
+        with dw.use(model, choice):
+            return f(model, x)
+
+    return call
+
+
+def whole(model, x):
+    return model(x)
+
+
+def switched_at_the_end(model, x):
+    y = model.blocks[0](x)
+    with dw.use(model, "a"):
+        return model.blocks[1](y)
+
+
+def switched_at_the_start(model, x):
+    with dw.use(model, "a"):
+        y = model.blocks[0](x)
+    return model.blocks[1](y)
+
+
+def beside_the_base(model, x):
+    with torch.no_grad(), dw.disabled(model):
+        base = model(x)
+    return model(x) - base
+
+
+def before_the_base(model, x):
+    y = model(x)
+    with dw.disabled(model):
+        return y - model(x)
+
+
+def nested(model, x, reentrant=None):
+    y = model.blocks[0](x)
+    with dw.use(model, ["a", "b"]):
+        y = model.blocks[1](y)
+        inner = before_the_base if reentrant is None else lambda *a: checkpoint(before_the_base, *a, use_reentrant=True)
+        y = inner(model, y)
+    return model.blocks[2](y)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("outside", [None, "a", {"a": 2.0, "b": -1.0}], ids=str)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+@pytest.mark.parametrize(
+    "part", [whole, switched_at_the_end, switched_at_the_start, beside_the_base, before_the_base, nested]
+)
+def test_a_part_that_switches_itself_begins_as_it_began(part, reentrant, outside, elsewhere):
+    model, x = model_and_input(None)  # "b" is active
+
+    def run(checkpointed):
+        def inner(model, x):
+            if not checkpointed:
+                return part(model, x)
+            # of the torch that is tested, only reentrant parts may lie in reentrant ones
+            nest = {"reentrant": True} if part is nested and reentrant else {}
+            return checkpoint(lambda x: part(model, x, **nest), x, use_reentrant=reentrant)
+
+        y = (inner if outside is None else under(outside, inner))(model, x)
+        with dw.use(model, {"a": -3.0}) if elsewhere else nullcontext():
+            y.square().sum().backward()
+        return gradients(model)
+
+    check(run(True), run(False))

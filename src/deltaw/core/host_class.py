@@ -61,10 +61,10 @@ def called(host: type[Host], base: type[nn.Module]) -> Callable[..., Any]:
             return base.forward(self, *args, **kwargs)
         if roster.uncalled:
             roster.uncalled.discard(id(self))
-        if grad and in_backward() and not getattr(roster.local, "again", False):
+        if in_backward() and not getattr(roster.local, "again", False):
             speaking = recall(roster)
             if speaking is not None:
-                with roster.using(speaking):
+                with roster.using(speaking, recalled=True):
                     return forward(self, *args, **kwargs)
         if not grad:
             note_silent_call(roster)

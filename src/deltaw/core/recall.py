@@ -1,17 +1,17 @@
 """Which adapters spoke when something was computed: asked by a recomputation that happens long after, in backward.
 
 Gradient checkpointing runs a part of the forward again during backward, perhaps outside of the `dw.use` under which it
-ran first, perhaps in another thread. So a host that is called where saved-tensor hooks are in force, as they are in a
-checkpointed part, writes the adapters that spoke onto the autograd nodes that its call made (`remember`), and a host that
-is called in backward looks them up (`recall`):
+ran first, perhaps in another thread. A `dw.use` inside of the checkpointed function runs again with it, so what has to be
+known is who spoke where the part began. Every context in which a thread is carries where it began (`roster.Frame`), and a
+host that is called in backward looks for the innermost one that was there before the part (`recall`):
 
-- `use_reentrant=False`: the node whose saved tensors are wanted is in the part that runs again; of the nodes above it
-  that carry a note, the latest one (autograd numbers nodes in the order of their making) belongs to the same part.
+- `use_reentrant=False`: the part runs under saved-tensor hooks of its own. A host that is called where hooks are in force
+  writes onto the autograd nodes that its call made who spoke outside of all contexts that began under the same hooks
+  (`remember`). The node whose saved tensors are wanted is in the part that runs again; of the nodes above it that carry
+  a note, the latest one (autograd numbers nodes in the order of their making) belongs to the same part.
 - `use_reentrant=True`: the part ran without a graph. A node's number is taken just before its forward runs, so the
-  first host call after that number, in the thread's journal of calls made without a graph, is the part's own. Two
-  threads whose journals disagree about a number are an error, never a guess.
-
-A `dw.use` inside of the checkpointed function itself runs again with it, and wins.
+  first host call after that number, in the thread's journal of calls made without a graph, is the part's own, and a
+  context that began at a greater number began in it. Two threads whose journals disagree are an error, never a guess.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from deltaw.core.roster import Roster, Speaking
 from deltaw.errors import ModelError
+from deltaw.ops.compact import hooks_in_force
 
 NOTE = "deltaw: who spoke"
 LEAF = 2**63
@@ -41,8 +42,9 @@ def in_backward() -> bool:
 
 
 def remember(roster: Roster, output: Any, since: int) -> None:
-    """Write who speaks now onto every autograd node made since number `since` that `output` comes from."""
-    speaking = roster.speaking()
+    """Write who spoke where this part began onto every autograd node made since number `since` that `output` comes from."""
+    hooks = hooks_in_force()
+    speaking = next(f.speaking for f in reversed(roster.frames()) if f.hooks is None or f.hooks != hooks)
     waiting = [t.grad_fn for t in tensors(output) if t.grad_fn is not None]
     while waiting:
         node = waiting.pop()
@@ -66,7 +68,7 @@ def note_silent_call(roster: Roster) -> None:
     if len(numbers) >= JOURNAL:
         del numbers[: JOURNAL // 2], said[: JOURNAL // 2]
     numbers.append(number)
-    said.append(roster.speaking())
+    said.append(roster.frames())
 
 
 def recall(roster: Roster) -> Speaking | None:
@@ -101,8 +103,10 @@ def _from_journals(roster: Roster, number: int) -> Speaking | None:
     found: list[Speaking] = []
     for numbers, said in list(roster.journals.values()):
         at = bisect_right(numbers, number)
-        if at < len(said) and said[at] not in found:
-            found.append(said[at])
+        if at < len(said):
+            speaking = next(f.speaking for f in reversed(said[at]) if f.number <= number)
+            if speaking not in found:
+                found.append(speaking)
     if len(found) > 1:
         raise ModelError(
             "reentrant gradient checkpointing cannot tell which adapters were active: several threads use this model. "

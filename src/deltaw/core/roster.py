@@ -9,9 +9,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from deltaw.ops.compact import hooks_in_force
 
 Active = tuple[tuple[str, float], ...]
 """Names and weights of the adapters whose changes are added up."""
@@ -29,16 +31,25 @@ Speaking = Active | ByRow
 """Who speaks in a call: the same adapters for the whole batch, or some for each row."""
 
 
+class Frame(NamedTuple):
+    """A context in which a thread is: who speaks in it, autograd's next number and the saved-tensor hooks where it began."""
+
+    speaking: Speaking
+    number: int
+    hooks: Any
+
+
 class Roster:
     """Shared by all hosts of one model.
 
     names: of its adapters, in the order in which they came. notes: of each, what its file said of base and extra facts.
     default: active in every thread that is not inside `use` or `disabled`.
-    local: per thread, `override` (who is active inside of `use`), `rows` (who is, row by row), `again` (a recomputation says so).
+    local: per thread, `override` (who is active inside of `use`), `rows` (who is, row by row), `frames` (the contexts around
+    it, the outermost first), `again` (a recomputation says so).
     frozen: parameter name -> whether it required a gradient before the first attach; `detach` restores it.
     merged: None, or what `unmerge` needs.
     quantized: parameter name -> what `dequantize` needs.
-    journals: thread -> who spoke in its calls without a graph (see recall.py). probes: what `rows` found out.
+    journals: thread -> the contexts of its calls without a graph (see recall.py). probes: what `rows` found out.
     uncalled: ids of the hosts that no call has reached since they were adapted, until the model's first call ends.
     """
 
@@ -50,7 +61,7 @@ class Roster:
         self.notes: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, Any] = {}
         self.local = threading.local()
-        self.journals: dict[int, tuple[list[int], list[Speaking]]] = {}
+        self.journals: dict[int, tuple[list[int], list[tuple[Frame, ...]]]] = {}
         self.probes: dict[Any, Any] = {}
         self.uncalled: set[int] = set()
 
@@ -66,21 +77,34 @@ class Roster:
         rows: ByRow | None = getattr(self.local, "rows", None)
         return self.active() if rows is None else rows
 
+    def frames(self) -> tuple[Frame, ...]:
+        """The contexts in which the calling thread is, the outermost first; the first one is that of no `use`."""
+        inner: tuple[Frame, ...] = getattr(self.local, "frames", ())
+        return (Frame(() if self.merged is not None else self.default, 0, None), *inner)
+
     @contextmanager
-    def using(self, speaking: Speaking) -> Iterator[None]:
-        """Let `speaking` speak in this thread; restores what was before, also after an exception."""
+    def using(self, speaking: Speaking, recalled: bool = False) -> Iterator[None]:
+        """Let `speaking` speak in this thread; restores what was before, also after an exception.
+
+        recalled: as what a recomputation began with, not as a context of its own.
+        """
         local = self.local
         before = getattr(local, "override", None), getattr(local, "rows", None), getattr(local, "again", False)
+        frames = getattr(local, "frames", ())
         if isinstance(speaking, ByRow):
             local.rows = speaking
         else:
             local.override, local.rows = speaking, None
         if not torch.compiler.is_compiling():
             local.again = torch._C._current_graph_task_id() != -1  # said again by a recomputation in backward
+            number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+            frame = Frame(speaking, 0, None) if recalled else Frame(speaking, number, hooks_in_force())
+            local.frames = (*frames, frame)
         try:
             yield
         finally:
             local.override, local.rows, local.again = before
+            local.frames = frames
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes", "uncalled")}
