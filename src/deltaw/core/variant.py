@@ -79,6 +79,10 @@ class FrozenMatrix(ABC):
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ, (..., in) -> (..., out)."""
 
+    def factor_matmul(self, A: Tensor) -> Tensor:
+        """A Wᵀ, (rank, in) -> (rank, out), of an adapter's factor: `matmul` of what is no input of the layer."""
+        return self.matmul(A)
+
     @abstractmethod
     def dense(self) -> Tensor:
         """W, (out, in), in the dtype in which it is computed with."""

@@ -84,6 +84,11 @@ class Int8FrozenWeight(FrozenWeight):
             return wide(x)
         return self.choices.product(self.name, "forward", self.shape, x, lambda rows: int8_matmul(rows, packed), wide)
 
+    def factor_matmul(self, A: Tensor) -> Tensor:
+        """In 8 bit too, and by that decides nothing about the layer's inputs."""
+        packed = self.kernels(A)
+        return self.matmul(A) if packed is None else int8_matmul(A, packed)
+
     def matmul_grad(self, g: Tensor) -> Tensor:
         def wide(rows: Tensor) -> Tensor:
             return linear(flat(rows), self.dense().to(rows.dtype).t()).view(rows.shape[:-1] + self.shape[1:])

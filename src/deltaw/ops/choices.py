@@ -4,10 +4,10 @@ Speed. Which of the two products of a shape is faster in 8 bit depends on the ma
 shape where timing was asked for. Without timing the rule is: 8 bit wherever the processor can (`int8_available`).
 
 Accuracy. An input with outliers (a few features a hundred times larger than the others, as large language models have)
-leaves the other features no codes. So at calls 1, 2, 4, 8 ... of each product a sample of its rows is computed in full
-precision too. What counts is the error relative to what a row gives without its largest hundredth: beside the product of
-the outliers themselves it would look small, although all the rest is lost. Above `LIMIT` that product goes on with the
-dense weight, and says so.
+leaves the other features no codes. So at calls 1, 2, 4 ... 64 of each product, and at every 64th from there on, a sample
+of its rows is computed in full precision too. What counts is the error relative to what a row gives without its largest
+hundredth: beside the product of the outliers themselves it would look small, although all the rest is lost. Above `LIMIT`
+that product goes on with the dense weight, and says so.
 
 A `Choices` is the record of both. It is written into a run and its checkpoints, so that a resumed run takes the same
 kernels, to the bit, without timing anything again.
@@ -37,6 +37,8 @@ FEW = 100
 """One feature in so many may be an outlier."""
 SAMPLE = 64
 """Rows that are looked at, at least (where there are so many), and fewer than twice as many."""
+EVERY = 64
+"""Calls from one look to the next, once as many were made."""
 
 Side = Literal["forward", "gradient"]
 SIDES: tuple[Side, Side] = ("forward", "gradient")
@@ -129,11 +131,11 @@ class Choices:
             return y
         look = self.looks.setdefault(key, Look())
         look.calls += 1
-        if look.calls & (look.calls - 1):  # no power of two
+        if look.calls & (look.calls - 1) and look.calls % EVERY:  # no power of two
             return y
-        some = torch.arange(0, tokens, max(1, tokens // SAMPLE))
+        some = sample(tokens, look.calls)
         error = error_beside_outliers(flat(y)[some], flat(x)[some], wide, columns)
-        if not error > LIMIT:  # what is not finite is not this function's to judge
+        if error <= LIMIT:
             return y
         look.dense = True
         what = "outputs" if side == "forward" else "input gradients"
@@ -154,17 +156,29 @@ class Choices:
         return found + [f"{name}: dense (outliers)" for name, look in sorted(self.looks.items()) if look.dense]
 
 
+def sample(tokens: int, call: int) -> Tensor:
+    """The rows that are looked at in a call: one of each of `SAMPLE` stretches, where in it as `call` decides.
+
+    (The first of each would be the same place of every sequence, if those are as long.)
+    """
+    if tokens < 2 * SAMPLE:
+        return torch.arange(tokens)
+    stretch = tokens // SAMPLE
+    place = torch.randint(0, stretch, (SAMPLE,), generator=torch.Generator().manual_seed(call))
+    return torch.arange(0, SAMPLE * stretch, stretch) + place
+
+
 def error_beside_outliers(
     y: Tensor, x: Tensor, wide: Callable[[Tensor], Tensor], columns: Tensor | None = None
 ) -> float:
-    """Mean over the rows of ‖y - wide(x)‖ / ‖wide(x without its largest entries)‖; rows that this leaves nothing of are
-    left out. y: (rows, n). x: (rows, k).
+    """Mean over the rows of ‖y - wide(x)‖ / ‖wide(x without its largest entries)‖; rows that this leaves nothing of, or
+    that are not finite, are left out. y: (rows, n). x: (rows, k).
     """
     size = x.abs() if columns is None else (x * columns).abs()
     largest = size.topk(max(1, x.shape[1] // FEW), dim=1).indices
     exact, without = wide(torch.cat([x, x.scatter(1, largest, 0.0)])).float().chunk(2)  # W is made dense once
     rest, gap = torch.linalg.vector_norm(without, dim=1), torch.linalg.vector_norm(y.float() - exact, dim=1)
-    there = rest > 0
+    there = (rest > 0) & gap.isfinite()
     return float((gap[there] / rest[there]).mean()) if bool(there.any()) else 0.0
 
 

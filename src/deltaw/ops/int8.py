@@ -156,15 +156,20 @@ def product(x: Tensor, weight: Packed, columns: Tensor | None, bias: Tensor | No
 
 
 _last = threading.local()
-"""The last x that was quantised without columns (weakly), its version, and its codes and scales."""
+"""The last x that was quantised without columns (weakly), its version and address, and its codes and scales."""
 
 
 def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows(flat(x))`, made once for consecutive calls with the very same x, unchanged."""
-    last: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = getattr(_last, "entry", None)
-    if x.is_inference():  # has no version: nobody can tell whether it has changed
+    """`quantize_rows(flat(x))`, made once for consecutive calls with the very same x, unchanged.
+
+    Nobody can tell whether x has changed if it has no version (made in inference mode) or its memory is not torch's own
+    (NumPy's, or shared with another process): that is quantised at every call.
+    """
+    last: tuple[weakref.ref[Tensor], tuple[int, int], tuple[Tensor, Tensor]] | None = getattr(_last, "entry", None)
+    if x.is_inference() or not x.untyped_storage().resizable() or x.is_shared():
         return quantize_rows(flat(x))
-    if last is not None and last[0]() is x and last[1] == x._version:
+    state = x._version, x.data_ptr()
+    if last is not None and last[0]() is x and last[1] == state:
         return last[2]
     found, mine = quantize_rows(flat(x)), _last.__dict__  # of this thread
 
@@ -172,7 +177,7 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
         if mine.get("entry", (None,))[0] is dead:
             del mine["entry"]
 
-    _last.entry = weakref.ref(x, forget), x._version, found
+    _last.entry = weakref.ref(x, forget), state, found
     return found
 
 

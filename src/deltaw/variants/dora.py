@@ -93,7 +93,7 @@ class DoRADelta(LoRADelta):
         with torch.no_grad():
             squares = self.squares_of(frozen)
             A, B = self.factors()
-            product = frozen.matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
+            product = frozen.factor_matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
             return row_norms(squares, product, A, B, self.variant.scale)
 
     def strengths(self, frozen: FrozenMatrix) -> Tensor:

@@ -113,14 +113,47 @@ def test_inputs_are_looked_at_again_ever_more_rarely() -> None:
     model, looked = quantized(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "error_beside_outliers", lambda *_: looked.append(1) or 0.0)
-        for _ in range(20):
-            model[0](torch.randn(4, 64))
-        assert len(looked) == 5  # at calls 1, 2, 4, 8, 16
+        for calls, looks in [(20, 5), (44, 7), (64, 8), (64, 9)]:  # 1, 2, 4, 8, 16; 32, 64; 128; 192
+            for _ in range(calls):
+                model[0](torch.randn(4, 64))
+            assert len(looked) == looks
         model = quantized()
         for _ in range(3):
             model[0](torch.randn(4, 64))
     with pytest.warns(OutlierWarning):
         model[0](with_outliers())
+
+
+@vnni
+def test_the_rows_that_are_looked_at_are_not_the_same_place_of_every_sequence() -> None:
+    model = quantized()
+    x = with_outliers(64 * 100).view(64, 100, 64)
+    x[:, 0, 5] /= 3000  # first tokens have none
+    with pytest.warns(OutlierWarning):
+        model[0](x)
+    found = [module.sample(6400, call) for call in (1, 1, 2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    for rows in found:
+        assert torch.equal(rows // 100, torch.arange(64))
+
+
+@vnni
+def test_a_row_that_is_not_finite_hides_no_outliers() -> None:
+    x = with_outliers()
+    x[3, 3] = float("inf")
+    with pytest.warns(OutlierWarning):
+        quantized()[0](x)
+
+
+@vnni
+def test_the_norm_of_dora_is_no_input() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96))
+    dw.quantize(model, dw.Int8(), targets=nn.Linear)
+    dw.attach(model, dw.DoRA(rank=2), targets=nn.Linear)
+    with pytest.warns(OutlierWarning):
+        model(with_outliers())
 
 
 @vnni

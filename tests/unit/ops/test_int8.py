@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,8 +106,19 @@ def test_projections_of_one_input_quantise_it_once(monkeypatch: pytest.MonkeyPat
     doubled = int8.int8_matmul(x, weights[0])
     assert len(made) == 2
     assert torch.equal(doubled, int8.int8_matmul(x.clone(), weights[0]))
+    x.data = torch.randn(5, 32)
+    assert torch.equal(int8.int8_matmul(x, weights[0]), int8.int8_matmul(x.clone(), weights[0]))
     with torch.inference_mode():
         int8.int8_matmul(torch.randn(5, 32), weights[0])
+
+
+def test_memory_that_others_may_write_to_is_quantised_at_every_call() -> None:
+    w = int8.quantize_int8(torch.randn(16, 32))
+    buffer = np.ones((5, 32), np.float32)
+    x = torch.from_numpy(buffer)
+    first = int8.int8_matmul(x, w)
+    buffer[:] = 2
+    assert torch.equal(int8.int8_matmul(x, w), 2 * first)
 
 
 def test_who_never_trains_packs_one_form() -> None:
