@@ -64,7 +64,8 @@ def alias(y: Tensor) -> tuple[Tensor, Any]:
     """`y` for `save_for_backward`, and a function that says whether y has not been written to since.
 
     Saving y itself would make `relu_(y)` an error, which it is not after a plain linear layer; here it only costs a
-    product in backward. The witness shares y's version counter, not its memory.
+    product in backward. The witness shares y's version counter, not its memory; a write that PyTorch does not count
+    (through `.data` or NumPy) it does not see.
     """
     witness = y.detach()
     witness.data = torch.empty(0, dtype=y.dtype, device=y.device)

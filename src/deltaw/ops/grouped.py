@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deltaw.errors import ConfigError
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import as_autocast, plain
 from deltaw.ops.matmul import linear, thin, transformed
+from deltaw.ops.once import once
 from deltaw.ops.select import is_stacked
 from deltaw.ops.steps import add_, add_input_gradient_, backward_factors, base_values, first_product, project
 from deltaw.ops.terms import (
@@ -170,7 +170,7 @@ class GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """None for every input that needs no gradient."""
         x, weight, *rest = ctx.saved_tensors

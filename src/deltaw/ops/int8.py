@@ -166,7 +166,7 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
     (NumPy's, or shared with another process): that is quantised at every call.
     """
     last: tuple[weakref.ref[Tensor], tuple[int, int], tuple[Tensor, Tensor]] | None = getattr(_last, "entry", None)
-    if x.is_inference() or not x.untyped_storage().resizable() or x.is_shared():
+    if x.is_inference() or not x.untyped_storage().resizable() or x.untyped_storage().is_shared():
         return quantize_rows(flat(x))
     state = x._version, x.data_ptr()
     if last is not None and last[0]() is x and last[1] == state:

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deltaw.ops.compact import as_saved, is_kept_wide
@@ -45,6 +44,7 @@ from deltaw.ops.composed import composed
 from deltaw.ops.gain import alias, column_dots, gain_from_output, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import adds_in_place, linear, transformed
+from deltaw.ops.once import once
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.steps import (
@@ -172,7 +172,7 @@ class FrozenMatmul(torch.autograd.Function):
         return frozen.matmul(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """(..., out) -> (..., in)."""
         return None, ctx.frozen.matmul_grad(grads[0]) if ctx.needs_input_grad[1] else None
@@ -219,7 +219,7 @@ class AdaptedLinear(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
         kept, x, weight, bias, *rest = ctx.saved_tensors

@@ -12,8 +12,8 @@ linear keeps what x's producer keeps already, and makes x again, one elementwise
 
 Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Left
 alone: graphs under saved-tensor hooks (checkpointing, offloading; not compact.py's), compilers (they decide themselves),
-small inputs, and an x that was written to since its producer made it, with or without autograd knowing of it. (Such a write
-to the inner product of γ · (a · b) does not show in x, and is not seen.)
+small inputs, and an x that was written to since its producer made it, under `no_grad` too. (Not seen: such a write to the
+inner product of γ · (a · b), and any write that PyTorch does not count, through `.data` or NumPy.)
 """
 
 from __future__ import annotations

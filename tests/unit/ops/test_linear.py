@@ -259,8 +259,32 @@ def test_a_form_has_no_second_derivative_and_says_so() -> None:
     x = torch.randn(5, 48, requires_grad=True)
     y = adapted_linear_reference(x, None, None, [], training=True, frozen=form)
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         first.sum().backward()
+
+
+def test_a_penalty_on_the_gradient_of_a_linear_loss_is_refused_and_torch_func_takes_it(kernel: str) -> None:
+    case = Case(bias=False)
+    x, weight, A, B = case.tensors
+
+    def penalty(x: Tensor, A: Tensor, gradient: Any) -> Tensor:
+        return gradient(x, A).square().sum()
+
+    def loss(x: Tensor, A: Tensor) -> Tensor:
+        return adapted_linear(x, weight.detach(), None, [LowRank(A, B, 1.0)], training=True).sum()
+
+    def by_autograd(x: Tensor, A: Tensor) -> Tensor:
+        return torch.autograd.grad(loss(x, A), x, create_graph=True)[0]
+
+    dx = case.tensors[1].sum(0) + B.sum(0) @ A  # of every row
+    (truth,) = torch.autograd.grad(len(x) * dx.square().sum(), A)
+    found = torch.func.grad(lambda A: penalty(x, A, torch.func.grad(loss)))(A)
+    torch.testing.assert_close(found, truth)
+    if kernel == "composed":
+        torch.testing.assert_close(torch.autograd.grad(penalty(x, A, by_autograd), A)[0], truth)
+    else:
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(penalty(x, A, by_autograd), A)
 
 
 def test_sixteen_bit_base_with_adapters_in_32_bit() -> None:
