@@ -22,6 +22,20 @@ MESSAGE = (
 Gradients = tuple[Any, ...]
 
 
+class Refused(torch.autograd.Function):
+    """Gradients as they are, which depend on `reasons` in a way that is not told."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Gradients, *reasons: Tensor | None) -> Gradients:
+        """(gradients), what they depend on -> the same gradients."""
+        return tuple(None if t is None else t.view_as(t) for t in found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Raises RuntimeError."""
+        raise RuntimeError(MESSAGE)
+
+
 def once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """`backward(ctx, *grads)` without a graph; what it gives raises RuntimeError if it is differentiated."""
 
@@ -31,8 +45,7 @@ def once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
             found = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return found
-        refuse = torch._C._functions.DelayedError(MESSAGE.encode(), len(found))
-        marked: Gradients = refuse(*[None if t is None else t.detach().requires_grad_() for t in found])  # type: ignore[arg-type]
-        return marked
+        refused: Gradients = Refused.apply(found, *grads, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return refused
 
     return wrapped
