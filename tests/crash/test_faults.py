@@ -107,7 +107,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(run, tmp_path, monkeypatch):
     def full(path, content):
         if "step-6" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, content)
+        return real(path, content)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_flushed", full)

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -202,7 +202,14 @@ def content(tensor: Tensor, piece: int = 1 << 24) -> Iterator[memoryview]:
         yield flat[start : start + piece].numpy().data
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+class Sink(Protocol):
+    """What bytes are written to: a file, or what stands before one."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """As a file's."""
+
+
+def write(file: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: widest dtypes first, of them first what fills whole lines of `ALIGNMENT` bytes, then by name.
 
     So every tensor lies at a multiple of its dtype's size, and those at the front where torch would place them, so that a

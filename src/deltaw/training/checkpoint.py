@@ -22,13 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from deltaw.errors import DataError
+from deltaw.io import tensor_file
 
 MANIFEST = "MANIFEST.json"
 
@@ -54,20 +55,15 @@ def write(
     Raises:
         OSError: the disk is full or unwritable. What was there before is still there, whole.
     """
-    final = folder / f"step-{step}"
+    final, needed = folder / f"step-{step}", sum(t.nbytes for group in tensors.values() for t in group.values())
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"step-{step}.tmp-{uuid.uuid4().hex[:8]}"
-    files: dict[str, bytes] = {}
     try:
         aside.mkdir()
-        for name, group in tensors.items():
-            plain = {k: v.detach().to("cpu").contiguous() for k, v in group.items()}
-            files[f"{name}.safetensors"] = save(plain)
-        files["state.json"] = json.dumps(dict(state)).encode()
         listed = {}
-        for name, content in files.items():
-            _write_flushed(aside / name, content)
-            listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, group in tensors.items():
+            listed[f"{name}.safetensors"] = _write_flushed(aside / f"{name}.safetensors", group)
+        listed["state.json"] = _write_flushed(aside / "state.json", json.dumps(dict(state)).encode())
         manifest = {"step": step, "config": digest, "versions": versions(), "files": listed}
         _write_flushed(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
         flush_folder(aside)
@@ -78,7 +74,7 @@ def write(
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            needed, free = sum(map(len, files.values())), shutil.disk_usage(folder).free
+            free = shutil.disk_usage(folder).free
             raise OSError(
                 error.errno,
                 f"{os.strerror(error.errno)}: the checkpoint of step {step} needs {needed:,} bytes in {folder}, "
@@ -162,11 +158,31 @@ def open_modes(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def _write_flushed(path: Path, content: bytes) -> None:
+@dataclass
+class _Counted:
+    """A file in front of which bytes are counted and hashed, so that no copy of them need be kept for it."""
+
+    file: BinaryIO
+    digest: Any
+    size: int = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+def _write_flushed(path: Path, content: bytes | Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write `content`, tensors one after the other as safetensors, and what the manifest says of it."""
     with path.open("wb") as file:
-        file.write(content)
+        counted = _Counted(file, hashlib.sha256())
+        if isinstance(content, bytes):
+            counted.write(content)
+        else:
+            tensor_file.write(counted, content, {})
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": counted.size, "sha256": counted.digest.hexdigest()}
 
 
 def flush_folder(path: Path) -> None:

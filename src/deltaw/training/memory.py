@@ -7,7 +7,10 @@ import resource
 import sys
 from pathlib import Path
 
+from torch import nn
+
 MIB = 1 << 20
+PAGE = 1 << 12
 
 
 def peak_bytes() -> int:
@@ -32,6 +35,18 @@ def resident_bytes() -> int:
     """The resident size of this process now, in bytes (the peak where the system does not tell)."""
     found = _status("VmRSS")
     return peak_bytes() if found is None else found
+
+
+def loaded_bytes(model: nn.Module) -> int:
+    """The resident size with all of `model` in memory; from now on `peak_bytes` counts anew.
+
+    Weights that are mapped from their file come into memory where they are first read: one number of each page is.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            tensor.detach().view(-1)[:: PAGE // tensor.element_size()].clone()
+    reset_peak()
+    return resident_bytes()
 
 
 def _status(key: str) -> int | None:

@@ -51,17 +51,18 @@ def search(model: nn.Module, task: Task, answer: Answer, train_mode: Callable[[]
     widths = task.widths("train")
     batches = [_batch(task, some) for some in (chosen, chosen[:-1])]
     model.eval()
-    first, second = (watch(model, answer, batch) for batch in batches)
+    first = watch(model, answer, batches[0])
+    limit = first_trained(model, first)
+    below = [i for i, call in enumerate(first) if call.constant and 0 <= call.end < limit.start]
+    if not any(costly(first[i].module) for i in below):
+        raise NotConstant(f"nothing but lookups and norms lies below the first trained layer, {limit.name}")
+    second = watch(model, answer, batches[1])
     with torch.random.fork_rng():
         train_mode()
         trained = watch(model, answer, batches[0])
         model.eval()
     if not [c.name for c in first] == [c.name for c in second] == [c.name for c in trained]:
         raise NotConstant("the model takes different ways for different batches")
-    limit = first_trained(model, first)
-    below = [i for i, call in enumerate(first) if call.constant and 0 <= call.end < limit.start]
-    if not any(costly(first[i].module) for i in below):
-        raise NotConstant(f"nothing but lookups and norms lies below the first trained layer, {limit.name}")
     steady = [i for i in below if _same(first[i].leaves, trained[i].leaves)]
     if not any(costly(first[i].module) for i in steady):
         unsteady = next(first[i].name for i in below if i not in steady)
@@ -104,7 +105,7 @@ def _batch(task: Task, chosen: Sequence[int]) -> Any:
 
 
 def watch(model: nn.Module, answer: Answer, batch: Any) -> list[Call]:
-    """Every call of a module in one forward pass, in the order in which they began."""
+    """Every call of a module in one forward pass, in the order in which they began. Nothing is kept for a backward."""
     calls: list[Call] = []
     open_calls: list[Call] = []
     clock = 0
@@ -132,7 +133,7 @@ def watch(model: nn.Module, answer: Answer, batch: Any) -> list[Call]:
     try:
         for name, module in model.named_modules():
             handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)):
             answer(dict(batch))
     finally:
         for handle in handles:

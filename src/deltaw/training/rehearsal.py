@@ -1,14 +1,16 @@
 """--dry-run: what a run would train, need and take, and what its examples look like, without training or writing.
 
-Memory is the largest of a training step (counted while one runs, plus the optimizer's state), an evaluation batch, and
-the weights that are put aside as the best so far; time is that of measured steps and evaluation batches, counted up.
+Memory is the larger of two: what a step and an evaluation batch hold at their peak, counted tensor by tensor; and, on a
+CPU, by how much this process grew over the first batches, for an allocator keeps more than is in use. The optimizer's
+state and the weights that are put aside as the best so far are added. Time is that of measured batches, counted up.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from deltaw.model.peak import Peak, measured
 from deltaw.model.summary import summary, training_peak
 from deltaw.ops.compact import compact
+from deltaw.training import memory
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import to_device
 from deltaw.training.memory import MIB
@@ -26,6 +29,8 @@ from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Batch, Task
 
 SHOWN = 3
+BATCHES, ENOUGH = 20, 20.0
+"""Batches that are run, and the seconds after which there are enough of them."""
 
 
 def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]:
@@ -42,12 +47,14 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     quantize_base(model, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
+    loaded = memory.loaded_bytes(model)
     if prepared.trains:
         start_from_data(model, task, config, device, task.notes.append)
     count, size = len(task.splits["train"]), config.batch_size * config.accumulate
     peak, step_seconds = _training(model, task, config, device) if prepared.trains else (0, 0.0)
     evaluated, batch_seconds, rounds = _evaluation(model, task, config, device)
     found = summary(model)
+    grown = memory.peak_bytes() - loaded + found.optimizer_bytes if device.type == "cpu" else 0
     kept = found.gradient_bytes if prepared.trains and config.keep == "best" else 0
     steps = math.ceil(count / size) * config.epochs if prepared.trains else 0
     passes = math.ceil(count / config.batch_size) * config.epochs if prepared.trains else 0
@@ -60,7 +67,7 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
         "weight_bytes": found.weight_bytes,
         "gradient_bytes": found.gradient_bytes,
         "optimizer_bytes": found.optimizer_bytes,
-        "peak_bytes": max(peak, evaluated) + kept,
+        "peak_bytes": max(peak, evaluated, grown) + kept,
         "steps": steps,
         "seconds": round(passes * step_seconds, 1),
         "evaluation_seconds": round(times * rounds * batch_seconds, 1),
@@ -72,21 +79,19 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
 
 
 def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> tuple[int, float]:
-    """Peak above the model in bytes, of the largest batch; and the seconds of a batch of middling length."""
+    """Peak above the model in bytes, of the largest batch; and the seconds of one of the first batches."""
     lengths = task.lengths("train") if config.bucket else None
     order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
     widths = task.widths("train")
     heaviest = max(order, key=lambda some: len(some) * (1 if widths is None else max(widths[i] for i in some)))
     model.train()
     peak = measured(model, _saving(model, config, _loss(model, task, config, heaviest, device)))
-    usual = _saving(model, config, _loss(model, task, config, order[len(order) // 2], device))
-    seconds = []
-    for _ in range(2):
-        started = time.perf_counter()
-        usual().backward()  # type: ignore[no-untyped-call]
+
+    def step(some: list[int]) -> None:
+        _saving(model, config, _loss(model, task, config, some, device))().backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    return training_peak(model, peak), min(seconds)
+
+    return training_peak(model, peak), _usual_seconds(step, order)
 
 
 @torch.no_grad()
@@ -100,16 +105,26 @@ def _evaluation(model: nn.Module, task: Task, config: RunConfig, device: torch.d
     def batch_of(indices: list[int]) -> Batch:
         return to_device(task.collate([task.example(split, i, None) for i in indices]), device)
 
-    largest, middle = batch_of(order[-1] if lengths is not None else order[0]), batch_of(order[len(order) // 2])
+    largest = batch_of(order[-1] if lengths is not None else order[0])
 
     def evaluate(batch: Batch) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
             return task.loss(model, dict(batch))[0]
 
     peak: Peak = measured(model, lambda: evaluate(largest))
-    started = time.perf_counter()
-    evaluate(middle)
-    return training_peak(model, peak), time.perf_counter() - started, len(order)
+    return training_peak(model, peak), _usual_seconds(lambda some: evaluate(batch_of(some)), order), len(order)
+
+
+def _usual_seconds(work: Callable[[list[int]], object], order: Sequence[list[int]]) -> float:
+    """Seconds of `work` on one of the batches, by the median of the first."""
+    seconds: list[float] = []
+    for some in order[:BATCHES]:
+        started = time.perf_counter()
+        work(some)
+        seconds.append(time.perf_counter() - started)
+        if sum(seconds) > ENOUGH:
+            break
+    return statistics.median(seconds)
 
 
 def _loss(

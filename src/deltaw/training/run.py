@@ -86,8 +86,7 @@ def train(
                 recall_kernels(model, folder / "checkpoints")
         model.to(accelerator.device)
         torch.manual_seed(config.seed + accelerator.process_index)  # dropout differs between processes
-        earlier, loaded = memory.peak_bytes(), memory.resident_bytes()
-        memory.reset_peak()
+        earlier, loaded = memory.peak_bytes(), memory.loaded_bytes(model)
         size = {"trainable": parameters(model, trained=True), "total": plain}
         progress.say(
             f"{size['trainable']:,} parameters are trained ({size['trainable'] / plain:.2%} of the {plain:,} of the plain model)"
