@@ -42,7 +42,8 @@ EVERY = 64
 
 Side = Literal["forward", "gradient"]
 SIDES: tuple[Side, Side] = ("forward", "gradient")
-Shape = tuple[int, int, int]
+Key = tuple[int, int, int]
+"""(out, in, tokens)."""
 
 
 class OutlierWarning(UserWarning):
@@ -66,7 +67,7 @@ class Choices:
     """
 
     timed: bool = False
-    int8: dict[Shape, tuple[bool, bool]] = field(default_factory=dict)
+    int8: dict[Key, tuple[bool, bool]] = field(default_factory=dict)
     looks: dict[str, Look] = field(default_factory=dict)
 
     def to_json(self) -> str:
