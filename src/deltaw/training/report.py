@@ -28,7 +28,7 @@ tr.taken td { background:var(--mark); font-weight:600 }
 .pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr)); gap:20px }
 figure { margin:0; background:var(--card); border:1px solid var(--rule); border-radius:8px; padding:16px }
 figcaption { font-weight:600; margin-bottom:8px } svg { width:100%; height:auto; display:block }
-.grid { stroke:var(--rule) } .axis { stroke:var(--soft) } .tick,.label { fill:var(--soft); font-size:12px } .name { font-size:12px; font-weight:600 }
+.grid { stroke:var(--rule) } .axis { stroke:var(--soft) } .tick,.label { fill:var(--soft); font-size:12px } .name { font-size:12px; font-weight:600; paint-order:stroke; stroke:var(--card); stroke-width:5px; stroke-linejoin:round }
 pre { background:var(--card); border:1px solid var(--rule); border-radius:8px; padding:14px; overflow-x:auto; font-size:13px; white-space:pre-wrap; overflow-wrap:anywhere }
 ul { padding-left:20px; margin:0 } .facts { color:var(--soft); font-size:13px }
 """
