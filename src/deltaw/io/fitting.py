@@ -21,6 +21,7 @@ from deltaw.errors import AdapterError
 from deltaw.io import fingerprint as prints
 from deltaw.io.base_walk import Inventory
 from deltaw.io.peft.claims import HEADS, Claims
+from deltaw.io.peft.older_names import cannot_tell_experts
 from deltaw.model.state import own_modules
 
 TASKS = (
@@ -179,9 +180,7 @@ def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
     """
     if "fingerprint" in adapter.base:
         return adapter
-    config = getattr(base.model, "config", None)
-    ties = getattr(config, "tie_word_embeddings", False) and getattr(base.model, "_tied_weights_keys", None)
-    if not ties or not any(change.variant.kind == "rows" for change in adapter.changes.values()):
+    if not declares_ties(base.model) or not any(c.variant.kind == "rows" for c in adapter.changes.values()):
         return adapter
     names: dict[int, list[str]] = {}
     for name, tensor in base.stored.items():
@@ -193,6 +192,12 @@ def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
                 others = tuple(n for n in same if n != key and n not in changes)
                 changes[key] = replace(changes[key], tied=others)
     return adapter.replace(changes=changes)
+
+
+def declares_ties(model: nn.Module) -> bool:
+    """Whether a model of transformers says that its head is its embedding."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None))
 
 
 def task_of(model: nn.Module, adapter: Adapter) -> str | None:
@@ -219,8 +224,15 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
-    """Whether PEFT takes the adapter's full copies: it saves modules as a whole, or single biases."""
+def cannot_place(model: nn.Module, adapter: Adapter) -> str | None:
+    """Why PEFT would do something else with the adapter in this very model, or None."""
+    return (
+        cannot_place_copies(model, adapter) or cannot_place_rows(model, adapter) or cannot_tell_experts(model, adapter)
+    )
+
+
+def cannot_place_copies(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT takes full copies of modules as a whole, or of single biases."""
     modules = dict(own_modules(model))
     copied = {key for key, change in adapter.changes.items() if change.variant.kind == "full"}
     low = {split_key(key)[0] for key in adapter.changes if key not in copied}
@@ -228,11 +240,22 @@ def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
         path, site = split_key(key)
         if path in low or site == "bias":
             continue
-        if path not in modules or isinstance(modules[path], CONTAINERS):
-            return False
-        if {join_key(path, name) for name, _ in _own_parameters(modules[path])} - copied:
-            return False  # PEFT would save the whole module, with the layers inside it
-    return True
+        whole = path in modules and not isinstance(modules[path], CONTAINERS)
+        if not whole or {join_key(path, name) for name, _ in _own_parameters(modules[path])} - copied:
+            return f"it would save the whole module around {key!r}, with the layers inside it"
+    return None
+
+
+def cannot_place_rows(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT computes a linear layer with chosen rows without its bias, and follows the ties that the model declares."""
+    for key, change in adapter.changes.items():
+        if change.variant.kind != "rows":
+            continue
+        if getattr(model.get_submodule(split_key(key)[0]), "bias", None) is not None:
+            return f"it would leave out the bias of the layer with chosen rows {key!r}"
+        if change.tied and not declares_ties(model):
+            return f"{key!r} is one parameter with {change.tied[0]!r}, which the model does not declare: PEFT would change one"
+    return None
 
 
 def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
