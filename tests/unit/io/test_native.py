@@ -62,6 +62,9 @@ CASES: dict[str, Any] = {
     "rows of a convolution": {"grouped.weight": dw.Rows(indices=(1, 5))},
     "rows beside a bias": {"up.weight": dw.Rows(indices=(1, 5))},
     "rows of a tie that the model does not tell": {"words": dw.Rows(indices=(1, 5))},
+} | {
+    f"tied {variant.kind}": {"head": variant}
+    for variant in (dw.LoKr(rank=2), dw.LoHa(rank=2), dw.VeRA(rank=2), dw.IA3(), dw.AdaLoRA(rank=3, target=2))
 }
 ONLY_THE_MODEL_KNOWS = (
     "one parameter of two",
