@@ -9,10 +9,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import deltaw as dw
+from deltaw.errors import AdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -53,3 +55,66 @@ def test_a_router_is_no_expert(tmp_path: Path) -> None:
     assert peft_type(tmp_path / "b") == "LORA"
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "b").eval()
     torch.testing.assert_close(theirs(IDS).logits, expected)
+
+
+class Inner(nn.Module):
+    """Two raw parameters around two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.u = (nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2))
+        self.lin, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.lin(x @ self.v.T @ self.u.T))
+
+
+class Block(nn.Module):
+    """A raw parameter, two layers and a module with raw parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8) / 3)
+        self.lin, self.inner, self.other = nn.Linear(8, 8), Inner(), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(self.inner(self.lin(x @ self.w.T)))
+
+
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block()).eval()
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+AROUND = {
+    "one parameter": (["0.w"], {}),
+    "two parameters": (["v", "u"], {}),
+    "a module in full": (["0.w"], {"modules_to_save": ["norm"]}),
+    "all biases": (["0.w"], {"bias": "all"}),
+    "biases of adapted layers": (["v", "u"], {"bias": "lora_only"}),
+    "ranks": (["v", "u"], {"rank_pattern": {"inner.lin": 5, "inner.v": 2}, "alpha_pattern": {"lin": 3}}),
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_layers_inside_a_module_whose_raw_parameters_are_adapted(tmp_path: Path, case: str) -> None:
+    """PEFT wraps the module, so that its layers have other paths in the file."""
+    parameters, options = AROUND[case]
+    expected = adapted(block(), tmp_path / "a", ["lin"], parameters, **options)(X)
+    model = dw.load(block(), tmp_path / "a")
+    torch.testing.assert_close(model(X), expected)
+    assert not torch.allclose(block()(X), expected, atol=1e-2)
+    dw.save(model, tmp_path / "b")  # PEFT would look for what lies inside under other names
+    assert peft_type(tmp_path / "b") == "DELTAW"
+    assert torch.equal(dw.load(block(), tmp_path / "b")(X), model(X))
+
+
+def test_two_tensors_of_one_layer_are_refused(tmp_path: Path) -> None:
+    adapted(block(), tmp_path / "a", ["lin"], ["0.w"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(
+        {k.replace("0.base_layer.inner", "0.inner"): t for k, t in load_file(file).items()} | load_file(file), file
+    )
+    with pytest.raises(AdapterError, match=r"two tensors of the file mean '0.inner.lin.lora_A.weight'"):
+        dw.load(block(), tmp_path / "a")

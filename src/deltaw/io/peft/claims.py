@@ -91,8 +91,11 @@ class Claims:
     def adapts(self, key: str) -> bool:
         """Whether the config accounts for a change of the parameter `key`, or does not say what it targets."""
         unsaid = not self.target_modules or str(self.target_modules).lower() == "all-linear"
-        named = any(key == name or key.endswith(f".{name}") for name in self.parameters)
-        return unsaid or named or self.targets(key.rpartition(".")[0])
+        return unsaid or self.names(key) or self.targets(key.rpartition(".")[0])
+
+    def names(self, key: str) -> bool:
+        """Whether `target_parameters` names the parameter `key`."""
+        return any(key == name or key.endswith(f".{name}") for name in self.parameters)
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, given a class that it can adapt."""
