@@ -56,6 +56,11 @@ class Admitted:
     files: Mapping[str, int] = field(default_factory=dict)
     claimed: str | None = None
 
+    @property
+    def ours(self) -> bool:
+        """Whether deltaw wrote it: what it recorded beside the tensors says that they are all there."""
+        return self.sealed or self.manifested
+
     @cached_property
     def digest(self) -> str:
         """The adapter's identity, computed from what was read at the first use.

@@ -50,7 +50,7 @@ def fit_problems(admitted: Admitted, base: Base) -> list[str]:
     have = inventory(base.model)
     try:
         if admitted.parsed.claims is not None:
-            check_fit(have, adapter, admitted.parsed.claims)
+            check_fit(have, adapter, admitted.parsed.claims, admitted.ours)
         check_dtypes(have, adapter)
         fitted(Layout(have.model), adapter)
     except DeltawError as error:

@@ -7,7 +7,7 @@ mean exactly the adapted modules of this model, a task type only where PEFT then
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,10 +36,14 @@ OTHER = ("full", "rows", "diff")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """What PEFT refuses to save as a module."""
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
+"""Names of the layers that PEFT keeps tied on request, where the model declares them tied."""
 
 
-def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
-    """Refuse a file whose config targets modules of this model for which it has no tensors.
+def check_fit(base: Inventory, adapter: Adapter, claims: Claims, ours: bool = False) -> None:
+    """Refuse a file whose config accounts for modules or parameters of this model for which it has no tensors.
+
+    ours: deltaw wrote it, so that it is whole, and may say `bias` of a few biases, for which PEFT has no word.
 
     Raises:
         AdapterError: naming them.
@@ -68,16 +72,40 @@ def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
             f"(target_modules is {str(claims.target_modules)[:80]}): PEFT would leave them out without a word. If they are "
             f"meant, add the module to target_modules"
         )
-    for name in claims.expected:
-        for path, module in modules.items():
-            if path != name and not path.endswith("." + name):
-                continue
-            needed = {join_key(path, n) for n, _ in module.named_parameters() if ".adapters." not in f".{n}"}
-            missing = sorted(needed - set(adapter.changes))
-            if missing:
-                raise AdapterError(
-                    f"{name!r} is trained in full by this adapter, but the file has no tensor {missing[0]!r}: incomplete"
-                )
+    missing = [key for key in dict.fromkeys(said(base, adapter, claims, ours)) if key not in adapter.changes]
+    if missing:
+        lost = claims.bias == "lora_only" and all(split_key(key)[1] == "bias" for key in missing)
+        raise AdapterError(
+            f"the config says of {len(missing)} parameters of {type(base.model).__name__} that they are adapted, or trained in "
+            f"full, for which the file has no tensors ({', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}): the file "
+            f"is incomplete, or for another model"
+            + (
+                ". Older PEFT lost such biases when it saved: to load the rest, set bias to none in the config"
+                if lost
+                else ""
+            )
+        )
+
+
+def said(base: Inventory, adapter: Adapter, claims: Claims, ours: bool) -> Iterator[str]:
+    """The parameters that the config names one by one, by their modules to save, as biases, or as tied to a changed one."""
+    if not (claims.expected or claims.parameters or claims.bias != "none" or claims.ties):
+        return
+    low = {split_key(key)[0] for key, change in adapter.changes.items() if change.variant.kind not in OTHER}
+    for path, module in base.modules.items():
+        saved = claims.saves(path)
+        biased = not ours and (claims.bias == "all" or (claims.bias == "lora_only" and path in low))
+        for site, parameter in module._parameters.items():
+            key = join_key(path, site)
+            raw = path and claims.names(key) and not claims.targets(path)
+            if parameter is not None and (saved or raw or (biased and site == "bias")):
+                yield key
+    if claims.ties and declares_ties(base.model):
+        ends = [key for key in base.stored if split_key(key)[0].rpartition(".")[2] in TIED_BY_PEFT]
+        changed = {
+            id(base.stored[k]) for k in ends if k in adapter.changes and adapter.changes[k].variant.kind != "rows"
+        }
+        yield from (key for key in ends if id(base.stored[key]) in changed)
 
 
 def within(key: str, base: Inventory, claims: Claims) -> bool:

@@ -304,7 +304,7 @@ def fitted(base: Inventory, admitted: Admitted) -> tuple[Adapter, list[str]]:
     """
     adapter, notes = admitted.adapter, list(admitted.notes)
     if admitted.parsed.claims is not None:
-        check_fit(base, adapter, admitted.parsed.claims)
+        check_fit(base, adapter, admitted.parsed.claims, admitted.ours)
     adapter = tie_rows(base, adapter)
     if admitted.parsed.start is not None:
         adapter = without_start(base.model, adapter, admitted.parsed.start)

@@ -41,6 +41,8 @@ class Claims:
     """`target_parameters`: parameters that are adapted wherever their module is."""
     ties: bool = False
     """`ensure_weight_tying`: a layer that shares its parameter with a targeted one is adapted with it."""
+    bias: str = "none"
+    """Which biases are trained in full: "all", or "lora_only", those of adapted layers."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Claims:
@@ -76,6 +78,7 @@ class Claims:
             (*(save or ()), *heads),
             parameters or (),
             config.get("ensure_weight_tying") is True,
+            config.get("bias") or "none",
         )
 
     @property

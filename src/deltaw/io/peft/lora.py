@@ -105,12 +105,14 @@ class LoraGrammar(Grammar):
         """The variant of one place, with its own rank and alpha. made: those of earlier places, by rank and alpha."""
         dora = bool(config.get("use_dora"))
         needed = {"A", "B", "m"} if dora else {"A", "B"}
-        if set(parts) - {"b"} != needed:
-            missing, extra = sorted(needed - set(parts)), sorted(set(parts) - needed - {"b"})
+        biased = bool(config.get("lora_bias"))
+        needed |= {"b"} if biased and place.style == "linear" else set(parts) & {"b"}
+        if set(parts) != needed:
+            missing, extra = sorted(needed - set(parts)), sorted(set(parts) - needed)
             raise AdapterError(
                 f"{place.path!r}: "
                 + (f"{' and '.join(missing)} missing" if missing else f"{' and '.join(extra)} not expected")
-                + f" (use_dora is {dora})"
+                + f" (use_dora is {dora}, lora_bias is {biased}){': the file is incomplete' if missing else ''}"
             )
         rank, rank_hits = pattern_value(config.get("rank_pattern") or {}, place.target, config.get("r", 8))
         alpha, hits = pattern_value(config.get("alpha_pattern") or {}, place.target, config.get("lora_alpha", 8))

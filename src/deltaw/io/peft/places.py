@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -169,15 +168,15 @@ class Place:
 def without_wrappers(tensors: Mapping[str, Tensor], claims: Claims, shapes: Shapes) -> dict[str, Tensor]:
     """`tensors`, those of layers inside a module whose raw parameters are adapted under the layers' own names.
 
-    PEFT wraps such a module once for each of these parameters, and the paths say so.
+    PEFT wraps such a module once for each of these parameters, and the paths of its layers say so.
 
     Raises:
         AdapterError: two tensors become one.
     """
     if not claims.parameters:
         return dict(tensors)
-    wrappers = Counter(found["path"] for found in map(WRAPPER.fullmatch, tensors) if found)
-    levels = {path: INSIDE * n for path, n in wrappers.items() if targeted(path, claims, shapes)}
+    paths = {found["path"] for found in map(WRAPPER.fullmatch, tensors) if found}
+    levels = {path: INSIDE * len(targeted(path, claims, shapes)) for path in paths}
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         inner = WRAPPED.fullmatch(key)
