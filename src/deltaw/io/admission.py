@@ -199,7 +199,7 @@ def _understood(
     if not adapter.changes:
         raise AdapterError("the adapter changes nothing")
     if body is not None:
-        adapter = manifest.refine(adapter, body)
+        adapter = manifest.refine(adapter, body, verify)
     return Admitted(
         adapter,
         parsed,
