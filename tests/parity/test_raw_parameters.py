@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import deltaw as dw
 from deltaw.errors import AdapterError
@@ -118,3 +118,27 @@ def test_two_tensors_of_one_layer_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(AdapterError, match=r"two tensors of the file mean '0.inner.lin.lora_A.weight'"):
         dw.load(block(), tmp_path / "a")
+
+
+TURNED = {
+    "mlp": ["c_fc.weight", "mlp.c_proj.weight"],
+    "square": ["attn.c_proj.weight"],
+    "embedding": ["wpe.weight"],
+    "as stored": ["lm_head.weight"],
+}
+
+
+@pytest.mark.parametrize("case", TURNED)
+def test_raw_parameters_of_layers_that_store_their_matrix_the_other_way_round(tmp_path: Path, case: str) -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=4, n_inner=24)).eval()
+    expected = adapted(base, tmp_path / "a", [], TURNED[case])(IDS).logits
+    assert not torch.allclose(base(IDS).logits, expected, atol=1e-2)
+    dw.write(dw.read(tmp_path / "a"), tmp_path / "b", grammar="PEFT")
+    for source in (tmp_path / "a", dw.read(tmp_path / "a"), tmp_path / "b"):
+        model = dw.load(copy.deepcopy(base), source)
+        torch.testing.assert_close(model(IDS).logits, expected)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "b").eval()
+    torch.testing.assert_close(theirs(IDS).logits, expected)
+    dw.save(model, tmp_path / "c")
+    torch.testing.assert_close(dw.load(copy.deepcopy(base), tmp_path / "c")(IDS).logits, expected)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Change, join_key, split_key
@@ -23,6 +24,7 @@ from deltaw.io.base_walk import Inventory
 from deltaw.io.peft.claims import HEADS, Claims
 from deltaw.io.peft.older_names import cannot_tell_experts
 from deltaw.model.state import own_modules
+from deltaw.model.targeting import host_for_parameter
 
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -199,6 +201,21 @@ def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> 
             f"the file carries its own {key!r}, which is not this model's: its low-rank change was folded into that weight"
         )
     return (adapter.replace(changes=changes) if notes else adapter), notes
+
+
+def turned(base: Inventory, adapter: Adapter) -> Adapter:
+    """PEFT's raw parameters change as they are stored; where a layer's matrix is the transpose, (BA)ᵀ = AᵀBᵀ."""
+    changes = dict(adapter.changes)
+    for key, change in adapter.changes.items():
+        path, site = split_key(key)
+        if change.layer != "module" or path not in base.modules or change.tensors.keys() != {"A", "B"}:
+            continue
+        A, B = change.tensors["A"], change.tensors["B"]
+        host = host_for_parameter(base.modules[path], site)
+        probe = torch.empty(2, 3, device="meta")
+        if A.ndim == 2 and host is not None and host.to_matrix(base.modules[path], site, probe).shape != probe.shape:  # type: ignore[arg-type]
+            changes[key] = replace(change, tensors={"A": B.T.contiguous(), "B": A.T.contiguous()}, layer=None)
+    return adapter.replace(changes=changes)
 
 
 def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:

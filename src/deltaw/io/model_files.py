@@ -20,7 +20,17 @@ from deltaw.io.admission import Admitted, Arriving, admitting, arriving, check_v
 from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
-from deltaw.io.fitting import cannot_place, check_dtypes, check_fit, check_names, folded, task_of, tie_rows, tighten
+from deltaw.io.fitting import (
+    cannot_place,
+    check_dtypes,
+    check_fit,
+    check_names,
+    folded,
+    task_of,
+    tie_rows,
+    tighten,
+    turned,
+)
 from deltaw.io.folder import CONFIG, Folder
 from deltaw.io.known_weights import unchanged
 from deltaw.io.notices import AdapterNotice
@@ -207,7 +217,8 @@ def of_value(layout: state.Layout, adapter: Adapter, allow_base_mismatch: bool) 
     base = inventory(layout)
     check_values(adapter.tensors())
     adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
-    return tie_rows(base, adapter), notes + checked_for(base, adapter, allow_base_mismatch)
+    adapter = tie_rows(base, turned(base, adapter))
+    return adapter, notes + checked_for(base, adapter, allow_base_mismatch)
 
 
 def checked_for(base: Inventory, adapter: Adapter, allow_base_mismatch: bool) -> list[str]:
@@ -305,7 +316,7 @@ def fitted(base: Inventory, admitted: Admitted) -> tuple[Adapter, list[str]]:
     adapter, notes = admitted.adapter, list(admitted.notes)
     if admitted.parsed.claims is not None:
         check_fit(base, adapter, admitted.parsed.claims, admitted.ours)
-    adapter = tie_rows(base, adapter)
+    adapter = tie_rows(base, turned(base, adapter))
     if admitted.parsed.start is not None:
         adapter = without_start(base.model, adapter, admitted.parsed.start)
         notes.append(f"the adapter was started by {admitted.parsed.start!r}: its start was computed from this base")

@@ -28,6 +28,8 @@ IN_PROJ = "in_proj_weight"
 INSIDE = ".base_layer"
 WRAPPER = re.compile(r"(?P<path>.*?)(?:\.base_layer)*\.lora_A\.weight")
 WRAPPED = re.compile(r"(?P<path>.*?)(?P<levels>(?:\.base_layer)+)(?P<inner>\.[^.]+\..+)")
+FAMILIES = {"embedding": "embedding", "mha": "multihead_attention", "parameter": "module"}
+"""The layer family that a style tells of. A raw parameter's matrix is as the module stores it."""
 REGISTERED = ("gate_proj", "gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 """Expert weights in the order in which all of transformers' models register them."""
 
@@ -78,7 +80,7 @@ class Place:
         A, B = parts["A"], parts["B"]
         if not all(t.is_floating_point() for t in parts.values()):
             raise AdapterError(f"{self.key!r}: an adapter's tensors are real numbers, found {A.dtype} and {B.dtype}")
-        layer, shape = {"embedding": "embedding", "mha": "multihead_attention"}.get(self.style), self.shape
+        layer, shape = FAMILIES.get(self.style), self.shape
         if self.style == "linear" and A.ndim > 2:
             layer, shape, A, B = self._convolution(A, B)
         elif self.style == "parameter":
