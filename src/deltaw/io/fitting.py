@@ -69,10 +69,10 @@ def check_fit(base: Inventory, adapter: Adapter, claims: Claims, ours: bool = Fa
         if change.variant.kind not in OTHER and not within(key, base, claims)
     ]
     if odd:
+        field, value = claims.left_out_by(split_key(odd[0])[0]) or ("target_modules", claims.target_modules)
         raise AdapterError(
             f"the file holds tensors for {odd[0]!r}{' and others' if len(odd) > 1 else ''}, which its config does not target "
-            f"(target_modules is {str(claims.target_modules)[:80]}): PEFT would leave them out without a word. If they are "
-            f"meant, add the module to target_modules"
+            f"({field} is {str(value)[:80]}): PEFT would leave them out without a word. If they are meant, change {field}"
         )
     missing = [key for key in dict.fromkeys(said(base, adapter, claims, ours)) if key not in adapter.changes]
     if missing:

@@ -102,20 +102,28 @@ class Claims:
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, given a class that it can adapt."""
-        if _listed(self.exclude_modules, path):
-            return False
-        if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in self.expected):
-            return False
+        return self.left_out_by(path) is None
+
+    def left_out_by(self, path: str) -> tuple[str, Any] | None:
+        """The field of the config, and what it says, by which PEFT does not adapt the module at `path`; None if it does."""
         if not _listed(self.target_modules, path):
-            return False
-        if self.layers is None or isinstance(self.target_modules, str):
-            return True
+            return "target_modules", self.target_modules
+        if _listed(self.exclude_modules, path):
+            return "exclude_modules", self.exclude_modules
+        if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in self.expected):
+            return "modules_to_save", self.expected
+        if self.layers is None or isinstance(self.target_modules, str) or self._number(path) in self.layers:
+            return None
+        return "layers_to_transform", self.layers
+
+    def _number(self, path: str) -> int | None:
+        """The number of the block in which a module lies, as `layers_pattern` finds it."""
         for name in self.layers_pattern or (r"[^.]*",):
             before = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
             found = re.match(rf"{before}{name}\.(?P<idx>\d+)\.", path)
             if found:
-                return int(found.group("idx")) in self.layers
-        return False
+                return int(found.group("idx"))
+        return None
 
 
 def _listed(wanted: str | tuple[str, ...] | None, path: str) -> bool:
