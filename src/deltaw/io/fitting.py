@@ -239,6 +239,31 @@ def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
     return adapter.replace(changes=changes)
 
 
+def tie_equal(base: Inventory, adapter: Adapter) -> Adapter:
+    """Equal changes of layers that share a parameter, as `ensure_weight_tying` makes PEFT write them, as the one that it is."""
+    owners: dict[int, str] = {}
+    changes = dict(adapter.changes)
+    for key in [key for key in base.stored if key in changes]:
+        owner = owners.setdefault(id(base.stored[key]), key)
+        if owner != key and same_change(changes[owner], changes[key]):
+            changes[owner] = replace(changes[owner], tied=(*changes[owner].tied, key))
+            del changes[key]
+    return adapter.replace(changes=changes)
+
+
+def same_change(one: Change, other: Change) -> bool:
+    """Whether two changes of one parameter are equal, also where one layer's matrix is the other's transpose."""
+    mine, theirs = one.tensors, other.tensors
+    dtypes = {tensor.dtype for tensor in (*mine.values(), *theirs.values())}
+    if one.variant != other.variant or mine.keys() != theirs.keys() or len(dtypes) > 1:
+        return False
+    if all(torch.equal(mine[name], theirs[name]) for name in mine):
+        return True
+    return (
+        mine.keys() == {"A", "B"} and torch.equal(mine["A"], theirs["B"].mT) and torch.equal(mine["B"], theirs["A"].mT)
+    )
+
+
 def declares_ties(model: nn.Module) -> bool:
     """Whether a model of transformers says that its head is its embedding."""
     config = getattr(model, "config", None)

@@ -27,6 +27,7 @@ from deltaw.io.fitting import (
     check_names,
     folded,
     task_of,
+    tie_equal,
     tie_rows,
     tighten,
     turned,
@@ -321,6 +322,8 @@ def fitted(base: Inventory, admitted: Admitted) -> tuple[Adapter, list[str]]:
         adapter = without_start(base.model, adapter, admitted.parsed.start)
         notes.append(f"the adapter was started by {admitted.parsed.start!r}: its start was computed from this base")
     adapter, more = folded(base.model, adapter, admitted.parsed.base_copies)
+    if admitted.parsed.claims is not None and admitted.parsed.claims.ties:
+        adapter = tie_equal(base, adapter)
     return adapter, notes + more
 
 
