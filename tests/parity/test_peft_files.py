@@ -296,19 +296,37 @@ def test_a_renamed_base(base: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
-def test_layers_that_peft_ties_on_request(tmp_path: Path, targets: list[str]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_layers_that_peft_ties_on_request(tmp_path: Path, options: dict[str, list[str]]) -> None:
     """`ensure_weight_tying`: the file has tensors for the head, which the config does not name, or for the embedding."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Qwen2Config(vocab_size=50, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
     model = Qwen2ForCausalLM(config).eval()
-    tied = peft.LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True)
+    plain = copy.deepcopy(model)
+    tied = peft.LoraConfig(r=4, ensure_weight_tying=True, **options)
     theirs = shaken(peft.get_peft_model(copy.deepcopy(model), tied))
     theirs.save_pretrained(tmp_path / "a")
     expected = logits(theirs)
     assert not torch.allclose(expected, logits(model))
     torch.testing.assert_close(logits(dw.load(model, tmp_path / "a")), expected, rtol=1e-5, atol=1e-5)
+    dw.save(model, tmp_path / "b")  # in our own words: one change of two layers
+    torch.testing.assert_close(logits(dw.load(copy.deepcopy(plain), tmp_path / "b")), expected, rtol=1e-5, atol=1e-5)
+    dw.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    dw.unmerge(model)
+    if "modules_to_save" in options:
+        return
     untied = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"ensure_weight_tying": False}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(untied))
     dw.detach(model)

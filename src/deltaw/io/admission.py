@@ -56,6 +56,11 @@ class Admitted:
     files: Mapping[str, int] = field(default_factory=dict)
     claimed: str | None = None
 
+    @property
+    def ours(self) -> bool:
+        """Whether deltaw wrote it: what it recorded beside the tensors says that they are all there."""
+        return self.sealed or self.manifested
+
     @cached_property
     def digest(self) -> str:
         """The adapter's identity, computed from what was read at the first use.
@@ -194,7 +199,7 @@ def _understood(
     if not adapter.changes:
         raise AdapterError("the adapter changes nothing")
     if body is not None:
-        adapter = manifest.refine(adapter, body)
+        adapter = manifest.refine(adapter, body, verify)
     return Admitted(
         adapter,
         parsed,

@@ -9,7 +9,7 @@ from deltaw.errors import AdapterError, DeltawError, did_you_mean
 from deltaw.io.admission import Admitted
 from deltaw.io.base_models import Base
 from deltaw.io.base_walk import inventory
-from deltaw.io.fitting import check_dtypes, check_fit
+from deltaw.io.fitting import check_dtypes, check_fit, turned
 from deltaw.io.readers import READERS, verdict
 from deltaw.model.fit import fitted
 from deltaw.model.state import Layout
@@ -50,9 +50,9 @@ def fit_problems(admitted: Admitted, base: Base) -> list[str]:
     have = inventory(base.model)
     try:
         if admitted.parsed.claims is not None:
-            check_fit(have, adapter, admitted.parsed.claims)
+            check_fit(have, adapter, admitted.parsed.claims, admitted.ours)
         check_dtypes(have, adapter)
-        fitted(Layout(have.model), adapter)
+        fitted(Layout(have.model), turned(have, adapter))
     except DeltawError as error:
         return str(error).splitlines()
     return []

@@ -7,10 +7,11 @@ mean exactly the adapted modules of this model, a task type only where PEFT then
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Change, join_key, split_key
@@ -21,7 +22,9 @@ from deltaw.errors import AdapterError
 from deltaw.io import fingerprint as prints
 from deltaw.io.base_walk import Inventory
 from deltaw.io.peft.claims import HEADS, Claims
+from deltaw.io.peft.older_names import cannot_tell_experts
 from deltaw.model.state import own_modules
+from deltaw.model.targeting import host_for_parameter
 
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -35,10 +38,14 @@ OTHER = ("full", "rows", "diff")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """What PEFT refuses to save as a module."""
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
+"""Names of the layers that PEFT keeps tied on request, where the model declares them tied."""
 
 
-def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
-    """Refuse a file whose config targets modules of this model for which it has no tensors.
+def check_fit(base: Inventory, adapter: Adapter, claims: Claims, ours: bool = False) -> None:
+    """Refuse a file whose config accounts for modules or parameters of this model for which it has no tensors.
+
+    ours: deltaw wrote it, so that it is whole, and may say `bias` of a few biases, for which PEFT has no word.
 
     Raises:
         AdapterError: naming them.
@@ -62,21 +69,45 @@ def check_fit(base: Inventory, adapter: Adapter, claims: Claims) -> None:
         if change.variant.kind not in OTHER and not within(key, base, claims)
     ]
     if odd:
+        field, value = claims.left_out_by(split_key(odd[0])[0]) or ("target_modules", claims.target_modules)
         raise AdapterError(
             f"the file holds tensors for {odd[0]!r}{' and others' if len(odd) > 1 else ''}, which its config does not target "
-            f"(target_modules is {str(claims.target_modules)[:80]}): PEFT would leave them out without a word. If they are "
-            f"meant, add the module to target_modules"
+            f"({field} is {str(value)[:80]}): PEFT would leave them out without a word. If they are meant, change {field}"
         )
-    for name in claims.expected:
-        for path, module in modules.items():
-            if path != name and not path.endswith("." + name):
-                continue
-            needed = {join_key(path, n) for n, _ in module.named_parameters() if ".adapters." not in f".{n}"}
-            missing = sorted(needed - set(adapter.changes))
-            if missing:
-                raise AdapterError(
-                    f"{name!r} is trained in full by this adapter, but the file has no tensor {missing[0]!r}: incomplete"
-                )
+    missing = [key for key in dict.fromkeys(said(base, adapter, claims, ours)) if key not in adapter.changes]
+    if missing:
+        lost = claims.bias == "lora_only" and all(split_key(key)[1] == "bias" for key in missing)
+        raise AdapterError(
+            f"the config says of {len(missing)} parameters of {type(base.model).__name__} that they are adapted, or trained in "
+            f"full, for which the file has no tensors ({', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}): the file "
+            f"is incomplete, or for another model"
+            + (
+                ". Older PEFT lost such biases when it saved: to load the rest, set bias to none in the config"
+                if lost
+                else ""
+            )
+        )
+
+
+def said(base: Inventory, adapter: Adapter, claims: Claims, ours: bool) -> Iterator[str]:
+    """The parameters that the config names one by one, by their modules to save, as biases, or as tied to a changed one."""
+    if not (claims.expected or claims.parameters or claims.bias != "none" or claims.ties):
+        return
+    low = {split_key(key)[0] for key, change in adapter.changes.items() if change.variant.kind not in OTHER}
+    for path, module in base.modules.items():
+        saved = claims.saves(path)
+        biased = not ours and (claims.bias == "all" or (claims.bias == "lora_only" and path in low))
+        for site, parameter in module._parameters.items():
+            key = join_key(path, site)
+            raw = path and claims.names(key) and not claims.targets(path)
+            if parameter is not None and (saved or raw or (biased and site == "bias")):
+                yield key
+    if claims.ties and declares_ties(base.model):
+        ends = [key for key in base.stored if split_key(key)[0].rpartition(".")[2] in TIED_BY_PEFT]
+        changed = {
+            id(base.stored[k]) for k in ends if k in adapter.changes and adapter.changes[k].variant.kind != "rows"
+        }
+        yield from (key for key in ends if id(base.stored[key]) in changed)
 
 
 def within(key: str, base: Inventory, claims: Claims) -> bool:
@@ -172,6 +203,21 @@ def folded(model: nn.Module, adapter: Adapter, copies: Mapping[str, Tensor]) -> 
     return (adapter.replace(changes=changes) if notes else adapter), notes
 
 
+def turned(base: Inventory, adapter: Adapter) -> Adapter:
+    """PEFT's raw parameters change as they are stored; where a layer's matrix is the transpose, (BA)ᵀ = AᵀBᵀ."""
+    changes = dict(adapter.changes)
+    for key, change in adapter.changes.items():
+        path, site = split_key(key)
+        if change.layer != "module" or path not in base.modules or change.tensors.keys() != {"A", "B"}:
+            continue
+        A, B = change.tensors["A"], change.tensors["B"]
+        host = host_for_parameter(base.modules[path], site)
+        probe = torch.empty(2, 3, device="meta")
+        if A.ndim == 2 and host is not None and host.to_matrix(base.modules[path], site, probe).shape != probe.shape:  # type: ignore[arg-type]
+            changes[key] = replace(change, tensors={"A": B.T.contiguous(), "B": A.T.contiguous()}, layer=None)
+    return adapter.replace(changes=changes)
+
+
 def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
     """Trainable tokens of a tied embedding reach the head too, in PEFT as here (where the model says what it ties).
 
@@ -179,9 +225,7 @@ def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
     """
     if "fingerprint" in adapter.base:
         return adapter
-    config = getattr(base.model, "config", None)
-    ties = getattr(config, "tie_word_embeddings", False) and getattr(base.model, "_tied_weights_keys", None)
-    if not ties or not any(change.variant.kind == "rows" for change in adapter.changes.values()):
+    if not declares_ties(base.model) or not any(c.variant.kind == "rows" for c in adapter.changes.values()):
         return adapter
     names: dict[int, list[str]] = {}
     for name, tensor in base.stored.items():
@@ -193,6 +237,37 @@ def tie_rows(base: Inventory, adapter: Adapter) -> Adapter:
                 others = tuple(n for n in same if n != key and n not in changes)
                 changes[key] = replace(changes[key], tied=others)
     return adapter.replace(changes=changes)
+
+
+def tie_equal(base: Inventory, adapter: Adapter) -> Adapter:
+    """Equal changes of layers that share a parameter, as `ensure_weight_tying` makes PEFT write them, as the one that it is."""
+    owners: dict[int, str] = {}
+    changes = dict(adapter.changes)
+    for key in [key for key in base.stored if key in changes]:
+        owner = owners.setdefault(id(base.stored[key]), key)
+        if owner != key and same_change(changes[owner], changes[key]):
+            changes[owner] = replace(changes[owner], tied=(*changes[owner].tied, key))
+            del changes[key]
+    return adapter.replace(changes=changes)
+
+
+def same_change(one: Change, other: Change) -> bool:
+    """Whether two changes of one parameter are equal, also where one layer's matrix is the other's transpose."""
+    mine, theirs = one.tensors, other.tensors
+    dtypes = {tensor.dtype for tensor in (*mine.values(), *theirs.values())}
+    if one.variant != other.variant or mine.keys() != theirs.keys() or len(dtypes) > 1:
+        return False
+    if all(torch.equal(mine[name], theirs[name]) for name in mine):
+        return True
+    return (
+        mine.keys() == {"A", "B"} and torch.equal(mine["A"], theirs["B"].mT) and torch.equal(mine["B"], theirs["A"].mT)
+    )
+
+
+def declares_ties(model: nn.Module) -> bool:
+    """Whether a model of transformers says that its head is its embedding."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None))
 
 
 def task_of(model: nn.Module, adapter: Adapter) -> str | None:
@@ -219,8 +294,15 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
-    """Whether PEFT takes the adapter's full copies: it saves modules as a whole, or single biases."""
+def cannot_place(model: nn.Module, adapter: Adapter) -> str | None:
+    """Why PEFT would do something else with the adapter in this very model, or None."""
+    return (
+        cannot_place_copies(model, adapter) or cannot_place_rows(model, adapter) or cannot_tell_experts(model, adapter)
+    )
+
+
+def cannot_place_copies(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT takes full copies of modules as a whole, or of single biases."""
     modules = dict(own_modules(model))
     copied = {key for key, change in adapter.changes.items() if change.variant.kind == "full"}
     low = {split_key(key)[0] for key in adapter.changes if key not in copied}
@@ -228,11 +310,22 @@ def peft_can_place(model: nn.Module, adapter: Adapter) -> bool:
         path, site = split_key(key)
         if path in low or site == "bias":
             continue
-        if path not in modules or isinstance(modules[path], CONTAINERS):
-            return False
-        if {join_key(path, name) for name, _ in _own_parameters(modules[path])} - copied:
-            return False  # PEFT would save the whole module, with the layers inside it
-    return True
+        whole = path in modules and not isinstance(modules[path], CONTAINERS)
+        if not whole or {join_key(path, name) for name, _ in _own_parameters(modules[path])} - copied:
+            return f"it would save the whole module around {key!r}, with the layers inside it"
+    return None
+
+
+def cannot_place_rows(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT computes a linear layer with chosen rows without its bias, and follows the ties that the model declares."""
+    for key, change in adapter.changes.items():
+        if change.variant.kind != "rows":
+            continue
+        if getattr(model.get_submodule(split_key(key)[0]), "bias", None) is not None:
+            return f"it would leave out the bias of the layer with chosen rows {key!r}"
+        if change.tied and not declares_ties(model):
+            return f"{key!r} is one parameter with {change.tied[0]!r}, which the model does not declare: PEFT would change one"
+    return None
 
 
 def tighten(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -123,19 +123,22 @@ def check_file(body: Mapping[str, Any], name: str, size: int, sha256: str) -> No
         )
 
 
-def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
+def refine(adapter: Adapter, body: Mapping[str, Any], verify: bool = True) -> Adapter:
     """`adapter` as PEFT's files give it -> with the exact variants, layers and facts of the manifest.
 
+    verify: False lets the files count where the manifest says otherwise: they were edited, and it was not.
+
     Raises:
-        AdapterError: the manifest contradicts the files.
+        AdapterError: the manifest contradicts the files, or is not readable.
     """
-    if set(body["changes"]) != set(adapter.changes):
+    if verify and set(body["changes"]) != set(adapter.changes):
         differ = sorted(set(body["changes"]) ^ set(adapter.changes))
         raise AdapterError(f"the manifest and the weights name different parameters, for example {differ[0]!r}")
     known = [build_variant(v) for v in body["variants"]]
     agreed: tuple[Variant, Variant] | None = None  # neighbours mostly share one pair
-    changes = {}
-    for key, change in adapter.changes.items():
+    changes = dict(adapter.changes)
+    for key in [key for key in changes if key in body["changes"]]:
+        change = changes[key]
         try:
             index, layer, shape, tied = body["changes"][key]
             exact = known[index]
@@ -147,13 +150,15 @@ def refine(adapter: Adapter, body: Mapping[str, Any]) -> Adapter:
             raise AdapterError(f"the manifest's entry of {key!r} is not readable")
         if (exact, change.variant) != agreed:
             if effect(exact) != effect(change.variant):
-                raise AdapterError(f"{key}: the manifest says {exact}, the config says {change.variant}")
+                if verify:
+                    raise AdapterError(f"{key}: the manifest says {exact}, the config says {change.variant}")
+                exact = change.variant
             agreed = exact, change.variant
         changes[key] = Change(exact, change.tensors, layer, shape, tied)
     return adapter.replace(
         changes=changes,
-        base={**adapter.base, **unpacked(body["base"])},
-        extra={**adapter.extra, **body["extra"]},
+        base={**unpacked(body["base"]), **adapter.base},
+        extra={**body["extra"], **adapter.extra},
         error=dict(body["error"]),
     )
 

@@ -20,12 +20,23 @@ from deltaw.io.admission import Admitted, Arriving, admitting, arriving, check_v
 from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
-from deltaw.io.fitting import check_dtypes, check_fit, check_names, folded, peft_can_place, task_of, tie_rows, tighten
+from deltaw.io.fitting import (
+    cannot_place,
+    check_dtypes,
+    check_fit,
+    check_names,
+    folded,
+    task_of,
+    tie_equal,
+    tie_rows,
+    tighten,
+    turned,
+)
 from deltaw.io.folder import CONFIG, Folder
 from deltaw.io.known_weights import unchanged
 from deltaw.io.notices import AdapterNotice
-from deltaw.io.peft import grammar_of
-from deltaw.io.peft.older_names import incomplete, peft_means_experts, under_todays_names
+from deltaw.io.peft.grammar import grammar_of, grammars
+from deltaw.io.peft.older_names import incomplete, under_todays_names
 from deltaw.io.starts import without_start
 from deltaw.model import state
 from deltaw.model.attach import get, installed
@@ -59,14 +70,11 @@ def save(
     root = state.unwrap(model)
     adapter = in_order(described(root, get(root, name)), stored_shapes(root))
     check_values(adapter.tensors())
-    asked = grammar
-    if grammar is None and (not peft_can_place(root, adapter) or peft_means_experts(root, adapter)):
-        grammar = "DELTAW"
-    chosen = grammar_of(adapter, grammar)
-    if asked is None and chosen.peft_type == "DELTAW":
-        warnings.warn(
-            f"saved in deltaw's own words, which PEFT refuses: {own_words(adapter)}", AdapterNotice, stacklevel=2
-        )
+    misplaced = None if grammar else cannot_place(root, adapter)
+    chosen = grammar_of(adapter, "DELTAW" if misplaced else grammar)
+    if grammar is None and chosen.peft_type == "DELTAW":
+        why = misplaced or own_words(adapter)
+        warnings.warn(f"saved in deltaw's own words, which PEFT refuses: {why}", AdapterNotice, stacklevel=2)
     config, tensors = chosen.write(adapter, stored_shapes(root))
     if chosen.peft_type != "DELTAW":
         config = tighten(config, root)
@@ -86,17 +94,10 @@ def save(
 
 
 def own_words(adapter: Adapter) -> str:
-    """Why PEFT's words do not say `adapter`."""
-    try:
-        grammar_of(adapter, "PEFT")
-    except AdapterError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]]
-        kinds = {c.variant.kind for c in adapter.changes.values()}
-        own = [r for r in reasons if r.partition(":")[0].lower() in kinds]
-        return next((r for r in [*own, *reasons] if r.startswith("LORA: ") or r in own), reasons[0])
-    return (
-        "it would take a part of a module, or a module with adapted layers inside it, for something else in this model"
-    )
+    """Why no grammar of PEFT says `adapter`: the reason of its own method's, else LoRA's."""
+    reasons = {g.kinds[0]: f"{g.peft_type}: {g.cannot(adapter)}" for g in grammars() if g.peft_type != "DELTAW"}
+    kinds = {c.variant.kind for c in adapter.changes.values()}
+    return next((why for kind, why in reasons.items() if kind in kinds), reasons["lora"])
 
 
 def in_order(adapter: Adapter, shapes: Mapping[str, Any]) -> Adapter:
@@ -217,7 +218,8 @@ def of_value(layout: state.Layout, adapter: Adapter, allow_base_mismatch: bool) 
     base = inventory(layout)
     check_values(adapter.tensors())
     adapter, _, notes = under_todays_names(layout.root, adapter, base.stored)
-    return tie_rows(base, adapter), notes + checked_for(base, adapter, allow_base_mismatch)
+    adapter = tie_rows(base, turned(base, adapter))
+    return adapter, notes + checked_for(base, adapter, allow_base_mismatch)
 
 
 def checked_for(base: Inventory, adapter: Adapter, allow_base_mismatch: bool) -> list[str]:
@@ -314,12 +316,14 @@ def fitted(base: Inventory, admitted: Admitted) -> tuple[Adapter, list[str]]:
     """
     adapter, notes = admitted.adapter, list(admitted.notes)
     if admitted.parsed.claims is not None:
-        check_fit(base, adapter, admitted.parsed.claims)
-    adapter = tie_rows(base, adapter)
+        check_fit(base, adapter, admitted.parsed.claims, admitted.ours)
+    adapter = tie_rows(base, turned(base, adapter))
     if admitted.parsed.start is not None:
         adapter = without_start(base.model, adapter, admitted.parsed.start)
         notes.append(f"the adapter was started by {admitted.parsed.start!r}: its start was computed from this base")
     adapter, more = folded(base.model, adapter, admitted.parsed.base_copies)
+    if admitted.parsed.claims is not None and admitted.parsed.claims.ties:
+        adapter = tie_equal(base, adapter)
     return adapter, notes + more
 
 

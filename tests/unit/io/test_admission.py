@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import deltaw as dw
@@ -273,7 +274,7 @@ def test_a_target_without_tensors_is_refused(folders: dict[str, Path], tmp_path:
     with pytest.raises(AdapterError, match=r"targets 1 modules of Net for which the file has no tensors \(first\)"):
         dw.load(net(), tmp_path / "a")
     put(tmp_path / "a", config, {k: t for k, t in tensors.items() if "head.bias" not in k})
-    with pytest.raises(AdapterError, match=r"'head' is trained in full .* no tensor 'head.bias'"):
+    with pytest.raises(AdapterError, match=r"trained in full, for which .* no tensors \(head.bias\)"):
         dw.load(net(), tmp_path / "a")
 
 
@@ -378,6 +379,24 @@ def test_edited_files_need_a_word(folders: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(AdapterError, match="verify=False"):
         dw.read(folder)
     assert dw.read(folder, verify=False).base["name"] == "elsewhere"
+
+
+def test_of_an_edited_folder_the_files_count(tmp_path: Path) -> None:
+    """Another scale, and a layer less, than the manifest says."""
+    model = dw.attach(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), dw.LoRA(rank=2), ["0", "1"])
+    folder = dw.save(model, tmp_path / "a")
+    config, tensors = parts(folder)
+    (folder / CONFIG).write_text(json.dumps({**config, "lora_alpha": 8}))
+    with pytest.raises(AdapterError, match="verify=False"):
+        dw.read(folder)
+    assert {c.variant for c in dw.read(folder, verify=False).changes.values()} == {dw.LoRA(rank=2, alpha=8)}
+    (folder / CONFIG).write_text(json.dumps({**config, "target_modules": ["0"]}))
+    save_file({k: t for k, t in tensors.items() if ".1." not in k}, folder / WEIGHTS)
+    assert set(dw.read(folder, verify=False).changes) == {"0.weight"}
+    dw.load(dw.detach(model), folder, verify=False)
+    assert set(dw.get(model).changes) == {"0.weight"}
+    dw.write(dw.read(folder, verify=False), tmp_path / "anew")
+    assert set(dw.read(tmp_path / "anew").changes) == {"0.weight"}
 
 
 @pytest.mark.parametrize("width", [64, 7])

@@ -15,7 +15,7 @@ from torch import nn
 import deltaw as dw
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
-from deltaw.io import digest
+from deltaw.io import AdapterNotice, digest
 from deltaw.io.folder import CONFIG, MANIFEST, WEIGHTS
 from tests.unit.io.adapter_folders import parts, put, shaken
 
@@ -59,7 +59,18 @@ CASES: dict[str, Any] = {
     "mixed methods": {"up": dw.LoRA(rank=2), "down": dw.DoRA(rank=2)},
     "mixed vera": {"up": variants["vera"](rank=6), "down": variants["vera"](rank=6)},
     "one parameter of two": {"up": dw.LoRA(rank=2), "qkv.weight": dw.Full()},
+    "rows of a convolution": {"grouped.weight": dw.Rows(indices=(1, 5))},
+    "rows beside a bias": {"up.weight": dw.Rows(indices=(1, 5))},
+    "rows of a tie that the model does not tell": {"words": dw.Rows(indices=(1, 5))},
+} | {
+    f"tied {variant.kind}": {"head": variant}
+    for variant in (dw.LoKr(rank=2), dw.LoHa(rank=2), dw.VeRA(rank=2), dw.IA3(), dw.AdaLoRA(rank=3, target=2))
 }
+ONLY_THE_MODEL_KNOWS = (
+    "one parameter of two",
+    "rows beside a bias",
+    "rows of a tie that the model does not tell",
+)
 
 
 @torch.no_grad()
@@ -69,12 +80,13 @@ def test_it_says_what_peft_cannot(tmp_path: Path, case: str) -> None:
     dw.attach(model, CASES[case])
     expected = shaken(model)(IDS)
     assert not torch.allclose(expected, odd()(IDS), atol=1e-3)
-    dw.save(model, tmp_path / "a")
+    with pytest.warns(AdapterNotice, match="saved in deltaw's own words"):
+        dw.save(model, tmp_path / "a")
     config, _ = parts(tmp_path / "a")
     assert config["peft_type"] == "DELTAW"
     assert torch.equal(dw.load(odd(), tmp_path / "a")(IDS), expected)
     assert digest(dw.read(tmp_path / "a")) == digest(dw.get(model))
-    if case != "one parameter of two":  # only the model knows that there are two
+    if case not in ONLY_THE_MODEL_KNOWS:
         with pytest.raises(AdapterError, match="cannot be said"):
             dw.write(dw.get(model), tmp_path / "b", grammar="PEFT")
     with pytest.raises((KeyError, ValueError)):

@@ -41,6 +41,8 @@ class Claims:
     """`target_parameters`: parameters that are adapted wherever their module is."""
     ties: bool = False
     """`ensure_weight_tying`: a layer that shares its parameter with a targeted one is adapted with it."""
+    bias: str = "none"
+    """Which biases are trained in full: "all", or "lora_only", those of adapted layers."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Claims:
@@ -76,6 +78,7 @@ class Claims:
             (*(save or ()), *heads),
             parameters or (),
             config.get("ensure_weight_tying") is True,
+            config.get("bias") or "none",
         )
 
     @property
@@ -91,25 +94,36 @@ class Claims:
     def adapts(self, key: str) -> bool:
         """Whether the config accounts for a change of the parameter `key`, or does not say what it targets."""
         unsaid = not self.target_modules or str(self.target_modules).lower() == "all-linear"
-        named = any(key == name or key.endswith(f".{name}") for name in self.parameters)
-        return unsaid or named or self.targets(key.rpartition(".")[0])
+        return unsaid or self.names(key) or self.targets(key.rpartition(".")[0])
+
+    def names(self, key: str) -> bool:
+        """Whether `target_parameters` names the parameter `key`."""
+        return any(key == name or key.endswith(f".{name}") for name in self.parameters)
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, given a class that it can adapt."""
-        if _listed(self.exclude_modules, path):
-            return False
-        if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in self.expected):
-            return False
+        return self.left_out_by(path) is None
+
+    def left_out_by(self, path: str) -> tuple[str, Any] | None:
+        """The field of the config, and what it says, by which PEFT does not adapt the module at `path`; None if it does."""
         if not _listed(self.target_modules, path):
-            return False
-        if self.layers is None or isinstance(self.target_modules, str):
-            return True
+            return "target_modules", self.target_modules
+        if _listed(self.exclude_modules, path):
+            return "exclude_modules", self.exclude_modules
+        if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in self.expected):
+            return "modules_to_save", self.expected
+        if self.layers is None or isinstance(self.target_modules, str) or self._number(path) in self.layers:
+            return None
+        return "layers_to_transform", self.layers
+
+    def _number(self, path: str) -> int | None:
+        """The number of the block in which a module lies, as `layers_pattern` finds it."""
         for name in self.layers_pattern or (r"[^.]*",):
             before = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
             found = re.match(rf"{before}{name}\.(?P<idx>\d+)\.", path)
             if found:
-                return int(found.group("idx")) in self.layers
-        return False
+                return int(found.group("idx"))
+        return None
 
 
 def _listed(wanted: str | tuple[str, ...] | None, path: str) -> bool:

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,8 +46,8 @@ class Grammar(ABC):
     """One `peft_type`. A file in this folder ends with `GRAMMAR = ...`, and is found by that."""
 
     peft_type: ClassVar[str]
-    kinds: ClassVar[Collection[str]]
-    """The variants (by `kind`) that it can say."""
+    kinds: ClassVar[Sequence[str]]
+    """The variants (by `kind`) that it can say, its own method's first."""
     cuts: ClassVar[bool] = False
     """Whether its files have matrices of rank zero, where every direction of a layer was cut."""
 

@@ -20,10 +20,10 @@ from deltaw.core.registry import variants
 from deltaw.core.variant import Variant
 from deltaw.errors import AdapterError, DeltawError
 from deltaw.io.peft import config as fields
-from deltaw.io.peft.claims import Claims, names, pattern_keys, pattern_value
+from deltaw.io.peft.claims import Claims, pattern_keys, pattern_value
 from deltaw.io.peft.copies import Copies
 from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
-from deltaw.io.peft.places import Place, place_of, read_places
+from deltaw.io.peft.places import Place, cannot_wrap, place_of, read_places, without_wrappers
 from deltaw.io.peft.tokens import cannot_tokens, read_tokens, write_tokens
 
 LOW = ("lora", "dora")
@@ -62,7 +62,7 @@ class LoraGrammar(Grammar):
         claims = Claims.of(config)
         groups: dict[tuple[str, str], dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
-        for key, tensor in strip_prefix(tensors).items():
+        for key, tensor in without_wrappers(strip_prefix(tensors), claims, shapes).items():
             found = SUFFIX.match("." + key)
             if found is None:
                 rest[key] = tensor
@@ -75,7 +75,7 @@ class LoraGrammar(Grammar):
             groups[at][part] = tensor
         for path, style in [at for at in groups if at[1] == "embedding"]:
             groups[path, style] |= groups.pop((path, "linear"), {})  # DoRA's vector, whose name does not tell
-        places = read_places(groups, claims, names(config, "target_parameters") or (), shapes)
+        places = read_places(groups, claims, shapes)
         changes: dict[str, Change] = {}
         made: dict[str, Variant] = {}
         for at, parts in groups.items():
@@ -105,12 +105,14 @@ class LoraGrammar(Grammar):
         """The variant of one place, with its own rank and alpha. made: those of earlier places, by rank and alpha."""
         dora = bool(config.get("use_dora"))
         needed = {"A", "B", "m"} if dora else {"A", "B"}
-        if set(parts) - {"b"} != needed:
-            missing, extra = sorted(needed - set(parts)), sorted(set(parts) - needed - {"b"})
+        biased = bool(config.get("lora_bias"))
+        needed |= {"b"} if biased and place.style == "linear" else set(parts) & {"b"}
+        if set(parts) != needed:
+            missing, extra = sorted(needed - set(parts)), sorted(set(parts) - needed)
             raise AdapterError(
                 f"{place.path!r}: "
                 + (f"{' and '.join(missing)} missing" if missing else f"{' and '.join(extra)} not expected")
-                + f" (use_dora is {dora})"
+                + f" (use_dora is {dora}, lora_bias is {biased}){': the file is incomplete' if missing else ''}"
             )
         rank, rank_hits = pattern_value(config.get("rank_pattern") or {}, place.target, config.get("r", 8))
         alpha, hits = pattern_value(config.get("alpha_pattern") or {}, place.target, config.get("lora_alpha", 8))
@@ -150,6 +152,7 @@ class LoraGrammar(Grammar):
         places = {key: place_of(key, change) for key, change in low.items()}
         return (
             cannot_attention(places, low)
+            or cannot_wrap(places, adapter.changes)
             or cannot_biases(adapter, places)
             or cannot_tokens(adapter)
             or Copies.cannot(adapter, {p.path for p in places.values()})

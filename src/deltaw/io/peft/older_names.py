@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Adapter, Change
+from deltaw.core.adapter import Adapter, Change, split_key
 from deltaw.core.registry import variants
 from deltaw.errors import AdapterError
+from deltaw.io.peft.places import family
 
 FUSED_BY_PEFT = ("mixtral", "qwen2_moe")
 """Families whose expert layers PEFT (0.19 on) takes any target called so to mean, shared experts and dense ones too."""
@@ -198,20 +199,22 @@ def incomplete(adapter: Adapter, have: Mapping[str, Tensor]) -> str | None:
     return next((name for name in have if name not in adapter.changes and like(name) in kinds), None)
 
 
-def peft_means_experts(model: nn.Module, adapter: Adapter) -> bool:
-    """Whether PEFT would take layers that `adapter` changes (shared experts, dense layers) for those of the experts.
+def cannot_tell_experts(model: nn.Module, adapter: Adapter) -> str | None:
+    """Why PEFT would take layers that `adapter` changes (shared experts, dense layers) for those of the experts, or None.
 
     PEFT turns every target called `gate_proj`, `up_proj`, `down_proj` into the stacked experts, for the families that
-    transformers loads by the rules of Mixtral or Qwen2-MoE: the layers of that name are then left without adapter.
+    transformers loads by the rules of Mixtral or Qwen2-MoE: the layers of that name are then left without adapter. Raw
+    parameters, which it targets in another way, keep their names.
     """
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family is None:
-        return False
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        return None
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as patterns
     except ImportError:
-        return False
-    if {**patterns, "mixtral": "mixtral"}.get(family) not in FUSED_BY_PEFT:
-        return False
-    paths = (key.rpartition(".")[0] for key, c in adapter.changes.items() if not c.variant.any_shape)
-    return any(path.rpartition(".")[2] in EXPERT_LAYERS for path in paths)
+        return None
+    if {**patterns, "mixtral": "mixtral"}.get(kind) not in FUSED_BY_PEFT:
+        return None
+    layers = (k for k, c in adapter.changes.items() if not c.variant.any_shape and family(k, c) != "module")
+    named = next((key for key in layers if split_key(key)[0].rpartition(".")[2] in EXPERT_LAYERS), None)
+    return None if named is None else f"it would take {named!r} for a part of the stacked experts of this model"

@@ -113,6 +113,8 @@ class PerModule(Grammar):
                 return f"it changes only weights, not {key!r}"
             if change.variant.kind == self.kind and change.layer not in (None, *self.layers):
                 return f"it does not adapt layers of the family {change.layer!r}"
+            if change.tied:
+                return f"{key!r} is one parameter with {change.tied[0]!r}, and PEFT would change one of the two"
         if not mine:
             return f"nothing in it is {self.kind}"
         return Copies.cannot(adapter, set(mine)) or self.cannot_also(mine)

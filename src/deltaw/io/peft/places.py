@@ -2,7 +2,8 @@
 
 PEFT's tensor names carry the layer family: `.lora_A.weight` (Linear, GPT-2's Conv1D, convolutions), `.lora_embedding_A`
 (Embedding), both `.lora_A.weight` (older: `.lora_A`) and `.base_layer.out_proj.lora_A.weight` (nn.MultiheadAttention's
-in_proj and out_proj), and for raw parameters `.lora_A.weight` on the module that owns them, one `.base_layer` deeper for each one registered later.
+in_proj and out_proj), and for raw parameters `.lora_A.weight` on the module that owns them, one `.base_layer` deeper for each one registered later;
+layers inside that module lie as many `.base_layer` deeper as it has adapted parameters.
 deltaw's factors are always A (rank, in) and B (out, rank) of the (out, in) matrix; a convolution's matrix is
 (out, in · kernel); stacks of E expert weights have A (E, rank, in) and B (E, out, rank), which PEFT lays side by side,
 A by expert first, B by rank first.
@@ -11,6 +12,7 @@ A by expert first, B by rank first.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +26,10 @@ from deltaw.io.peft.grammar import Shapes
 
 IN_PROJ = "in_proj_weight"
 INSIDE = ".base_layer"
+WRAPPER = re.compile(r"(?P<path>.*?)(?:\.base_layer)*\.lora_A\.weight")
+WRAPPED = re.compile(r"(?P<path>.*?)(?P<levels>(?:\.base_layer)+)(?P<inner>\.[^.]+\..+)")
+FAMILIES = {"embedding": "embedding", "mha": "multihead_attention", "parameter": "module"}
+"""The layer family that a style tells of. A raw parameter's matrix is as the module stores it."""
 REGISTERED = ("gate_proj", "gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 """Expert weights in the order in which all of transformers' models register them."""
 
@@ -74,7 +80,7 @@ class Place:
         A, B = parts["A"], parts["B"]
         if not all(t.is_floating_point() for t in parts.values()):
             raise AdapterError(f"{self.key!r}: an adapter's tensors are real numbers, found {A.dtype} and {B.dtype}")
-        layer, shape = {"embedding": "embedding", "mha": "multihead_attention"}.get(self.style), self.shape
+        layer, shape = FAMILIES.get(self.style), self.shape
         if self.style == "linear" and A.ndim > 2:
             layer, shape, A, B = self._convolution(A, B)
         elif self.style == "parameter":
@@ -161,21 +167,52 @@ class Place:
         return found
 
 
-def read_places(
-    raw: Iterable[tuple[str, str]], claims: Claims, parameters: Iterable[str], shapes: Shapes
-) -> dict[tuple[str, str], Place]:
-    """(path in the file, style) -> place. `parameters`: the config's target_parameters.
+def without_wrappers(tensors: Mapping[str, Tensor], claims: Claims, shapes: Shapes) -> dict[str, Tensor]:
+    """`tensors`, those of layers inside a module whose raw parameters are adapted under the layers' own names.
+
+    PEFT wraps such a module once for each of these parameters, and the paths of its layers say so.
+
+    Raises:
+        AdapterError: two tensors become one.
+    """
+    if not claims.parameters:
+        return dict(tensors)
+    paths = {found["path"] for found in map(WRAPPER.fullmatch, tensors) if found}
+    levels = {path: INSIDE * len(targeted(path, claims, shapes)) for path in paths}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        inner = WRAPPED.fullmatch(key)
+        wrapped = inner is not None and levels.get(inner["path"]) == inner["levels"]
+        own = inner["path"] + inner["inner"] if inner is not None and wrapped else key
+        if own in found:
+            raise AdapterError(f"two tensors of the file mean {own!r}")
+        found[own] = tensor
+    return found
+
+
+def cannot_wrap(places: Mapping[str, Place], changed: Iterable[str]) -> str | None:
+    """Why PEFT would lose changes inside a module whose raw parameters are adapted, or None."""
+    raw = {place.path + ".": key for key, place in places.items() if place.style == "parameter"}
+    inside = next((k for k in changed if split_key(k)[0].startswith(tuple(raw))), None)
+    if inside is None:
+        return None
+    around = next(key for path, key in raw.items() if inside.startswith(path))
+    return f"it wraps the module of {around!r}, and would not find {inside!r} in it by that name"
+
+
+def read_places(raw: Iterable[tuple[str, str]], claims: Claims, shapes: Shapes) -> dict[tuple[str, str], Place]:
+    """(path in the file, style) -> place.
 
     Raises:
         AdapterError: a path that none of PEFT's ways of wrapping explains.
     """
-    raw, parameters = list(raw), list(parameters)
+    raw = list(raw)
     found = {}
     for written, style in raw:
         path = written.replace(INSIDE, "")
         attention = style == "mha" or (f"{written}{INSIDE}.out_proj", "linear") in raw
         key = join_key(path, IN_PROJ if attention else "weight")
-        if style == "linear" and parameters and not claims.targets(path) and (names := owned(path, parameters, shapes)):
+        if style == "linear" and (names := targeted(path, claims, shapes)):
             site = nth(written, names, [w for w, s in raw if s == style and w.replace(INSIDE, "") == path])
             found[written, style] = Place(path, "parameter", site, written, (shapes or {}).get(join_key(path, site)))
         elif path == written:
@@ -188,8 +225,8 @@ def read_places(
     return found
 
 
-def owned(path: str, parameters: list[str], shapes: Shapes) -> list[str]:
-    """The parameters of the module at `path` that the config targets, in the order in which the model registers them.
+def targeted(path: str, claims: Claims, shapes: Shapes) -> list[str]:
+    """The raw parameters of the module at `path` that the config targets, in the order in which the model registers them.
 
     Where nothing is known of the module, names must tell the order: the config's own is arbitrary (PEFT keeps a set).
 
@@ -197,13 +234,12 @@ def owned(path: str, parameters: list[str], shapes: Shapes) -> list[str]:
         AdapterError: they do not.
     """
 
-    def wanted(key: str) -> bool:
-        return any(key == name or key.endswith("." + name) for name in parameters)
-
-    known = [split_key(k)[1] for k in shapes or () if split_key(k)[0] == path and wanted(k)]
+    if not claims.parameters or claims.targets(path):
+        return []
+    known = [split_key(k)[1] for k in shapes or () if split_key(k)[0] == path and claims.names(k)]
     if known:
         return known
-    names = {s for s in (split_key(n)[1] for n in parameters) if wanted(join_key(path, s))}
+    names = {s for s in (split_key(n)[1] for n in claims.parameters) if claims.names(join_key(path, s))}
     if len(names) > 1 and not names <= set(REGISTERED):
         raise AdapterError(
             f"{path!r}: the config targets {', '.join(sorted(names))} there; which tensor is which only the model can "

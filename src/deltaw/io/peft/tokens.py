@@ -17,6 +17,8 @@ from deltaw.errors import AdapterError, DeltawError
 
 SUFFIX = ".token_adapter.trainable_tokens_delta"
 FIELD = "trainable_token_indices"
+TOKENIZED = (None, "embedding", "linear", "linear (own forward)")
+"""Layer families whose rows PEFT trains; None where a file does not tell."""
 
 
 def read_tokens(
@@ -67,7 +69,7 @@ def cannot_tokens(adapter: Adapter) -> str | None:
     """Why PEFT cannot say the changed rows of `adapter`, or None."""
     for key, change in adapter.changes.items():
         path, site = split_key(key)
-        if change.variant.kind == "rows" and (site != "weight" or not path or change.tensors["value"].ndim != 2):
+        if change.variant.kind == "rows" and (site != "weight" or not path or change.layer not in TOKENIZED):
             return f"chosen rows of {key!r}: it trains rows of embeddings and linear layers only"
     return None
 

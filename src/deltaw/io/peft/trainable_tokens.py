@@ -17,7 +17,7 @@ from deltaw.errors import AdapterError
 from deltaw.io.peft import config as fields
 from deltaw.io.peft.claims import Claims
 from deltaw.io.peft.grammar import PREFIX, Grammar, Parsed, Shapes, strip_prefix
-from deltaw.io.peft.tokens import rows_of
+from deltaw.io.peft.tokens import cannot_tokens, rows_of
 
 SUFFIX = ".trainable_tokens_delta"
 
@@ -49,9 +49,7 @@ class TrainableTokensGrammar(Grammar):
             return "it trains chosen rows only"
         if len({v.indices for v in every}) > 1:
             return "one file has one list of rows"
-        if any(split_key(k)[1] != "weight" or not split_key(k)[0] for k in adapter.changes):
-            return "it trains rows of modules' weights"
-        return None
+        return cannot_tokens(adapter)
 
     def write(self, adapter: Adapter, shapes: Shapes = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         first: Any = next(iter(adapter.changes.values())).variant
