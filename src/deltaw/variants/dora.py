@@ -65,7 +65,7 @@ class DoRADelta(LoRADelta):
         """Let m be the very norms that the forward computes."""
         with torch.no_grad():
             self.prepare(frozen)
-            self.m.copy_(self.norms(frozen))
+            self.m.copy_(self.norms(frozen, self.squares))
 
     def prepare(self, frozen: FrozenMatrix) -> None:
         with torch.no_grad():
@@ -76,7 +76,11 @@ class DoRADelta(LoRADelta):
         return {**self.__dict__, "measured": None}
 
     def squares_of(self, frozen: FrozenMatrix) -> Tensor:
-        """‖W‖² per row, (out,): what was kept, if W is still the same. Compiled code takes what was kept."""
+        """‖W‖² per row, (out,): what was kept, if W is still the same; anew where W is trained. Compiled code takes what was
+        kept of a frozen W."""
+        if frozen.trained:
+            self.measured = None
+            return row_squares(frozen.dense().to(self.site.dtype))
         if self.squares is not None and torch.compiler.is_compiling():
             return self.squares
         state = frozen.state()
@@ -88,10 +92,13 @@ class DoRADelta(LoRADelta):
             return self.squares
         return row_squares(frozen.dense().to(self.site.dtype))
 
-    def norms(self, frozen: FrozenMatrix) -> Tensor:
-        """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated."""
+    def norms(self, frozen: FrozenMatrix, squares: Tensor | None = None) -> Tensor:
+        """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated.
+
+        squares: ‖W‖² per row, where the caller has just taken it.
+        """
         with torch.no_grad():
-            squares = self.squares_of(frozen)
+            squares = self.squares_of(frozen) if squares is None else squares
             A, B = self.factors()
             product = frozen.matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
             return row_norms(squares, product, A, B, self.variant.scale)
