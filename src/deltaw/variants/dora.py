@@ -101,7 +101,7 @@ class DoRADelta(LoRADelta):
             squares = self.squares_of(frozen) if squares is None else squares
             A, B = self.factors()
             product = frozen.matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
-            return row_norms(squares, product, A, B, self.variant.scale)
+            return row_norms(squares, product, A, B, self.variant.scale).detach()  # of forward-mode derivatives too
 
     def strengths(self, frozen: FrozenMatrix) -> Tensor:
         """c = m / norm, (out,); 1 where the norm is zero."""
