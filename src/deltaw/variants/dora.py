@@ -117,6 +117,7 @@ class DoRADelta(LoRADelta):
         return gain * weight + c * self.dense(present)
 
     def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
+        """c B is taken in A's precision: in a model that was cast after attach, c alone is still of 32 bit."""
         c, present = self.strengths(frozen), self.presence()
-        first, *rest = (t._replace(B=c[..., None] * t.B) for t in self.terms(present))
+        first, *rest = (t._replace(B=(c[..., None] * t.B).to(t.A.dtype)) for t in self.terms(present))
         return (first._replace(gain=c - 1 if present is None else (c - 1) * present), *rest)
