@@ -55,7 +55,8 @@ class Change:
         if not fits(self.matrix_shape, shape):
             raise AdapterError(f"the change is of a {self.matrix_shape} weight, `weight` is {shape}")
         if -1 not in shape:
-            delta = self.variant.create(Site(shape, first.dtype, torch.device("meta")), {}).eval()
+            site = Site(shape, first.dtype, torch.device("meta"), buffer=not first.is_floating_point())
+            delta = self.variant.create(site, {}).eval()
             delta.load_state_dict(dict(self.tensors), assign=True)
             absent = torch.empty(shape, device="meta", dtype=first.dtype)
             try:

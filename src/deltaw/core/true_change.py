@@ -46,7 +46,8 @@ def delta_of(change: Change, dtype: torch.dtype | None = None, shape: tuple[int,
     """
     tensors = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in change.tensors.items()}
     first = next(iter(tensors.values()))
-    delta = change.variant.create(Site(shape or change.matrix_shape, first.dtype, first.device), {})
+    site = Site(shape or change.matrix_shape, first.dtype, first.device, buffer=not first.is_floating_point())
+    delta = change.variant.create(site, {})
     delta.load_state_dict(tensors, assign=True)
     return delta.eval()
 
