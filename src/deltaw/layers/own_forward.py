@@ -4,7 +4,8 @@ How such a forward uses its weight decides how a change is added:
 1. It only calls `super().forward` (Gemma's scaled embedding): the host is mixed in beneath it, so that the adapted layer
    is what `super()` finds. Low-rank changes keep their fast way.
 2. A Linear that multiplies by the weight itself (openai-whisper's casts it): low-rank terms are added to what it
-   returns. Whether that is the same as the forward on W + ΔW (law 1) is tried out on a probe input, once per class.
+   returns. Whether that is the same as the forward on W + ΔW (law 1) is tried out on a probe input, once for all layers
+   of a class with the same plain values (sizes, switches, factors).
 3. Anything else runs on W + ΔW. A forward whose output does not depend on its weight is refused.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from types import CodeType
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ from deltaw.layers.weight import WeightHost
 Way = Literal["beneath", "added", "changed", "unused"]
 FACTS = ("dtype", "device", "shape", "is_meta")
 """What a forward may ask of its weight and still be adapted beneath."""
+PLAIN_VALUES = (bool, int, float, str, type(None))
 CLOSE = 1e-3
 """A probe in 32 bit: relative difference above which two outputs are different functions."""
 
@@ -56,12 +58,20 @@ def way_of(layer: nn.Module, plain: type[nn.Module]) -> Way | None:
         return "beneath"
     if plain is not nn.Linear:
         return "changed"
-    if kind not in _ways:
-        _ways[kind] = probed(layer, kind)
-    return _ways[kind]
+    alike = kind, facts_of(layer)
+    if alike not in _ways:
+        _ways[alike] = probed(layer, kind)
+    return _ways[alike]
 
 
-_ways: dict[type[nn.Module], Way] = {}
+_ways: dict[tuple[type[nn.Module], Hashable], Way] = {}
+
+
+def facts_of(layer: nn.Module) -> Hashable:
+    """What a forward may decide by which way it goes: the layer's plain values, and of what kind its parameters are."""
+    values = [(n, v) for n, v in layer.__dict__.items() if isinstance(v, PLAIN_VALUES) and n != "training"]
+    kinds = [(n, None if p is None else (p.dtype, p.is_meta)) for n, p in layer._parameters.items()]
+    return frozenset(values), frozenset(kinds)
 
 
 def only_super(forward: Any) -> bool:

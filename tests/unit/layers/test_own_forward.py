@@ -49,6 +49,40 @@ def test_the_way_is_found_by_reading_and_by_trying(layer, way):
     assert before is not state
 
 
+class Switched(nn.Linear):
+    """A normed or a plain product, as the instance says."""
+
+    def __init__(self, normed: bool, factor: float = 1.0) -> None:
+        super().__init__(6, 5)
+        self.normed, self.factor = normed, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = nn.functional.normalize(self.weight, dim=-1) if self.normed else self.weight * self.factor
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_layers_of_one_class_that_compute_differently_are_told_apart():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Switched(*how) for how in [(False,), (True,), (False, 0.5)])).double()
+    assert [own_forward.way_of(layer, nn.Linear) for layer in model] == ["added", "changed", "changed"]
+    for layer in model:
+        alone = nn.Sequential(layer)
+        shaken(dw.attach(alone, dw.LoRA(rank=2), targets=["0"]))
+        x = torch.randn(3, 6).double()
+        y = alone(x)
+        with dw.merged(alone):
+            torch.testing.assert_close(alone(x), y)
+
+
+def test_a_layer_is_probed_once_for_all_that_are_alike(monkeypatch):
+    probed = []
+    monkeypatch.setattr(own_forward, "_ways", {})
+    monkeypatch.setattr(own_forward, "probed", lambda layer, kind: probed.append(layer) or "added")
+    layers = [own_forward.CastingLinear(3, 4) for _ in range(9)] + [own_forward.CastingLinear(3, 4, device="meta")]
+    dw.attach(nn.Sequential(*layers), dw.LoRA(rank=1), targets=[str(n) for n in range(10)])
+    assert probed == [layers[0], layers[-1]]
+
+
 def test_an_embedding_that_reads_values_too_runs_on_the_changed_weight():
     model = Wrapped(SuperAndValues(9, 4)).double()
     assert own_forward.way_of(model.layer, nn.Embedding) == "changed"
