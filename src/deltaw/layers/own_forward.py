@@ -1,19 +1,20 @@
 """Subclasses of Linear, Embedding and the convolutions with a forward of their own, which stays in charge.
 
 How such a forward uses its weight decides how a change is added:
-1. It only calls `super().forward` (Gemma's scaled embedding): the host is mixed in beneath it, so that the adapted layer
-   is what `super()` finds. Low-rank changes keep their fast way.
+1. It only calls `super().forward` (Gemma's scaled embedding), as its code says and a trial shows: the host is mixed in
+   beneath it, so that the adapted layer is what `super()` finds. Low-rank changes keep their fast way.
 2. A Linear that multiplies by the weight itself (openai-whisper's casts it): low-rank terms are added to what it
-   returns. Whether that is the same as the forward on W + ΔW (law 1) is tried out on a probe input, once for all layers
-   of a class with the same plain values (sizes, switches, factors).
+   returns. Whether that is the same as the forward on W + ΔW (law 1) is tried out on a probe input.
 3. Anything else runs on W + ΔW. A forward whose output does not depend on its weight is refused.
+
+A trial is made once for all layers of a class with the same plain values (sizes, switches, factors).
 """
 
 from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from types import CodeType
 from typing import Any, ClassVar, Literal
 
@@ -51,20 +52,15 @@ def way_of(layer: nn.Module, plain: type[nn.Module]) -> Way | None:
     if type(layer) is plain or not isinstance(layer, plain):
         return None
     kind = layer.base_class if isinstance(layer, Host) else own_class(layer)
-    forwards = own_forwards(kind, plain)
-    if not forwards:
+    if not own_forwards(kind, plain):
         return None
-    if all(only_super(f) for f in forwards):
-        return "beneath"
-    if plain is not nn.Linear:
-        return "changed"
-    alike = kind, facts_of(layer)
+    alike = kind, plain, facts_of(layer)
     if alike not in _ways:
-        _ways[alike] = probed(layer, kind)
+        _ways[alike] = found_way(layer, kind, plain)
     return _ways[alike]
 
 
-_ways: dict[tuple[type[nn.Module], Hashable], Way] = {}
+_ways: dict[Hashable, Way] = {}
 
 
 def facts_of(layer: nn.Module) -> Hashable:
@@ -72,6 +68,13 @@ def facts_of(layer: nn.Module) -> Hashable:
     values = [(n, v) for n, v in layer.__dict__.items() if isinstance(v, PLAIN_VALUES) and n != "training"]
     kinds = [(n, None if p is None else (p.dtype, p.is_meta)) for n, p in layer._parameters.items()]
     return frozenset(values), frozenset(kinds)
+
+
+def found_way(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> Way:
+    """`way_of` a layer of class `kind` with forwards in front of `plain`'s."""
+    if all(only_super(f) for f in own_forwards(kind, plain)):
+        return "beneath" if plain not in TRIED or leaves_weight(layer, kind, plain) else "changed"
+    return probed(layer, kind) if plain is nn.Linear else "changed"
 
 
 def only_super(forward: Any) -> bool:
@@ -93,6 +96,51 @@ def reads_parameters(code: CodeType) -> bool:
         if step.argval in ("weight", "bias") and "ATTR" in step.opname and (after is None or after.argval not in FACTS):
             return True
     return any(reads_parameters(c) for c in code.co_consts if isinstance(c, CodeType))
+
+
+class Seen(Exception):
+    """A watched parameter's values were asked for."""
+
+
+class Watched(Tensor):
+    """A parameter that gives its `FACTS` only."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(getattr(func, "__self__", None), "__name__", None) not in FACTS:  # a property's `__get__`
+            raise Seen
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def leaves_weight(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> bool:
+    """Whether the forwards in front of `plain`'s run, on a small input, without a value of the weight or the bias."""
+    own = {n: p for n, p in layer._parameters.items() if p is not None and type(p) is nn.Parameter}
+    weight = own.get("weight")
+    if weight is None:
+        return True  # packed or computed: nothing to watch
+
+    below = at_rest(layer, plain, {})
+    below.__dict__["max_norm"] = None  # nn.Embedding would write into its weight
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return plain.forward(below, *args, **kwargs)
+
+    beneath = type(plain.__name__, (plain,), {"forward": forward})
+    trial: type[nn.Module] = type(kind.__name__, (kind, beneath), {"__module__": kind.__module__})
+    watched: dict[str, Tensor | None] = {n: p.detach().as_subclass(Watched) for n, p in own.items()}
+    with torch.no_grad():
+        try:
+            trial.forward(at_rest(layer, trial, watched), TRIED[plain](weight))
+        except Exception:  # it reads the weight, or takes other inputs: run it on W + ΔW, whatever they are
+            return False
+    return True
+
+
+TRIED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Linear: lambda weight: weight.new_ones(2, weight.shape[-1]),
+    nn.Embedding: lambda weight: torch.zeros(1, 2, dtype=torch.long, device=weight.device),
+}
+"""Classes of which some host is mixed in beneath -> a small input for a layer with that weight."""
 
 
 def probed(layer: nn.Module, kind: type[nn.Module]) -> Way:

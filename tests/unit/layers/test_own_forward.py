@@ -22,6 +22,33 @@ class SuperAndValues(nn.Embedding):
         return super().forward(ids) - self.weight.mean()
 
 
+class Helped(nn.Linear):
+    """A method of its own reads the weight."""
+
+    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(nn.functional.linear(x, self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.shortcut(x)
+
+
+class ByName(nn.Linear):
+    """The weight is read by a name in a string."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + getattr(self, "weight").mean()  # noqa: B009
+
+
+class Divided(nn.Embedding):
+    """A method of its own reads the weight of an embedding."""
+
+    def size(self) -> torch.Tensor:
+        return self.weight.norm()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) / self.size()
+
+
 class Twice(own_forward.ScaledLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 1
@@ -34,6 +61,8 @@ class Twice(own_forward.ScaledLinear):
         (lambda: own_forward.ScaledLinear(3, 4), "beneath"),
         (lambda: Twice(3, 4), "beneath"),
         (lambda: own_forward.NormedLinear(3, 4), "changed"),
+        (lambda: Helped(3, 4), "changed"),
+        (lambda: ByName(3, 4), "changed"),
         (lambda: Ignoring(3, 2), "unused"),
         (lambda: own_forward.CastingLinear(3, 4, device="meta"), "added"),
         (lambda: nn.Linear(3, 4), None),
@@ -90,6 +119,33 @@ def test_an_embedding_that_reads_values_too_runs_on_the_changed_weight():
     shaken(dw.attach(model, dw.LoRA(rank=2), targets=["layer"]))
     changed = model.layer.changed("weight")
     torch.testing.assert_close(model(ids), changed[ids] - changed.mean())
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"),
+    [
+        (lambda: Helped(6, 5), torch.randn(3, 6)),
+        (lambda: ByName(6, 5), torch.randn(3, 6)),
+        (lambda: Divided(6, 5), torch.tensor([[1, 2]])),
+    ],
+)
+def test_a_forward_whose_helpers_read_the_weight_sees_the_changed_one(layer, given):
+    model = nn.Sequential(layer())
+    shaken(dw.attach(model, dw.LoRA(rank=2), targets=["0"]))
+    y = model(given)
+    with dw.merged(model):
+        torch.testing.assert_close(model(given), y)
+
+
+def test_a_trial_writes_nothing():
+    class Short(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 2
+
+    model = nn.Sequential(Short(4, 3, max_norm=0.1))
+    before = model[0].weight.detach().clone()
+    assert own_forward.way_of(model[0], nn.Embedding) == "beneath"
+    assert torch.equal(model[0].weight, before)
 
 
 def test_a_forward_that_ignores_its_weight_is_refused():
