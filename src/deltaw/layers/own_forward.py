@@ -25,6 +25,7 @@ from deltaw.core.beside import own_class
 from deltaw.core.host import Example, Host
 from deltaw.core.registry import host
 from deltaw.core.twin import shell
+from deltaw.core.unread import FACTS, unread
 from deltaw.core.variant import LowRank
 from deltaw.layers.conv import ConvMatrix
 from deltaw.layers.conv_transpose import ConvTransposeMatrix
@@ -34,8 +35,6 @@ from deltaw.layers.output import OutputHost, added, dropped_input
 from deltaw.layers.weight import WeightHost
 
 Way = Literal["beneath", "added", "changed", "unused"]
-FACTS = ("dtype", "device", "shape", "is_meta")
-"""What a forward may ask of its weight and still be adapted beneath."""
 PLAIN_VALUES = (bool, int, float, str, type(None))
 CLOSE = 1e-3
 """A probe in 32 bit: relative difference above which two outputs are different functions."""
@@ -98,20 +97,6 @@ def reads_parameters(code: CodeType) -> bool:
     return any(reads_parameters(c) for c in code.co_consts if isinstance(c, CodeType))
 
 
-class Seen(Exception):
-    """A watched parameter's values were asked for."""
-
-
-class Watched(Tensor):
-    """A parameter that gives its `FACTS` only."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(getattr(func, "__self__", None), "__name__", None) not in FACTS:  # a property's `__get__`
-            raise Seen
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-
 def leaves_weight(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> bool:
     """Whether the forwards in front of `plain`'s run, on a small input, without a value of the weight or the bias."""
     own = {n: p for n, p in layer._parameters.items() if p is not None and type(p) is nn.Parameter}
@@ -127,7 +112,7 @@ def leaves_weight(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module
 
     beneath = type(plain.__name__, (plain,), {"forward": forward})
     trial: type[nn.Module] = type(kind.__name__, (kind, beneath), {"__module__": kind.__module__})
-    watched: dict[str, Tensor | None] = {n: p.detach().as_subclass(Watched) for n, p in own.items()}
+    watched: dict[str, Tensor | None] = {n: unread(p) for n, p in own.items()}
     with torch.no_grad():
         try:
             trial.forward(at_rest(layer, trial, watched), TRIED[plain](weight))
