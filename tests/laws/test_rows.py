@@ -512,3 +512,68 @@ def test_a_model_whose_outputs_are_not_in_the_rows_order_is_not_sorted():
     assert report.strategy == "one pass"
     torch.testing.assert_close(found["logits"], expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found["last first"], expected.flip(0), rtol=1e-9, atol=1e-9)
+
+
+class Gated(nn.Module):
+    """`gate` is one number for each channel, the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1) * gate.softmax(0).max()
+
+
+class Biased(nn.Module):
+    """Attention with a bias (T, T), the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return (y @ x.mT + bias).softmax(-1) @ y
+
+
+class Rated(Gated):
+    """`gate` is one number for each row."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * gate[:, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:dw.rows. layer")
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+@pytest.mark.parametrize("how", ["auto", "split"])
+@pytest.mark.parametrize("build", [Gated, Biased, Rated, nn.TransformerEncoderLayer])
+def test_an_argument_of_the_batchs_size_by_chance_stays_whole(build, how, count):
+    torch.manual_seed(0)
+    model = build(16, 2, 32, batch_first=True) if build is nn.TransformerEncoderLayer else build()
+    with_adapters(model, ["a", "b"], targets=[nn.Linear]).double().eval()
+    choices = ["a", None, "b", "a", "b", "a"][:count]
+    x = torch.randn(count, count, 16, dtype=torch.float64)
+    other = torch.randn(*(count, count) if build is Biased else (count,)).double()
+    if build is nn.TransformerEncoderLayer:
+        other = torch.ones(count, count, dtype=torch.bool).triu(1)
+    expected = []
+    for i, choice in enumerate(choices):
+        with dw.use(model, choice):
+            expected.append(model(x[i : i + 1], other[i : i + 1] if build is Rated else other))
+    with dw.rows(model, choices, how=how):
+        torch.testing.assert_close(model(x, other), torch.cat(expected))
+
+
+def test_what_rows_cannot_be_told_is_said_with_the_cure():
+    class Mixing(Gated):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) - x.mean(0) * gate.sum()
+
+    model = with_adapters(Mixing(), ["a", "b"], targets=["layer"])
+    x, gate = torch.randn(4, 3, 16), torch.randn(4)
+    with dw.rows(model, ["a", "b", "a", "b"], how="split"), pytest.warns(UserWarning, match="'gate': None"):
+        model(x, gate)
+    with dw.rows(model, ["a", "b", "a", "b"], how="split", dims={"x": 0, "gate": None}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, gate)

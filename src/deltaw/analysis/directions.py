@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltaw.core.adapter import Adapter, Change, check_adapter, split_key
 from deltaw.core.base_weights import Base, dense_base, has_weight
-from deltaw.core.true_change import Matrix, any_shape, true_changes
+from deltaw.core.true_change import Matrix, true_changes
 from deltaw.errors import ConfigError
 from deltaw.ops.product import Product
 
@@ -86,12 +86,12 @@ def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> It
         try:
             found = true_changes(key, change)
         except ConfigError:
-            if base is None and any_shape(change):
+            if base is None and change.variant.any_shape:
                 skipped[key] = "a trained copy: its change is known only beside the base weight (give base)"
                 continue
             if base is None:
                 raise
-            if any_shape(change) and not has_weight(base, key):
+            if change.variant.any_shape and not has_weight(base, key):
                 skipped[key] = (
                     "a trained copy of a parameter that the base does not have (a new head): nothing to compare"
                 )

@@ -24,7 +24,6 @@ from deltaw.analysis.similarity import Similarities, similarity
 from deltaw.analysis.spectrum import spectrum
 from deltaw.core.adapter import Adapter
 from deltaw.core.base_weights import Base
-from deltaw.core.true_change import any_shape
 
 SHARED = 0.5
 """φ(1, 1) above which two top directions are called shared: the paper reads "> 0.5" off its figure 3."""
@@ -244,7 +243,7 @@ def markdown(found: Study, title: str, subtitle: str) -> str:
 
 
 def _ranked(adapter: Adapter) -> Adapter:
-    return adapter.replace(changes={k: c for k, c in adapter.changes.items() if not any_shape(c)})
+    return adapter.replace(changes={k: c for k, c in adapter.changes.items() if not c.variant.any_shape})
 
 
 def _table(found: Similarities | None) -> list[dict[str, Any]]:

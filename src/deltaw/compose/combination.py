@@ -18,7 +18,6 @@ from deltaw.compose.weights import Weights, weights_by_parameter
 from deltaw.core import options as check
 from deltaw.core.adapter import Adapter, Change, check_adapter
 from deltaw.core.base_weights import Base
-from deltaw.core.true_change import any_shape
 from deltaw.errors import ConfigError, NonFinite, did_you_mean
 from deltaw.io.admission import finite
 
@@ -106,7 +105,7 @@ def combine(
         "seed": seed,
         "truncation": truncation,
         "averaged": averaged,
-        "whole": [key for key, change in changes.items() if any_shape(change)],
+        "whole": [key for key, change in changes.items() if change.variant.any_shape],
     }
     return Adapter(
         changes=changes, base=known, extra={**agreed_extra(adapters), **labels, "combined": record}, error=error

@@ -17,7 +17,7 @@ from deltaw.core.adapter import Change, split_key
 from deltaw.core.base_weights import Base, dense_base, has_weight
 from deltaw.core.host import Host
 from deltaw.core.registry import hosts
-from deltaw.core.true_change import Matrix, any_shape, check_finite, delta_of, true_change, true_changes
+from deltaw.core.true_change import Matrix, check_finite, true_change, true_changes
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.ops.product import Product
 from deltaw.variants.diff import Diff
@@ -64,13 +64,13 @@ class OneWeight:
             _refuse_bias(key, part.change)
         if self.averages(key, parts):
             return self.averaged(parts)
-        return self.dense(key, parts) if any(any_shape(p.change) for p in parts) else self.low_rank(key, parts)
+        return self.dense(key, parts) if any(p.change.variant.any_shape for p in parts) else self.low_rank(key, parts)
 
     def keeps(self, parts: Sequence[Part]) -> bool:
         """Whether the result is the one change there is, as it is."""
         if not self.how.keeps_one or len(parts) > 1 or parts[0].weight != 1.0:
             return False
-        if any_shape(parts[0].change) or (self.rank is None and self.energy is None):
+        if parts[0].change.variant.any_shape or (self.rank is None and self.energy is None):
             return True
         narrow = getattr(parts[0].change.variant, "rank", None)
         return self.energy is None and self.rank is not None and narrow is not None and narrow <= self.rank
@@ -125,7 +125,7 @@ class OneWeight:
         change that could be pruned or turned.
         """
         first = parts[0].change
-        alike = any_shape(first) and all(p.change.variant == first.variant for p in parts)
+        alike = first.variant.any_shape and all(p.change.variant == first.variant for p in parts)
         if not alike or abs(sum(p.weight for p in parts) - 1) > 1e-12:
             return False
         if self.how.adds:
@@ -168,7 +168,7 @@ class OneWeight:
                     f"{key} is a trained copy in some of the adapters, and the weights add up to {add_up:g}: the result "
                     f"depends on the base weight. Give `base=` (`--base`), or weights that add up to 1"
                 ) from None
-            first = next(p.change for p in parts if any_shape(p.change))
+            first = next(p.change for p in parts if p.change.variant.any_shape)
             if not has_weight(self.base, key):
                 raise ConfigError(
                     f"the base has no {key} (a new head?), so its copies can only be averaged: give it weights that add "
@@ -177,7 +177,7 @@ class OneWeight:
             start = dense_base(self.base, key, first)
             terms = [Term(p.weight, true_change(key, p.change, start), p.place) for p in parts]
         terms = [Term(t.weight, t.dense(), t.place) for t in terms]
-        mixed = len({any_shape(p.change) for p in parts}) > 1
+        mixed = len({p.change.variant.any_shape for p in parts}) > 1
         if len({tuple(t.change.shape) for t in terms}) > 1 or (mixed and stored_otherwise(parts)):
             raise ConfigError(
                 f"{key}: a low-rank change and a trained copy of a weight that is not stored as an (out, in) matrix "
@@ -186,7 +186,7 @@ class OneWeight:
         blended = self.how.blend_any_shape(key, terms, self.seed)
         blended = blended.dense() if isinstance(blended, Product) else blended
         truncated = self.rank is not None or self.energy is not None
-        if truncated and blended.ndim == 2 and not all(any_shape(p.change) for p in parts):
+        if truncated and blended.ndim == 2 and not all(p.change.variant.any_shape for p in parts):
             return self.as_lora(parts, [blended], [terms])
         if start is None:
             value = blended.to(dtype)
@@ -271,7 +271,7 @@ def _check_alike(key: str, parts: Sequence[Part]) -> None:
 
 def _refuse_bias(key: str, change: Change) -> None:
     """IA3's one tensor changes the bias too; a combination of weights alone would silently lose that half."""
-    if not any_shape(change) and delta_of(change).changes_bias:
+    if not change.variant.any_shape and change.delta().changes_bias:
         raise ConfigError(
             f"{key}: {change.variant.kind} changes the layer's bias together with its weight, which a low-rank result "
             f"cannot hold; merge it into the model instead (dw.merge)"

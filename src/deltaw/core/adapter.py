@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.core.variant import Dense, Site, Variant, fits
+from deltaw.core.unread import Read, stand_in
+from deltaw.core.variant import Delta, Dense, Site, Variant, fits
 from deltaw.errors import AdapterError, ConfigError
 
 ALIGNMENT = 64
@@ -43,8 +44,22 @@ class Change:
         """(out, in) of the weight that this changes, read from the tensors."""
         return self.variant.matrix_shape(self.tensors)
 
-    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The dense ΔW (out, in), in the precision of its tensors. `weight`: W, for changes that depend on it (DoRA, Full, IA3).
+    def delta(self, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Delta:
+        """The `Delta` in evaluation mode, on the change's own tensors, or on copies of them in `dtype`.
+
+        shape: of the weight, where the tensors do not tell it.
+        """
+        cast = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in self.tensors.items()}
+        first = next(iter(cast.values()))
+        site = Site(shape or self.matrix_shape, first.dtype, torch.device("meta"), buffer=not first.is_floating_point())
+        delta = self.variant.create(site, {})
+        delta.load_state_dict(cast, assign=True)
+        return delta.eval()
+
+    def delta_weight(self, weight: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense ΔW (out, in). `weight`: W, for changes that depend on it (DoRA, Full, IA3).
+
+        dtype: the precision to compute in; None: that of its tensors and of `weight`.
 
         Raises:
             ConfigError: the change depends on W, and it was not given.
@@ -54,23 +69,20 @@ class Change:
         shape = self.matrix_shape if weight is None else tuple(weight.shape)
         if not fits(self.matrix_shape, shape):
             raise AdapterError(f"the change is of a {self.matrix_shape} weight, `weight` is {shape}")
-        if -1 not in shape:
-            delta = self.variant.create(Site(shape, first.dtype, torch.device("meta")), {}).eval()
-            delta.load_state_dict(dict(self.tensors), assign=True)
-            absent = torch.empty(shape, device="meta", dtype=first.dtype)
-            try:
-                with torch.no_grad():
-                    if weight is not None:
-                        delta.prepare(Dense(weight))
-                    dense = delta.delta_weight(absent if weight is None else weight)
-                if not dense.is_meta:
-                    return dense
-            except (NotImplementedError, RuntimeError):  # a real tensor met the absent weight
-                if weight is not None:
-                    raise
-        raise ConfigError(
-            f"ΔW of {self.variant} depends on the base weight, or the weight's shape is needed: pass `weight`"
-        )
+        try:
+            if -1 in shape:
+                raise Read
+            delta = self.delta(dtype, shape)
+            with torch.no_grad():
+                if weight is None:
+                    return delta.delta_weight(stand_in(shape, first)).detach()
+                weight = weight.to(first.device, dtype or weight.dtype)
+                delta.prepare(Dense(weight))
+                return delta.delta_weight(weight).detach()
+        except Read:
+            raise ConfigError(
+                f"ΔW of {self.variant} depends on the base weight, or the weight's shape is needed: pass `weight`"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -13,47 +13,13 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Change
-from deltaw.core.variant import Delta, Dense, FrozenMatrix, Site, fits
+from deltaw.core.unread import Read, stand_in
+from deltaw.core.variant import Dense, fits
 from deltaw.errors import AdapterError, ConfigError
 from deltaw.ops.product import Product, total
 
-
-class _Needed(Exception):
-    """The base weight was asked for, and nobody gave one."""
-
-
-class _Absent(FrozenMatrix):
-    """Stands for a frozen weight that is not there."""
-
-    def state(self) -> None:
-        return None
-
-    def matmul(self, x: Tensor) -> Tensor:
-        raise _Needed
-
-    def dense(self) -> Tensor:
-        raise _Needed
-
-
 Matrix = Product | Tensor
 """A change's matrix: factors if it has them, else dense in float64."""
-
-
-def delta_of(change: Change, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Delta:
-    """The change's `Delta` in evaluation mode, on its own tensors, or on copies of them in `dtype`.
-
-    shape: of the weight, where the tensors do not tell it.
-    """
-    tensors = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in change.tensors.items()}
-    first = next(iter(tensors.values()))
-    delta = change.variant.create(Site(shape or change.matrix_shape, first.dtype, first.device), {})
-    delta.load_state_dict(tensors, assign=True)
-    return delta.eval()
-
-
-def any_shape(change: Change) -> bool:
-    """True for changes of parameters of any shape (trained copies, dense differences): they need not be matrices."""
-    return change.variant.any_shape
 
 
 def check_finite(key: str, change: Change) -> None:
@@ -65,12 +31,13 @@ def check_finite(key: str, change: Change) -> None:
 
 def as_product(change: Change) -> Product | None:
     """ΔW as `left` (out, k) times `right` (k, in), if the factors say it all; None if ΔW depends on the base weight."""
-    if any_shape(change) or -1 in change.matrix_shape:
+    if change.variant.any_shape or -1 in change.matrix_shape:
         return None
+    first = next(iter(change.tensors.values()))
     try:
         with torch.no_grad():
-            terms = delta_of(change).low_rank(_Absent())
-    except _Needed:
+            terms = change.delta().low_rank(Dense(stand_in(change.matrix_shape, first)))
+    except Read:
         return None
     if not terms or any(term.gain is not None or term.A.ndim > 2 for term in terms):
         return None
@@ -91,24 +58,24 @@ def true_change(key: str, change: Change, weight: Tensor | None = None) -> Matri
     product = as_product(change)
     if product is not None:
         return product
-    if weight is None:
-        return _without_weight(key, change)
-    if not fits(change.matrix_shape, weight.shape):
+    if weight is not None and not fits(change.matrix_shape, weight.shape):
         raise AdapterError(
             f"{key}: the base weight is {tuple(weight.shape)}, but the change is {tuple(change.matrix_shape)}: "
             f"this is not the base it was trained on"
         )
-    delta = delta_of(change, torch.float64, tuple(weight.shape))
-    with torch.no_grad():
-        weight = weight.to(delta.site.device, torch.float64)
-        delta.prepare(Dense(weight))
-        return delta.delta_weight(weight).detach()
+    try:
+        return change.delta_weight(weight, torch.float64)
+    except ConfigError:
+        raise ConfigError(
+            f"ΔW of {key} ({change.variant.kind}) depends on the base weight: give the model it was trained on "
+            f"(`base=model`, or a mapping of parameter names to tensors; `--base` on the command line)"
+        ) from None
 
 
 def true_changes(key: str, change: Change, weight: Tensor | None = None) -> list[Matrix]:
     """`true_change` matrix by matrix: one for a plain weight, E for a stack of experts (E, out, in)."""
     shape = change.matrix_shape
-    if any_shape(change) or len(shape) < 3:
+    if change.variant.any_shape or len(shape) < 3:
         return [true_change(key, change, weight)]
     if all(t.ndim == 3 and t.shape[0] == shape[0] for t in change.tensors.values()):
         check_finite(key, change)
@@ -119,21 +86,3 @@ def true_changes(key: str, change: Change, weight: Tensor | None = None) -> list
     dense = true_change(key, change, weight)
     assert isinstance(dense, Tensor)
     return list(dense)
-
-
-def _without_weight(key: str, change: Change) -> Tensor:
-    """The dense ΔW of a change that does not ask for the weight."""
-    dense = None
-    if -1 not in change.matrix_shape:
-        delta = delta_of(change, torch.float64)
-        try:
-            with torch.no_grad():
-                dense = delta.delta_weight(torch.empty(change.matrix_shape, device="meta", dtype=torch.float64))
-        except (NotImplementedError, RuntimeError):
-            dense = None  # a real tensor met the absent weight: ΔW does depend on it
-    if dense is None or dense.is_meta:
-        raise ConfigError(
-            f"ΔW of {key} ({change.variant.kind}) depends on the base weight: give the model it was trained on "
-            f"(`base=model`, or a mapping of parameter names to tensors; `--base` on the command line)"
-        )
-    return dense.detach()

@@ -66,9 +66,11 @@ class FrozenMatrix(ABC):
     """What a delta may ask of the frozen weight W (out, in): products, and W itself as the last resort.
 
     lasting: the values are those that the layer keeps, not of one call only.
+    trained: W is not frozen after all; optimizers write to it, and some (torch's fused ones) without counting that.
     """
 
     lasting: bool = True
+    trained: bool = False
 
     @abstractmethod
     def state(self) -> Hashable:
@@ -95,6 +97,7 @@ class Dense(FrozenMatrix):
         self.weight = weight
         self.stored = weight if stored is None else stored
         self.lasting = stored is not None
+        self.trained = self.stored.requires_grad
 
     def state(self) -> Hashable:
         return state_of(self.stored)

@@ -19,6 +19,7 @@ from deltaw.core.host import Example
 from deltaw.core.registry import host
 from deltaw.core.variant import LowRank
 from deltaw.layers.output import OutputHost, added
+from deltaw.ops.matmul import transformed
 
 TINY = 1e-7
 """What nn.Embedding adds to a norm before it divides by it."""
@@ -83,7 +84,7 @@ class EmbeddingHost(EmbeddingMatrix, nn.Embedding):
             rows = F.embedding(ids, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, sparse)
             shares = None
         factors = None if self.max_norm is None else norm_factors(rows.detach(), self.max_norm, self.norm_type)
-        return rows if shares is None and factors is None else Scaled.apply(rows, factors, shares)  # type: ignore[no-any-return, no-untyped-call]
+        return rows if shares is None and factors is None else scaled(rows, factors, shares)
 
     def looked_up(self, ids: Tensor) -> Any:
         """B A[:, ids] of a term, (..., dim). Dropout at the input drops a token's whole change: its input is one-hot."""
@@ -122,8 +123,17 @@ def short_rows(**options: Any) -> nn.Embedding:
     return layer
 
 
-class Scaled(torch.autograd.Function):
+def scaled(rows: Tensor, factors: Tensor | None, shares: Tensor | None) -> Tensor:
     """rows · factors, with the gradient g · shares: what nn.Embedding's in-place `max_norm` amounts to."""
+    if not transformed():
+        return Scaled.apply(rows, factors, shares)  # type: ignore[no-any-return, no-untyped-call]
+    values = rows if factors is None else rows * factors
+    moved = rows - rows.detach()  # zero, and its derivative is that of the rows
+    return values.detach() + (moved if shares is None else moved * shares)
+
+
+class Scaled(torch.autograd.Function):
+    """`scaled` as one operation."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, factors: Tensor | None, shares: Tensor | None) -> Tensor:

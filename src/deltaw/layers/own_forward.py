@@ -1,18 +1,20 @@
 """Subclasses of Linear, Embedding and the convolutions with a forward of their own, which stays in charge.
 
 How such a forward uses its weight decides how a change is added:
-1. It only calls `super().forward` (Gemma's scaled embedding): the host is mixed in beneath it, so that the adapted layer
-   is what `super()` finds. Low-rank changes keep their fast way.
+1. It only calls `super().forward` (Gemma's scaled embedding), as its code says and a trial shows: the host is mixed in
+   beneath it, so that the adapted layer is what `super()` finds. Low-rank changes keep their fast way.
 2. A Linear that multiplies by the weight itself (openai-whisper's casts it): low-rank terms are added to what it
-   returns. Whether that is the same as the forward on W + ΔW (law 1) is tried out on a probe input, once per class.
+   returns. Whether that is the same as the forward on W + ΔW (law 1) is tried out on a probe input.
 3. Anything else runs on W + ΔW. A forward whose output does not depend on its weight is refused.
+
+A trial is made once for all layers of a class with the same plain values (sizes, switches, factors).
 """
 
 from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from types import CodeType
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +25,7 @@ from deltaw.core.beside import own_class
 from deltaw.core.host import Example, Host
 from deltaw.core.registry import host
 from deltaw.core.twin import shell
+from deltaw.core.unread import FACTS, unread
 from deltaw.core.variant import LowRank
 from deltaw.layers.conv import ConvMatrix
 from deltaw.layers.conv_transpose import ConvTransposeMatrix
@@ -32,8 +35,7 @@ from deltaw.layers.output import OutputHost, added, dropped_input
 from deltaw.layers.weight import WeightHost
 
 Way = Literal["beneath", "added", "changed", "unused"]
-FACTS = ("dtype", "device", "shape", "is_meta")
-"""What a forward may ask of its weight and still be adapted beneath."""
+PLAIN_VALUES = (bool, int, float, str, type(None))
 CLOSE = 1e-3
 """A probe in 32 bit: relative difference above which two outputs are different functions."""
 
@@ -49,19 +51,29 @@ def way_of(layer: nn.Module, plain: type[nn.Module]) -> Way | None:
     if type(layer) is plain or not isinstance(layer, plain):
         return None
     kind = layer.base_class if isinstance(layer, Host) else own_class(layer)
-    forwards = own_forwards(kind, plain)
-    if not forwards:
+    if not own_forwards(kind, plain):
         return None
-    if all(only_super(f) for f in forwards):
-        return "beneath"
-    if plain is not nn.Linear:
-        return "changed"
-    if kind not in _ways:
-        _ways[kind] = probed(layer, kind)
-    return _ways[kind]
+    alike = kind, plain, facts_of(layer)
+    if alike not in _ways:
+        _ways[alike] = found_way(layer, kind, plain)
+    return _ways[alike]
 
 
-_ways: dict[type[nn.Module], Way] = {}
+_ways: dict[Hashable, Way] = {}
+
+
+def facts_of(layer: nn.Module) -> Hashable:
+    """What a forward may decide by which way it goes: the layer's plain values, and of what kind its parameters are."""
+    values = [(n, v) for n, v in layer.__dict__.items() if isinstance(v, PLAIN_VALUES) and n != "training"]
+    kinds = [(n, None if p is None else (p.dtype, p.is_meta)) for n, p in layer._parameters.items()]
+    return frozenset(values), frozenset(kinds)
+
+
+def found_way(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> Way:
+    """`way_of` a layer of class `kind` with forwards in front of `plain`'s."""
+    if all(only_super(f) for f in own_forwards(kind, plain)):
+        return "beneath" if plain not in TRIED or leaves_weight(layer, kind, plain) else "changed"
+    return probed(layer, kind) if plain is nn.Linear else "changed"
 
 
 def only_super(forward: Any) -> bool:
@@ -83,6 +95,37 @@ def reads_parameters(code: CodeType) -> bool:
         if step.argval in ("weight", "bias") and "ATTR" in step.opname and (after is None or after.argval not in FACTS):
             return True
     return any(reads_parameters(c) for c in code.co_consts if isinstance(c, CodeType))
+
+
+def leaves_weight(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module]) -> bool:
+    """Whether the forwards in front of `plain`'s run, on a small input, without a value of the weight or the bias."""
+    own = {n: p for n, p in layer._parameters.items() if p is not None and type(p) is nn.Parameter}
+    weight = own.get("weight")
+    if weight is None:
+        return True  # packed or computed: nothing to watch
+
+    below = at_rest(layer, plain, {})
+    below.__dict__["max_norm"] = None  # nn.Embedding would write into its weight
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return plain.forward(below, *args, **kwargs)
+
+    beneath = type(plain.__name__, (plain,), {"forward": forward})
+    trial: type[nn.Module] = type(kind.__name__, (kind, beneath), {"__module__": kind.__module__})
+    watched: dict[str, Tensor | None] = {n: unread(p) for n, p in own.items()}
+    with torch.no_grad():
+        try:
+            trial.forward(at_rest(layer, trial, watched), TRIED[plain](weight))
+        except Exception:  # it reads the weight, or takes other inputs: run it on W + ΔW, whatever they are
+            return False
+    return True
+
+
+TRIED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Linear: lambda weight: weight.new_ones(2, weight.shape[-1]),
+    nn.Embedding: lambda weight: torch.zeros(1, 2, dtype=torch.long, device=weight.device),
+}
+"""Classes of which some host is mixed in beneath -> a small input for a layer with that weight."""
 
 
 def probed(layer: nn.Module, kind: type[nn.Module]) -> Way:

@@ -33,6 +33,7 @@ from deltaw.model import probe, state, targeting, trees
 from deltaw.model.activate import Choice, chosen_in
 from deltaw.model.entry import AtEntry, entered, entrance, is_compiled
 from deltaw.model.one_pass import Group, OnePass, Unproven, changed_by, sorted_groups
+from deltaw.model.shared import shared
 
 How = Literal["auto", "one pass", "split"]
 Dims = int | Mapping[str | int, int | None] | None
@@ -56,7 +57,8 @@ def rows(
     names: for each row what `use` takes: a name, a list, {name: weight}, or None for the bare base.
     how: "split", "one pass" (you vouch for the layers' first dimensions; their sizes are checked), or "auto".
     dims: the dimension of the tensor arguments that counts the rows (default 0; 1 for torch.nn's own modules with
-        batch_first=False), or {argument name or position: dimension, or None if all rows share it}.
+        batch_first=False), or {argument name or position: dimension, or None if all rows share it}. Of arguments that are
+        not named, those that have so many entries by chance are found out by trying (model/shared.py).
     multiples: {module path or dotted suffix: k}: layers in there see k entries for each row, one row's after another's.
     scalars: a split call cannot put numbers that describe the whole batch (a loss) together, and refuses; "mean" gives
         the mean weighted by the groups' rows, which is right for means over rows.
@@ -133,7 +135,8 @@ class Rows(AtEntry):
 
     def run(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model."""
-        where = self.row_dims(plain, args, kwargs)
+        where: Mapping[str, int]
+        where, doubtful = self.row_dims(plain, args, kwargs)
         self.named = {}
         if len(self.groups) <= 1:
             self.strategy = "one adapter"
@@ -144,7 +147,10 @@ class Rows(AtEntry):
             if self.compiled:
                 raise ModelError("how='one pass' does not reach into compiled modules: use 'auto' or 'split'")
             return self.one_pass(plain, args, kwargs, where, None)
-        if self.how == "auto" and self.can_be_probed(args, kwargs):
+        probing = self.can_be_probed(args, kwargs)
+        if probing and doubtful and len(where) > 1:
+            where = self.without_shared(plain, args, kwargs, where, doubtful)
+        if self.how == "auto" and probing:
             found = self.probed(plain, args, kwargs, where)
             self.named = self.foreign(found)
             if not self.named:
@@ -277,18 +283,14 @@ class Rows(AtEntry):
         self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: Mapping[str, int]
     ) -> probe.Found:
         """What the probe found for arguments of this form; remembered."""
-        form = tuple(
-            (name, leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
-            for name, leaf in trees.leaves((args, kwargs))
-        )
         hosts = frozenset(id(host) for _, host in self.layout.hosts())
-        key = (form, tuple(sorted(where.items())), self.root.training, hosts, tuple(sorted(self.multiples.items())))
+        multiples = tuple(sorted(self.multiples.items()))
+        key = (form_of(args, kwargs), tuple(sorted(where.items())), self.root.training, hosts, multiples)
         known: dict[Any, probe.Found] = self.rosters[0].probes
         if key not in known:
-            devices = {t.device.index for t in self.root.parameters() if t.device.type == "cuda"}
             runs = []
             outputs = []
-            with torch.no_grad(), torch.random.fork_rng([d for d in devices if d is not None]), probe.NoDropout():
+            with self.aside():
                 for sample in probe.sample(self.count):
                     some_args, some_kwargs = trees.taken((args, kwargs), where, sample)
                     recorder = probe.Recorder()
@@ -297,6 +299,42 @@ class Rows(AtEntry):
                     runs.append(recorder)
             known[key] = probe.compared(runs[0], runs[1], self.multiples, (outputs[0], outputs[1]))
         return known[key]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Calls that leave nothing behind: no gradients, no dropout, and random numbers as they were."""
+        devices = {t.device.index for t in self.root.parameters() if t.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng([d for d in devices if d is not None]), probe.NoDropout():
+            yield
+
+    def without_shared(
+        self,
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        where: Mapping[str, int],
+        doubtful: Mapping[str, str],
+    ) -> Mapping[str, int]:
+        """`where` without the arguments that have as many entries as rows by chance; remembered by the arguments' form."""
+
+        def base(cut: Mapping[str, int], some: Sequence[int]) -> Any:
+            some_args, some_kwargs = trees.taken((args, kwargs), cut, some)
+            return plain(*some_args, **some_kwargs)
+
+        key = ("shared", form_of(args, kwargs), tuple(sorted(where.items())), tuple(doubtful))
+        known: dict[Any, tuple[str, ...] | None] = self.rosters[0].probes
+        if key not in known:
+            with self.aside(), self.speak(()):
+                known[key] = shared(base, where, tuple(doubtful), self.count)
+            if known[key] is None:
+                names = list(doubtful.values())
+                warnings.warn(
+                    f"dw.rows: {', '.join(names)} have as many entries as the batch has rows ({self.count}), but the base, on "
+                    "some of the rows, does not give what it gives on all: taken as rows. Say which are rows and which all "
+                    f"rows share: dims={{{names[0]!r}: 0, {names[-1]!r}: None}}",
+                    stacklevel=2,
+                )
+        return {name: dim for name, dim in where.items() if name not in (known[key] or ())}
 
     def foreign(self, found: probe.Found) -> dict[str, str]:
         """Path -> reason of the layers that an adapter of the batch changes and that do not see the rows."""
@@ -323,13 +361,17 @@ class Rows(AtEntry):
 
     # ---- which rows an argument has
 
-    def row_dims(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-        """Dotted name (in the tree `(args, kwargs)`) -> dimension that counts the rows, of the arguments that have rows."""
+    def row_dims(
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """Dotted name (in the tree `(args, kwargs)`) -> dimension that counts the rows, of the arguments that have rows; and
+        name -> argument of those of which only their size says so."""
         try:
             parameters = list(inspect.signature(plain).parameters)
         except (TypeError, ValueError):
             parameters = []
         where: dict[str, int] = {}
+        doubtful: dict[str, str] = {}
         shapes: list[str] = []
         for name, leaf in trees.leaves((args, kwargs)):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
@@ -344,6 +386,8 @@ class Rows(AtEntry):
                 continue
             if -leaf.ndim <= dim < leaf.ndim and leaf.shape[dim] == self.count:
                 where[name] = dim % leaf.ndim
+                if not declared:
+                    doubtful[name] = called
             elif declared:
                 raise ModelError(
                     f"dw.rows: argument {called} has shape {tuple(leaf.shape)}; its dimension {dim} is declared to be the "
@@ -354,7 +398,7 @@ class Rows(AtEntry):
                 f"dw.rows names {self.count} rows, but no argument has so many: {', '.join(shapes) or 'no tensors'}; "
                 "give one name for each row, or say which dimension is the rows: dims=1, or dims={'x': 1, 'mask': None}"
             )
-        return where
+        return where, doubtful
 
     def declared_dim(self, name: str, position: int | None) -> tuple[int | None, bool]:
         """(dimension, whether it was declared for this very argument)."""
@@ -387,6 +431,14 @@ def multiples_by_host(layout: state.Layout, multiples: Mapping[str, int]) -> dic
         for path in targeting.matching(layout.root, pattern, known) if pattern else [""]:
             found |= {id(m): multiple for m in known[path].modules() if isinstance(m, Host)}
     return found
+
+
+def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What two calls have in common that ask the same of the model: everything but the tensors' sizes and values."""
+    return tuple(
+        (name, leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
+        for name, leaf in trees.leaves((args, kwargs))
+    )
 
 
 def argument(name: str) -> str:

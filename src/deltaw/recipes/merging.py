@@ -23,7 +23,7 @@ from deltaw.core.adapter import Adapter, Change, split_key
 from deltaw.core.base_weights import base_weight
 from deltaw.core.host import Host
 from deltaw.core.registry import hosts
-from deltaw.core.true_change import delta_of, true_change
+from deltaw.core.true_change import true_change
 from deltaw.errors import ConfigError, DataError, ModelError, NonFinite
 from deltaw.io import load, read
 from deltaw.io.base_walk import inventory
@@ -172,7 +172,7 @@ def merged_tensors(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Te
         if not bool(torch.isfinite(stored).all()):
             raise NonFinite(f"cannot merge: base weight {key!r} holds NaN or infinity; get the base again")
         if change.variant.any_shape:
-            new = delta_of(change).new_weight(stored)
+            new = change.delta().new_weight(stored)
         else:
             delta = true_change(key, change, matrix.double())
             dense = delta.dense() if isinstance(delta, Product) else delta

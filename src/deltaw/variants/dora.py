@@ -65,7 +65,7 @@ class DoRADelta(LoRADelta):
         """Let m be the very norms that the forward computes."""
         with torch.no_grad():
             self.prepare(frozen)
-            self.m.copy_(self.norms(frozen))
+            self.m.copy_(self.norms(frozen, self.squares))
 
     def prepare(self, frozen: FrozenMatrix) -> None:
         with torch.no_grad():
@@ -76,7 +76,11 @@ class DoRADelta(LoRADelta):
         return {**self.__dict__, "measured": None}
 
     def squares_of(self, frozen: FrozenMatrix) -> Tensor:
-        """‖W‖² per row, (out,): what was kept, if W is still the same. Compiled code takes what was kept."""
+        """‖W‖² per row, (out,): what was kept, if W is still the same; anew where W is trained. Compiled code takes what was
+        kept of a frozen W."""
+        if frozen.trained:
+            self.measured = None
+            return row_squares(frozen.dense().to(self.site.dtype))
         if self.squares is not None and torch.compiler.is_compiling():
             return self.squares
         state = frozen.state()
@@ -88,13 +92,16 @@ class DoRADelta(LoRADelta):
             return self.squares
         return row_squares(frozen.dense().to(self.site.dtype))
 
-    def norms(self, frozen: FrozenMatrix) -> Tensor:
-        """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated."""
+    def norms(self, frozen: FrozenMatrix, squares: Tensor | None = None) -> Tensor:
+        """‖W + scale·BA‖ per row, (out,), by factors: no dense BA is formed. Not differentiated.
+
+        squares: ‖W‖² per row, where the caller has just taken it.
+        """
         with torch.no_grad():
-            squares = self.squares_of(frozen)
+            squares = self.squares_of(frozen) if squares is None else squares
             A, B = self.factors()
             product = frozen.factor_matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
-            return row_norms(squares, product, A, B, self.variant.scale)
+            return row_norms(squares, product, A, B, self.variant.scale).detach()  # of forward-mode derivatives too
 
     def strengths(self, frozen: FrozenMatrix) -> Tensor:
         """c = m / norm, (out,); 1 where the norm is zero."""
@@ -110,6 +117,7 @@ class DoRADelta(LoRADelta):
         return gain * weight + c * self.dense(present)
 
     def low_rank(self, frozen: FrozenMatrix) -> tuple[LowRank, ...] | None:
+        """c B is taken in A's precision: in a model that was cast after attach, c alone is still of 32 bit."""
         c, present = self.strengths(frozen), self.presence()
-        first, *rest = (t._replace(B=c[..., None] * t.B) for t in self.terms(present))
+        first, *rest = (t._replace(B=(c[..., None] * t.B).to(t.A.dtype)) for t in self.terms(present))
         return (first._replace(gain=c - 1 if present is None else (c - 1) * present), *rest)

@@ -404,6 +404,20 @@ class TestChangesThatNeedTheBase:
         expected = W.double() + ties_reference([(one - W).double(), (two - W).double()], (1, 1), 0.5)
         assert torch.allclose(ties.changes["head.weight"].tensors["value"].double(), expected, atol=1e-6)
 
+    @pytest.mark.parametrize("how", ["linear", "ties", "slerp", "dare", "magnitude", "cat", "svd"])
+    def test_counters_of_a_trained_batch_norm_stay_whole_numbers(self, how):
+        base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        model = dw.attach(copy.deepcopy(base), dw.LoRA(rank=1), targets=["0"], train=["1"])
+        for _ in range(3):
+            model(torch.randn(8, 4))
+        a = dw.get(model)
+        counter = dw.combine([a, a], [1.0, 1.0], base=base, how=how).changes["1.num_batches_tracked"].tensors["value"]
+        assert counter.dtype == torch.int64
+        assert int(counter) in {3, 6}  # some ways add, some average
+        assert torch.equal(a.changes["1.num_batches_tracked"].delta_weight(torch.tensor(1)), torch.tensor(2))
+        for found in (dw.spectrum(a), dw.spectrum(a, base=base)):
+            assert "1.num_batches_tracked" in found.skipped
+
 
 class TestOtherForms:
     def test_stacks_of_experts_are_combined_expert_by_expert(self):

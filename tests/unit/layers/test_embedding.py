@@ -68,6 +68,31 @@ def test_gradients_are_nn_embeddings_chained_through_the_change(variant, options
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's bincount, row by row
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_idx": 4}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}, {"max_norm": 1.0, "padding_idx": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", [dw.LoRA(rank=2), dw.DoRA(rank=2)], ids=repr)
+def test_gradients_row_by_row_and_forward_derivatives(variant, options):
+    model = made(**options)
+    shaken(dw.attach(model, variant, targets=["layer"]))
+    at = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values, ids):
+        return torch.func.functional_call(model, values, (ids,)).square().sum()
+
+    per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(at, IDS)
+    for row, ids in enumerate(IDS):
+        expected = torch.autograd.grad(model(ids).square().sum(), [model.get_parameter(name) for name in at])
+        for name, gradient in zip(at, expected):
+            torch.testing.assert_close(per_row[name][row], gradient)
+    along = {name: torch.ones_like(p) for name, p in at.items()}
+    slope = torch.func.jvp(lambda values: loss(values, IDS), (at,), (along,))[1]
+    torch.testing.assert_close(slope, sum(g.sum() for g in torch.func.grad(loss)(at, IDS).values()))
+
+
 def test_sparse_gradients_where_the_embedding_is_trained_in_full():
     model = made(sparse=True)
     dw.attach(model, dw.Full(), targets=["layer"])

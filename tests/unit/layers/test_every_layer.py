@@ -99,6 +99,18 @@ def test_fp32_factors_over_a_bf16_base_round_once(example):
             assert float((x.double() - y).abs().max()) <= 16 * 2**-8 * max(1.0, float(y.abs().max()))
 
 
+@pytest.mark.parametrize("variant", [dw.LoRA(rank=2, dropout=0.3), dw.DoRA(rank=2, dropout=0.3)], ids=repr)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_model_that_is_cast_after_attach_computes_and_trains(example, variant):
+    model, _ = built(example, torch.float32)
+    shaken(adapted(model, variant), size=0.1).bfloat16()
+    for training in (False, True):
+        out = flat(model.train(training)(*example.args(torch.bfloat16), **example.kwargs))
+        sum(t.square().sum() for t in out).backward()
+    assert all(t.dtype == torch.bfloat16 and bool(torch.isfinite(t).all()) for t in out)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_training_mode_with_dropout_gives_every_tensor_a_gradient(example):
     model, args = built(example)

@@ -219,17 +219,24 @@ def test_dora_follows_a_base_that_changes_after_attach(change):
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
 
 
-def test_dora_follows_a_base_that_is_trained_with_it():
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_dora_follows_a_base_that_is_trained_with_it(freeze, options):
     model, x = Model(nn.Linear(4, 4)), torch.randn(3, 4)
-    shaken(dw.attach(model, dw.DoRA(rank=2), ["layers.0"], freeze=False))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    shaken(dw.attach(model, dw.DoRA(rank=2), ["layers.0"], freeze=freeze))
+    model(x)
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, **options)  # the fused one does not count its writes
     for _ in range(4):
         model(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    y = model(x)
-    model.layers[0].adapters.default.weight.squares = None
-    torch.testing.assert_close(model(x), y)
+    delta = model.layers[0].adapters.default.weight
+    for trained in (True, False):  # then frozen again
+        model.requires_grad_(trained)
+        y = model(x)
+        delta.squares = None
+        torch.testing.assert_close(model(x), y)
 
 
 def test_a_weight_that_became_computed_is_not_merged_into():

@@ -48,6 +48,20 @@ def test_compiles_without_a_graph_break(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+def test_forward_mode_derivatives_are_those_of_the_gradient(variant):
+    model, x = adapted(variant, torch.float64)
+    model.eval()
+    at = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    along = {name: torch.randn_like(p) for name, p in at.items()}
+    by_gradient = sum((g * along[name]).sum() for name, g in torch.func.grad(loss)(at).items())
+    torch.testing.assert_close(torch.func.jvp(loss, (at,), (along,))[1], by_gradient)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
 def test_over_a_16_bit_base_and_under_autocast(variant):
     model, x = adapted(variant, torch.bfloat16)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
