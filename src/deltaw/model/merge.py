@@ -6,15 +6,12 @@ subtraction. So `unmerge` is exact in any dtype, and a base that must not be wri
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key, split_key
@@ -25,10 +22,11 @@ from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
 from deltaw.model.changing import changing
+from deltaw.model.originals import Keep, OriginalsFile
+from deltaw.model.quantize import Quantized
 from deltaw.model.targeting import layers_of
 from deltaw.model.ties import identity, others, refuse_one_sided, shared
 
-Keep = Literal["memory", "file"] | None
 Into = Literal["dequantized", "original"]
 INTO: tuple[Into, ...] = ("dequantized", "original")
 
@@ -78,13 +76,22 @@ class MergeReport:
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the originals, in memory or in a file. Those kept in another form stay in memory: they are small."""
+    """What `unmerge` needs: the originals, in memory or in a file. Those kept in another form stay in memory: they are small.
+
+    quantized: the roster's records of those, put aside: an original of theirs is not that of the merged weight.
+    """
 
     names: tuple[str, ...]
+    keep: Keep
     originals: dict[str, Tensor] = field(default_factory=dict)
     forms: dict[str, FrozenWeight] = field(default_factory=dict)
-    file: Path | None = None
-    final: bool = False
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    file: OriginalsFile | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether there is no way back: the originals were not kept, or their file is gone."""
+        return self.keep is None or (self.file is not None and not self.file.path.exists())
 
 
 @dataclass
@@ -105,7 +112,8 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
     """Write the changes of `names` (default: the active adapters) into the weights, rounding once to their dtype.
 
     keep: where the originals go for `unmerge`: "memory" (costs as much as the merged weights; the report says how
-        much), "file" (a temporary safetensors file, removed by `unmerge`), or None (merged for good).
+        much), "file" (a temporary safetensors file, gone with the model, with `unmerge` or with the process), or None
+        (merged for good).
     into: for a quantised weight, the form of the result: "dequantized" or "original" (quantised again). The report
         holds the error of both.
 
@@ -131,7 +139,7 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
     if not changes:
         raise ModelError(f"nothing to merge: {[n for n, _ in active]} change no weight")
 
-    merged = Merged(tuple(n for n, _ in active), final=keep is None)
+    merged = Merged(tuple(n for n, _ in active), keep)
     originals: dict[str, Tensor] = {}
     for change in changes:
         form = change.host.form_of(change.site)
@@ -142,45 +150,34 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
             for path, layer, site in change.tied:
                 originals[join_key(path, site)] = stored(layer, site).data
     if keep == "file":
-        merged.file = written(originals)
+        apart = {k: t.clone(memory_format=torch.contiguous_format) for k, t in originals.items()}
+        merged.file = OriginalsFile.of(apart)
     elif keep == "memory":
         merged.originals = originals
     for change in changes:
-        write(change, into, final=keep is None)
+        write(change, into, merged)
     for roster in every:
         roster.merged = merged
     cost = sum(c.new.numel() * c.new.element_size() for c in changes if c.key in originals) if keep == "memory" else 0
     return MergeReport(merged.names, tuple(c.line for c in changes), cost)
 
 
-def written(originals: dict[str, Tensor]) -> Path:
-    """The originals in a temporary file; none is left behind if it cannot be written."""
-    with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
-        file = Path(handle.name)
-    try:
-        save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in originals.items()}, file)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
-    return file
-
-
-def write(change: Change, into: Into, final: bool) -> None:
+def write(change: Change, into: Into, merged: Merged) -> None:
     """Put the new values into their place, and into those of all layers that share the parameter."""
     host, site = change.host, change.site
     if host.form_of(site) is None:
         host.stored_parameter(site).data = change.new
         for _, layer, other in change.tied:
             stored(layer, other).data = change.new
-    elif into == "original":
+        return
+    record: Quantized = host.roster.quantized.pop(change.key)
+    if merged.keep is not None:
+        merged.quantized[change.key] = record
+    if into == "original":
         host.hold_form(site, change.again)
+        host.roster.quantized[change.key] = replace(record, original=None, file=None)
     else:
         host.hold_form(site, None, nn.Parameter(change.new, False))
-    if final and change.key in host.roster.quantized:
-        if into == "dequantized":
-            del host.roster.quantized[change.key]
-        else:  # the kept original is no longer that of this weight
-            host.roster.quantized[change.key] = replace(host.roster.quantized[change.key], original=None, file=None)
 
 
 def changed_weights(model: nn.Module, active: Active, into: Into) -> Iterator[Change]:
@@ -280,16 +277,17 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Put the original weights back, bit for bit.
 
     Raises:
-        ModelError: nothing is merged, or it was merged with keep=None.
+        ModelError: nothing is merged, it was merged with keep=None, or the file with the originals is gone.
     """
     root = state.unwrap(model)
     found = [r for r in state.rosters(root) if r.merged is not None]
     if not found:
         raise ModelError("nothing is merged")
     merged: Merged = found[0].merged
-    if merged.final:
+    if merged.keep is None:
         raise ModelError("merged with keep=None: the originals are gone; load the base model again")
-    originals = load_file(merged.file) if merged.file is not None else merged.originals
+    otherwise = "load the base model again, or dw.detach(model) to keep what is merged for good"
+    originals = merged.originals if merged.file is None else merged.file.read(otherwise)
     layers = layers_of(root)
     for key, original in originals.items():
         path, site = split_key(key)
@@ -301,10 +299,9 @@ def unmerge(model: nn.Module) -> nn.Module:
         assert isinstance(host, Host)
         device = host.stored_parameter(site).device
         host.hold_form(site, form.to(device))
+        host.roster.quantized[key] = merged.quantized[key]
     for roster in found:
         roster.merged = None
-    if merged.file is not None:
-        merged.file.unlink(missing_ok=True)
     return model
 
 

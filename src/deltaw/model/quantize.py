@@ -6,14 +6,11 @@ are kept only if asked for: without them there is a way back to the weights that
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key
@@ -24,10 +21,9 @@ from deltaw.errors import ConfigError, ModelError, NonFinite, TargetError
 from deltaw.model import state, targeting, ties
 from deltaw.model.changing import changing
 from deltaw.model.gradients import listed
+from deltaw.model.originals import Keep, OriginalsFile
 from deltaw.model.placing import one_roster, watch
 from deltaw.ops.choices import Choices
-
-Keep = Literal["memory", "file"] | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Quantized:
     trained_before: bool
     dtype: torch.dtype
     original: nn.Parameter | None = None
-    file: Path | None = None
+    file: OriginalsFile | None = None
 
     @property
     def kept(self) -> bool:
@@ -89,7 +85,8 @@ def quantize(
     """Keep the frozen weights of the layers that `targets` names in `form`, before or after adapters are attached.
 
     targets, exclude: as for `attach`; default: every linear layer but the output head.
-    keep: the originals, for `dequantize`: "memory", "file" (a temporary safetensors file), or None.
+    keep: the originals, for `dequantize`: "memory", "file" (a temporary safetensors file, gone with the model, with
+        `dequantize` or with the process), or None.
     choices: the record of the kernels that the products run on; left out, a new one, which times nothing.
 
     A weight whose outliers the form cannot hold, that is trained (it requires a gradient in a model with adapters, or an adapter trains a copy of it) or that
@@ -135,9 +132,7 @@ def quantize(
 
     file = None
     if keep == "file":
-        with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
-            file = Path(handle.name)
-        save_file({join_key(p, "weight"): weight_of(layer).data.contiguous() for p, layer, _, _ in ready}, file)
+        file = OriginalsFile.of({join_key(p, "weight"): weight_of(layer).data.contiguous() for p, layer, _, _ in ready})
     layout = state.Layout(root)
     roster = one_roster(layout)
     choices = Choices() if choices is None else choices
@@ -226,7 +221,7 @@ def line(key: str, layer: nn.Module, cls: type[Host], kept: FrozenWeight) -> Qua
     return QuantizedWeight(key, kept.form, stored.numel() * stored.element_size(), kept.nbytes, error)
 
 
-def swap_in(host: Host, path: str, kept: FrozenWeight, keep: Keep, file: Path | None) -> None:
+def swap_in(host: Host, path: str, kept: FrozenWeight, keep: Keep, file: OriginalsFile | None) -> None:
     """Put the form in the weight's place; deltas that cache something of the weight look again."""
     key, roster, weight = join_key(path, "weight"), host.roster, weight_of(host)
     roster.quantized[key] = Quantized(
@@ -252,7 +247,9 @@ def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original"
     """Have plain weights again: the kept originals, bit for bit, or with into="dense" those that the codes stand for.
 
     Raises:
-        ModelError: nothing is quantised, the originals were not kept, or changes are merged into the weights.
+        ModelError: nothing is quantised, the originals were not kept or their file is gone, or changes are merged into the
+            weights.
+    If anything is wrong, the model is left as it was.
     """
     if into not in ("original", "dense"):
         raise ConfigError(f"into={into!r} is not one of 'original', 'dense'")
@@ -268,21 +265,27 @@ def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original"
             f"the originals of {len(gone)} weights were not kept ({listed(gone)}): quantize with keep='memory' or 'file', "
             "or pass into='dense' for the weights that the codes stand for"
         )
-    files: dict[Path, dict[str, Tensor]] = {}
+    files = {} if into == "dense" else read_all(h.roster.quantized[join_key(p, "weight")] for p, h in hosts)
     for path, host in hosts:
         key = join_key(path, "weight")
         before: Quantized = host.roster.quantized.pop(key)
         host.hold_form("weight", None, restored(host, key, before, into, files))
         prepare(host)
-    for file in files:
-        file.unlink(missing_ok=True)
     for roster in state.rosters(root):
         if not roster.names:
             release(root, roster)
     return model
 
 
-def restored(host: Host, key: str, before: Quantized, into: str, files: dict[Path, dict[str, Tensor]]) -> nn.Parameter:
+def read_all(records: Iterable[Quantized]) -> dict[OriginalsFile, dict[str, Tensor]]:
+    """What is in the files of these records, all read before anything changes."""
+    otherwise = "load the base model again, or pass into='dense' for the weights that the codes stand for"
+    return {file: file.read(otherwise) for file in {r.file for r in records} if file is not None}
+
+
+def restored(
+    host: Host, key: str, before: Quantized, into: str, files: Mapping[OriginalsFile, Mapping[str, Tensor]]
+) -> nn.Parameter:
     """The plain parameter again, requiring a gradient if it did and no adapter is there for which it is frozen."""
     form = host.form_of("weight")
     assert form is not None
@@ -294,8 +297,6 @@ def restored(host: Host, key: str, before: Quantized, into: str, files: dict[Pat
         parameter.data = parameter.data.to(device)
     else:
         assert before.file is not None
-        if before.file not in files:
-            files[before.file] = load_file(before.file)
         parameter = nn.Parameter(files[before.file][key].to(device), False)
     adapted = bool(host.roster.names)
     if adapted and before.trained_before:
