@@ -274,7 +274,7 @@ def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, 
 
 @changing
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put the original weights back, bit for bit.
+    """Put the original weights back, bit for bit; after a `model.to(dtype)` rounded to the model's dtype of now.
 
     Raises:
         ModelError: nothing is merged, it was merged with keep=None, or the file with the originals is gone.
@@ -292,13 +292,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     for key, original in originals.items():
         path, site = split_key(key)
         here = stored(layers[path], site)
-        here.data = original.to(here.device)
+        here.data = original.to(here.device, here.dtype)
     for key, form in merged.forms.items():
         path, site = split_key(key)
         host = layers[path]
         assert isinstance(host, Host)
-        device = host.stored_parameter(site).device
-        host.hold_form(site, form.to(device))
+        here = host.stored_parameter(site)
+        host.hold_form(site, form.to(here.device, here.dtype))
         host.roster.quantized[key] = merged.quantized[key]
     for roster in found:
         roster.merged = None

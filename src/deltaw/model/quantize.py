@@ -62,7 +62,6 @@ class Quantized:
     """What `dequantize` needs of one parameter. `original`: itself, or None if it is in `file` or not kept at all."""
 
     trained_before: bool
-    dtype: torch.dtype
     original: nn.Parameter | None = None
     file: OriginalsFile | None = None
 
@@ -226,7 +225,6 @@ def swap_in(host: Host, path: str, kept: FrozenWeight, keep: Keep, file: Origina
     key, roster, weight = join_key(path, "weight"), host.roster, weight_of(host)
     roster.quantized[key] = Quantized(
         weight.requires_grad or roster.frozen.get(key, False),
-        weight.dtype,
         weight if keep == "memory" else None,
         file,
     )
@@ -245,6 +243,8 @@ def prepare(host: Host) -> None:
 @changing
 def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original") -> nn.Module:
     """Have plain weights again: the kept originals, bit for bit, or with into="dense" those that the codes stand for.
+
+    After a `model.to(dtype)` they are rounded to the model's dtype of now.
 
     Raises:
         ModelError: nothing is quantised, the originals were not kept or their file is gone, or changes are merged into the
@@ -289,15 +289,15 @@ def restored(
     """The plain parameter again, requiring a gradient if it did and no adapter is there for which it is frozen."""
     form = host.form_of("weight")
     assert form is not None
-    device = form.codes.device
+    device, dtype = form.codes.device, form.dtype
     if into == "dense":
-        parameter = nn.Parameter(host.from_matrix("weight", form.dense()).to(before.dtype).contiguous(), False)
+        parameter = nn.Parameter(host.from_matrix("weight", form.dense()).contiguous(), False)
     elif before.original is not None:
         parameter = before.original
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device, dtype)
     else:
         assert before.file is not None
-        parameter = nn.Parameter(files[before.file][key].to(device), False)
+        parameter = nn.Parameter(files[before.file][key].to(device, dtype), False)
     adapted = bool(host.roster.names)
     if adapted and before.trained_before:
         host.roster.frozen.setdefault(key, True)

@@ -130,3 +130,31 @@ def test_nothing_is_left_behind_if_the_file_cannot_be_written(folder, monkeypatc
     with pytest.raises(OSError, match="No space"):
         merged()
     assert not os.listdir(folder)
+
+
+@pytest.mark.parametrize("keep", ["memory", "file"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_originals_come_back_in_the_dtype_that_the_model_has_by_then(folder, keep, dtype):
+    for form in (None, dw.Int8()):
+        model = plain()
+        expected = model[0].weight.detach().to(dtype)
+        if form is not None:
+            dw.quantize(model, form, targets=["0", "1"], keep=keep)
+        shaken(dw.attach(model, dw.LoRA(rank=2), ["0"]))
+        dw.merge(model, keep=keep)
+        model.to(dtype)
+        dw.unmerge(model)
+        assert model(X.to(dtype)).dtype == dtype
+        if form is not None:
+            assert model[0].form_of("weight").dtype == dtype
+            dw.dequantize(model)
+        assert torch.equal(model[0].weight, expected)
+        assert model(X.to(dtype)).dtype == dtype
+
+
+def test_dense_weights_have_the_dtype_that_the_model_has_by_then():
+    model = plain()
+    dw.quantize(model, dw.Int8(), targets=["0", "1"])
+    model.double()
+    dw.dequantize(model, into="dense")
+    assert model(X.double()).dtype == torch.float64
