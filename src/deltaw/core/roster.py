@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deltaw.errors import ModelError
 from deltaw.ops.compact import hooks_in_force
 
 Active = tuple[tuple[str, float], ...]
@@ -32,11 +33,15 @@ Speaking = Active | ByRow
 
 
 class Frame(NamedTuple):
-    """A context in which a thread is: who speaks in it, autograd's next number and the saved-tensor hooks where it began."""
+    """A context in which a thread is: who speaks in it, autograd's next number and the saved-tensor hooks where it began.
+
+    again: it was entered by a recomputation in backward.
+    """
 
     speaking: Speaking
     number: int
     hooks: Any
+    again: bool = False
 
 
 class Roster:
@@ -87,24 +92,54 @@ class Roster:
         """Let `speaking` speak in this thread; restores what was before, also after an exception.
 
         recalled: as what a recomputation began with, not as a context of its own.
+
+        Raises:
+            ModelError: this context is left before one that was entered after it.
         """
         local = self.local
         before = getattr(local, "override", None), getattr(local, "rows", None), getattr(local, "again", False)
-        frames = getattr(local, "frames", ())
+        frames: tuple[Frame, ...] = getattr(local, "frames", ())
+        mine = frames
         if isinstance(speaking, ByRow):
             local.rows = speaking
         else:
             local.override, local.rows = speaking, None
         if not torch.compiler.is_compiling():
-            local.again = torch._C._current_graph_task_id() != -1  # said again by a recomputation in backward
+            again = local.again = torch._C._current_graph_task_id() != -1  # said again by a recomputation in backward
             number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-            frame = Frame(speaking, 0, None) if recalled else Frame(speaking, number, hooks_in_force())
-            local.frames = (*frames, frame)
+            frame = Frame(speaking, 0, None, again) if recalled else Frame(speaking, number, hooks_in_force(), again)
+            mine = local.frames = (*frames, frame)
         try:
             yield
         finally:
-            local.override, local.rows, local.again = before
-            local.frames = frames
+            if torch.compiler.is_compiling() or getattr(local, "frames", ()) is mine:
+                local.override, local.rows, local.again = before
+                local.frames = frames
+            else:
+                self.leave(mine[-1])
+
+    def leave(self, frame: Frame) -> None:
+        """Take a context out of this thread from wherever it stands: those that are left speak as if it had never been.
+
+        Raises:
+            ModelError: it is not the innermost one.
+        """
+        local = self.local
+        frames = getattr(local, "frames", ())
+        local.frames = tuple(f for f in frames if f is not frame)
+        local.override, local.rows, local.again = None, None, False
+        for left in local.frames:
+            if isinstance(left.speaking, ByRow):
+                local.rows = left.speaking
+            else:
+                local.override, local.rows = left.speaking, None
+            local.again = left.again
+        if not frames or frames[-1] is not frame:
+            raise ModelError(
+                "a dw.use, dw.disabled or dw.rows was left before one that this thread entered after it, which spoke in its "
+                "place: contexts of one thread must nest. Tasks of asyncio share a thread, and so do a generator and its "
+                "caller: do not await or yield inside, run the call in a thread (asyncio.to_thread), or give one dw.rows"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes", "uncalled")}
