@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from deltaw.errors import ModelError
 from deltaw.ops.compact import hooks_in_force
@@ -51,9 +53,8 @@ class Roster:
     default: active in every thread that is not inside `use` or `disabled`.
     local: per thread, `override` (who is active inside of `use`), `rows` (who is, row by row), `frames` (the contexts around
     it, the outermost first), `again` (a recomputation says so).
-    frozen: parameter name -> whether it required a gradient before the first attach; `detach` restores it.
+    touched: its hosts, and the layers of which it froze something (see model/one_roster.py); not known of a copy.
     merged: None, or what `unmerge` needs.
-    quantized: parameter name -> what `dequantize` needs.
     journals: thread -> the contexts of its calls without a graph (see recall.py). probes: what `rows` found out.
     uncalled: ids of the hosts that no call has reached since they were adapted, until the model's first call ends.
     """
@@ -61,10 +62,9 @@ class Roster:
     def __init__(self) -> None:
         self.default: Active = ()
         self.names: list[str] = []
-        self.frozen: dict[str, bool] = {}
+        self.touched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.merged: Any = None
         self.notes: dict[str, dict[str, Any]] = {}
-        self.quantized: dict[str, Any] = {}
         self.local = threading.local()
         self.journals: dict[int, tuple[list[int], list[tuple[Frame, ...]]]] = {}
         self.probes: dict[Any, Any] = {}
@@ -142,10 +142,12 @@ class Roster:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes", "uncalled")}
+        mine = ("touched", "local", "journals", "probes", "uncalled")
+        return {k: v for k, v in self.__dict__.items() if k not in mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.touched = weakref.WeakSet()
         self.local = threading.local()
         self.journals = {}
         self.probes = {}

@@ -22,8 +22,8 @@ from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
 from deltaw.model.changing import changing
+from deltaw.model.one_roster import one_roster
 from deltaw.model.originals import Keep, OriginalsFile
-from deltaw.model.quantize import Quantized
 from deltaw.model.targeting import layers_of
 from deltaw.model.ties import identity, others, refuse_one_sided, shared
 
@@ -76,16 +76,12 @@ class MergeReport:
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the originals, in memory or in a file. Those kept in another form stay in memory: they are small.
-
-    quantized: the roster's records of those, put aside: an original of theirs is not that of the merged weight.
-    """
+    """What `unmerge` needs: the originals, in memory or in a file. Those kept in another form stay in memory: they are small."""
 
     names: tuple[str, ...]
     keep: Keep
     originals: dict[str, Tensor] = field(default_factory=dict)
     forms: dict[str, FrozenWeight] = field(default_factory=dict)
-    quantized: dict[str, Quantized] = field(default_factory=dict)
     file: OriginalsFile | None = None
 
     @property
@@ -127,12 +123,13 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
         raise ConfigError(f"keep={keep!r} is not one of 'memory', 'file', None")
     if into not in INTO:
         raise ConfigError(f"into={into!r} is not one of 'dequantized', 'original'")
-    root = state.unwrap(model)
-    state.unmerged(root, "merge")
-    every = state.rosters(root)
-    if not every:
+    layout = state.Layout(model)
+    root, rosters = layout.root, layout.rosters()
+    state.unmerged_in(rosters, "merge")
+    if not rosters:
         raise ModelError("nothing to merge: the model carries no adapter")
-    active = every[0].active() if names is None else chosen(root, names)
+    roster = one_roster(layout, "merge")
+    active = roster.active() if names is None else chosen(root, names)
     if not active:
         raise ModelError("nothing to merge: no adapter is active; name one, dw.merge(model, 'name')")
     changes = list(changed_weights(root, active, into))
@@ -144,7 +141,8 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
     for change in changes:
         form = change.host.form_of(change.site)
         if form is not None:
-            merged.forms[change.key] = form
+            if keep is not None:
+                merged.forms[change.key] = form
         else:
             originals[change.key] = change.host.stored_parameter(change.site).data
             for path, layer, site in change.tied:
@@ -155,27 +153,24 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
     elif keep == "memory":
         merged.originals = originals
     for change in changes:
-        write(change, into, merged)
-    for roster in every:
-        roster.merged = merged
+        write(change, into)
+    roster.merged = merged
     cost = sum(c.new.numel() * c.new.element_size() for c in changes if c.key in originals) if keep == "memory" else 0
     return MergeReport(merged.names, tuple(c.line for c in changes), cost)
 
 
-def write(change: Change, into: Into, merged: Merged) -> None:
+def write(change: Change, into: Into) -> None:
     """Put the new values into their place, and into those of all layers that share the parameter."""
     host, site = change.host, change.site
-    if host.form_of(site) is None:
+    form = host.form_of(site)
+    if form is None:
         host.stored_parameter(site).data = change.new
         for _, layer, other in change.tied:
             stored(layer, other).data = change.new
-        return
-    record: Quantized = host.roster.quantized.pop(change.key)
-    if merged.keep is not None:
-        merged.quantized[change.key] = record
-    if into == "original":
+    elif into == "original":
+        assert change.again is not None
+        change.again.record = replace(form.record, original=None, file=None)  # the original is not that of this weight
         host.hold_form(site, change.again)
-        host.roster.quantized[change.key] = replace(record, original=None, file=None)
     else:
         host.hold_form(site, None, nn.Parameter(change.new, False))
 
@@ -279,16 +274,19 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: nothing is merged, it was merged with keep=None, or the file with the originals is gone.
     """
-    root = state.unwrap(model)
-    found = [r for r in state.rosters(root) if r.merged is not None]
-    if not found:
+    layout = state.Layout(model)
+    if all(roster.merged is None for roster in layout.rosters()):
         raise ModelError("nothing is merged")
-    merged: Merged = found[0].merged
+    roster = one_roster(layout, "unmerge")
+    merged: Merged = roster.merged
     if merged.keep is None:
         raise ModelError("merged with keep=None: the originals are gone; load the base model again")
     otherwise = "load the base model again, or dw.detach(model) to keep what is merged for good"
     originals = merged.originals if merged.file is None else merged.file.read(otherwise)
-    layers = layers_of(root)
+    layers = layout.layers
+    strange = [key for key in {**originals, **merged.forms} if not isinstance(layers.get(split_key(key)[0]), Host)]
+    if strange:
+        raise ModelError(f"{strange[0]!r} is not in this module: call dw.unmerge on the one that was given to dw.merge")
     for key, original in originals.items():
         path, site = split_key(key)
         here = stored(layers[path], site)
@@ -299,9 +297,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         assert isinstance(host, Host)
         here = host.stored_parameter(site)
         host.hold_form(site, form.to(here.device, here.dtype))
-        host.roster.quantized[key] = merged.quantized[key]
-    for roster in found:
-        roster.merged = None
+    roster.merged = None
     return model
 
 
