@@ -24,7 +24,7 @@ from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonF
 from deltaw.model import state, targeting
 from deltaw.model.changing import changing
 from deltaw.model.fit import fitted
-from deltaw.model.one_roster import one_roster
+from deltaw.model.one_roster import one_roster, outside_contexts
 from deltaw.model.placing import forget, place
 from deltaw.model.plan import planned
 from deltaw.model.planned import Planned
@@ -149,8 +149,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         UnknownName: there is no such adapter.
-        ModelError: changes are merged into the weights (unmerge first; after `merge(keep=None)` it is allowed), or the
-            adapters also change layers outside of `model`.
+        ModelError: changes are merged into the weights (unmerge first; after `merge(keep=None)` it is allowed), the
+            adapters also change layers outside of `model`, or the calling thread is inside of `use`, `disabled` or `rows`.
     """
     layout = state.Layout(model)
     layout.unsharded("detach")
@@ -162,6 +162,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             )
     if name is not None:
         state.known_in(rosters, layout.root, name)
+    outside_contexts(rosters, "detach an adapter")
     roster = one_roster(layout, "detach")
     for each in list(roster.names) if name is None else [name]:
         forget(layout, roster, each)

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from deltaw.core.roster import Roster
-from deltaw.errors import ModelError
 from deltaw.model import state
 from deltaw.model.attach import checked_name, detach
 from deltaw.model.changing import changing
-from deltaw.model.one_roster import one_roster
+from deltaw.model.one_roster import one_roster, outside_contexts
 from deltaw.model.summary import Status, adapters
 
 
@@ -57,8 +56,7 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     layout = state.Layout(model)
     roster = _roster(layout, old, "rename an adapter")
     checked_name(layout, new)
-    if getattr(roster.local, "override", None) is not None or getattr(roster.local, "rows", None) is not None:
-        raise ModelError(f"cannot rename {old!r} inside of dw.use, dw.disabled or dw.rows: leave the context first")
+    outside_contexts([roster], f"rename {old!r}")
     for _, host in layout.hosts():
         for table in (host.adapters._modules, host.adapters.tied):
             if old in table:

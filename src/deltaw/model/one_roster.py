@@ -58,8 +58,7 @@ def unite(layout: Layout, rosters: Sequence[Roster], verb: str) -> None:
             f"cannot {verb}: changes are merged into parts of the model that were adapted on their own: dw.unmerge each of "
             "them first (or dw.detach those that were merged for good)"
         )
-    if any(len(roster.frames()) > 1 for roster in rosters):
-        raise ModelError(f"cannot {verb} inside of dw.use, dw.disabled or dw.rows: leave the context first")
+    outside_contexts(rosters, verb)
     first.default = said_by_all(rosters, verb)
     first.names = names_in(rosters)
     for other in others:
@@ -75,6 +74,12 @@ def unite(layout: Layout, rosters: Sequence[Roster], verb: str) -> None:
         for name, roster in froze(module).items():
             if roster in others:
                 froze(module)[name] = first
+
+
+def outside_contexts(rosters: Sequence[Roster], verb: str) -> None:
+    """Refuse what would take an adapter away from a context of the calling thread. (Other threads' contexts are not seen.)"""
+    if any(len(roster.frames()) > 1 for roster in rosters):
+        raise ModelError(f"cannot {verb} inside of dw.use, dw.disabled or dw.rows: leave the context first")
 
 
 def said_by_all(rosters: Sequence[Roster], verb: str) -> Active:
