@@ -6,6 +6,7 @@ refused on a part (decision 027). `use` and `activate` change no host, and speak
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from torch import nn
@@ -38,8 +39,9 @@ def check_whole(layout: Layout, roster: Roster, verb: str) -> None:
     """Refuse a verb on a module that does not hold all hosts of `roster`. Of a copy, those that it holds are all."""
     if not roster.touched:
         roster.touched.update(host for _, host in layout.hosts() if host.roster is roster)
-    inside = set(map(id, layout.modules))
-    outside = [m for m in roster.touched if id(m) not in inside and isinstance(m, Host) and m.roster is roster]
+    if hosts_outside(layout, roster):
+        gc.collect()  # a module that only holds itself (by a bound forward) belongs to no model any more
+    outside = hosts_outside(layout, roster)
     if outside:
         raise ModelError(
             f"cannot {verb}: {type(layout.root).__name__.removesuffix('Host')} holds some of the layers that carry "
@@ -48,6 +50,12 @@ def check_whole(layout: Layout, roster: Roster, verb: str) -> None:
             "models that share layers are adapted together, dw.attach(torch.nn.ModuleList([one, other]), ...), or each with "
             "a copy of its own (copy.deepcopy) of what they share"
         )
+
+
+def hosts_outside(layout: Layout, roster: Roster) -> list[Host]:
+    """The hosts of `roster` that are not in this model."""
+    inside = set(map(id, layout.modules))
+    return [m for m in roster.touched if id(m) not in inside and isinstance(m, Host) and m.roster is roster]
 
 
 def unite(layout: Layout, rosters: Sequence[Roster], verb: str) -> None:

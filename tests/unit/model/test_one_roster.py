@@ -130,6 +130,14 @@ def test_a_verb_on_a_part_is_refused_and_changes_nothing():
     assert type(model[2]) is nn.Linear
 
 
+def test_a_layer_that_was_taken_out_of_the_model_does_not_count():
+    model = shaken(dw.attach(plain(), dw.LoRA(rank=2), ["0.lin", "2"]))
+    model[2].itself = [model[2]]  # as a bound forward does: it lives until the garbage collector comes
+    model[2] = nn.Linear(8, 4)
+    dw.detach(model)
+    assert type(model[0].lin) is nn.Linear
+
+
 def test_two_models_that_share_a_layer_are_adapted_together():
     trunk = nn.Linear(8, 8)
     actor, critic = nn.Sequential(trunk, nn.Linear(8, 3)), nn.Sequential(trunk, nn.Linear(8, 1))
