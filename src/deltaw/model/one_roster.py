@@ -45,9 +45,9 @@ def check_whole(layout: Layout, roster: Roster, verb: str) -> None:
     if outside:
         raise ModelError(
             f"cannot {verb}: {type(layout.root).__name__.removesuffix('Host')} holds some of the layers that carry "
-            f"{', '.join(map(repr, roster.names)) or 'quantised weights'}, and {len(outside)} such layers "
-            f"({outside[0].base_class.__name__} ...) are outside of it. Call the whole model's verb if this is a part of it; two "
-            "models that share layers are adapted together, dw.attach(torch.nn.ModuleList([one, other]), ...), or each with "
+            f"{', '.join(map(repr, roster.names)) or 'quantised weights'}, not all: {len(outside)} "
+            f"more ({outside[0].base_class.__name__} ...) are outside of it. If it is a part of a model, give that; two models "
+            "that share layers are adapted together, dw.attach(torch.nn.ModuleList([one, other]), ...), or each with "
             "a copy of its own (copy.deepcopy) of what they share"
         )
 
