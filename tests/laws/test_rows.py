@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import deltaw as dw
 from deltaw.core.registry import variants
@@ -467,6 +468,58 @@ def test_a_cache_that_an_adapted_layer_is_given_is_refused():
         model(ids)
     with dw.rows(model, ["a", "b"], how="one pass"):
         torch.testing.assert_close(model(ids, use_cache=False).logits, torch.cat(rows))
+
+
+def test_a_cache_that_a_split_model_gives_is_refused_with_the_cure():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with_adapters(model, ["a", "b"], targets=["c_attn"])
+    ids = torch.randint(1, 40, (2, 5))
+    with dw.rows(model, ["a", "b"], how="split"):
+        with pytest.raises(ModelError, match=r"'past_key_values', a DynamicCache.*use_cache=False.*how='one pass'"):
+            model(ids)
+        model(ids, use_cache=False)
+
+
+class Fickle(nn.Module):
+    """A checkpointed part that calls its second layer otherwise where gradients are wanted, as in the probe they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def part(self, x):
+        y = self.first(x)
+        return self.second(y[None])[0] if torch.is_grad_enabled() else self.second(y)
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=True)
+
+
+def test_a_checkpointed_part_that_can_no_longer_be_split_says_so():
+    model = Fickle()
+    with_adapters(model, ["a", "b"], targets=["first", "second"])
+    x = torch.randn(2, 8, requires_grad=True)
+    with dw.rows(model, ["a", "b"]):
+        output = model(x)
+    with pytest.raises(ModelError, match=r"second was called with \(1, 2, 8\).*gradient checkpointing.*how='split'"):
+        output.sum().backward()
+    with dw.rows(model, ["a", "b"], how="split"):
+        output = model(x)
+    output.sum().backward()
+
+
+def test_rows_around_a_checkpoint_say_where_they_belong():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with_adapters(model, ["a", "b"], targets=["0", "1"])
+    x = torch.randn(2, 8, requires_grad=True)
+    with dw.rows(model, ["a", "b"]):
+        output = checkpoint(model, x, use_reentrant=False)
+    with pytest.raises(ModelError, match="enter it inside of the checkpointed function"):
+        output.sum().backward()
+    with dw.rows(model, ["a", "b"]):
+        checkpoint(model, x, use_reentrant=False).sum().backward()
 
 
 # ---- sorted at the entry

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class FrozenWeight(nn.Module, FrozenMatrix):
     """The parameter's name in the model, for messages and records."""
     choices: Choices | None = None
     """The record of which kernels its products run on, one for the whole model; None where there is nothing to choose."""
+    record: Any = None
+    """What `dequantize` needs, if the weight is a model's."""
 
     def __init__(self, form: Form, weight: Tensor) -> None:
         super().__init__()

@@ -187,6 +187,7 @@ class Host(nn.Module):
         plain_again(layer)
         base = type(layer)
         object.__setattr__(layer, "roster", roster)
+        roster.touched.add(layer)
         layer._modules[CHILD] = Adapters()
         object.__setattr__(layer, "__class__", host_class(cls, base))
         bound_again(layer, base)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from deltaw.errors import ModelError
 from deltaw.ops.compact import hooks_in_force
 
 Active = tuple[tuple[str, float], ...]
@@ -32,11 +35,15 @@ Speaking = Active | ByRow
 
 
 class Frame(NamedTuple):
-    """A context in which a thread is: who speaks in it, autograd's next number and the saved-tensor hooks where it began."""
+    """A context in which a thread is: who speaks in it, autograd's next number and the saved-tensor hooks where it began.
+
+    again: it was entered by a recomputation in backward.
+    """
 
     speaking: Speaking
     number: int
     hooks: Any
+    again: bool = False
 
 
 class Roster:
@@ -46,9 +53,8 @@ class Roster:
     default: active in every thread that is not inside `use` or `disabled`.
     local: per thread, `override` (who is active inside of `use`), `rows` (who is, row by row), `frames` (the contexts around
     it, the outermost first), `again` (a recomputation says so).
-    frozen: parameter name -> whether it required a gradient before the first attach; `detach` restores it.
+    touched: its hosts, and the layers of which it froze something (see model/one_roster.py); not known of a copy.
     merged: None, or what `unmerge` needs.
-    quantized: parameter name -> what `dequantize` needs.
     journals: thread -> the contexts of its calls without a graph (see recall.py). probes: what `rows` found out.
     uncalled: ids of the hosts that no call has reached since they were adapted, until the model's first call ends.
     """
@@ -56,10 +62,9 @@ class Roster:
     def __init__(self) -> None:
         self.default: Active = ()
         self.names: list[str] = []
-        self.frozen: dict[str, bool] = {}
+        self.touched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.merged: Any = None
         self.notes: dict[str, dict[str, Any]] = {}
-        self.quantized: dict[str, Any] = {}
         self.local = threading.local()
         self.journals: dict[int, tuple[list[int], list[tuple[Frame, ...]]]] = {}
         self.probes: dict[Any, Any] = {}
@@ -87,30 +92,62 @@ class Roster:
         """Let `speaking` speak in this thread; restores what was before, also after an exception.
 
         recalled: as what a recomputation began with, not as a context of its own.
+
+        Raises:
+            ModelError: this context is left before one that was entered after it.
         """
         local = self.local
         before = getattr(local, "override", None), getattr(local, "rows", None), getattr(local, "again", False)
-        frames = getattr(local, "frames", ())
+        frames: tuple[Frame, ...] = getattr(local, "frames", ())
+        mine = frames
         if isinstance(speaking, ByRow):
             local.rows = speaking
         else:
             local.override, local.rows = speaking, None
         if not torch.compiler.is_compiling():
-            local.again = torch._C._current_graph_task_id() != -1  # said again by a recomputation in backward
+            again = local.again = torch._C._current_graph_task_id() != -1  # said again by a recomputation in backward
             number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-            frame = Frame(speaking, 0, None) if recalled else Frame(speaking, number, hooks_in_force())
-            local.frames = (*frames, frame)
+            frame = Frame(speaking, 0, None, again) if recalled else Frame(speaking, number, hooks_in_force(), again)
+            mine = local.frames = (*frames, frame)
         try:
             yield
         finally:
-            local.override, local.rows, local.again = before
-            local.frames = frames
+            if torch.compiler.is_compiling() or getattr(local, "frames", ()) is mine:
+                local.override, local.rows, local.again = before
+                local.frames = frames
+            else:
+                self.leave(mine[-1])
+
+    def leave(self, frame: Frame) -> None:
+        """Take a context out of this thread from wherever it stands: those that are left speak as if it had never been.
+
+        Raises:
+            ModelError: it is not the innermost one.
+        """
+        local = self.local
+        frames = getattr(local, "frames", ())
+        local.frames = tuple(f for f in frames if f is not frame)
+        local.override, local.rows, local.again = None, None, False
+        for left in local.frames:
+            if isinstance(left.speaking, ByRow):
+                local.rows = left.speaking
+            else:
+                local.override, local.rows = left.speaking, None
+            local.again = left.again
+        if not frames or frames[-1] is not frame:
+            raise ModelError(
+                "a dw.use, dw.disabled or dw.rows was left before one that this thread entered after it, which spoke in its "
+                "place: contexts of one thread must nest. Tasks of asyncio share a thread, and so do a generator and its "
+                "caller: do not await or yield inside, run the call in a thread (asyncio.to_thread), or give one dw.rows"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("local", "journals", "probes", "uncalled")}
+        mine = ("touched", "local", "journals", "probes", "uncalled")
+        return {k: v for k, v in self.__dict__.items() if k not in mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.touched = weakref.WeakSet()
         self.local = threading.local()
         self.journals = {}
         self.probes = {}

@@ -142,9 +142,10 @@ def _before_merging(host: Host) -> tuple[Mapping[str, Tensor], Mapping[str, Froz
     if merged is None:
         return {}, {}
     if merged.final:
-        raise ModelError("adapters were merged for good (keep=None): the base that a fingerprint would be of is gone")
+        raise ModelError(
+            "adapters were merged for good (keep=None, or the file with the originals is gone): the base that a fingerprint "
+            "would be of is gone"
+        )
     if merged.file is not None:
-        from safetensors.torch import load_file
-
-        return dict(load_file(merged.file)), dict(merged.forms)
+        return merged.file.read("load the base model again"), dict(merged.forms)
     return dict(merged.originals), dict(merged.forms)

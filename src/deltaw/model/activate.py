@@ -52,11 +52,12 @@ def use(model: nn.Module, names: Choice) -> Iterator[nn.Module]:
     """Within the context, in this thread, exactly these adapters speak: W + Σ weight · ΔW.
 
     names: a name, a list of names, {name: weight} (weights may be negative), or None for the bare base.
-    Contexts nest, and restore what was before, also after an exception.
+    Contexts nest, and restore what was before, also after an exception. Tasks of asyncio share a thread, and so do a
+    generator and its caller: do not await or yield inside.
 
     Raises:
         UnknownName: the model has no adapter of that name.
-        ModelError: changes are merged into the weights.
+        ModelError: changes are merged into the weights, or contexts of this thread overlap instead of nesting.
     """
     rosters = state.rosters(model)
     active = chosen_in(rosters, model, names)

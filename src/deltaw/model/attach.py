@@ -24,6 +24,7 @@ from deltaw.errors import AdapterError, ConfigError, ModelError, NameTaken, NonF
 from deltaw.model import state, targeting
 from deltaw.model.changing import changing
 from deltaw.model.fit import fitted
+from deltaw.model.one_roster import one_roster, outside_contexts
 from deltaw.model.placing import forget, place
 from deltaw.model.plan import planned
 from deltaw.model.planned import Planned
@@ -63,7 +64,8 @@ def attach(
         NameTaken: the model has an adapter of that name.
         ConfigError: two targets want the same layer, or an option is wrong.
         NonFinite: a targeted weight holds NaN or infinity.
-        ModelError: changes are merged into the weights, or the model is scripted, traced or sharded already.
+        ModelError: changes are merged into the weights, the model is scripted, traced or sharded already, or it is a part
+            of an adapted model (or shares layers with one).
     If anything is wrong, the model is left as it was.
     """
     if not isinstance(model, nn.Module):
@@ -147,7 +149,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         UnknownName: there is no such adapter.
-        ModelError: changes are merged into the weights (unmerge first; after `merge(keep=None)` it is allowed).
+        ModelError: changes are merged into the weights (unmerge first; after `merge(keep=None)` it is allowed), the
+            adapters also change layers outside of `model`, or the calling thread is inside of `use`, `disabled` or `rows`.
     """
     layout = state.Layout(model)
     layout.unsharded("detach")
@@ -159,9 +162,10 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             )
     if name is not None:
         state.known_in(rosters, layout.root, name)
-    for roster in rosters:
-        for each in list(roster.names) if name is None else [name] if name in roster.names else []:
-            forget(layout, roster, each)
+    outside_contexts(rosters, "detach an adapter")
+    roster = one_roster(layout, "detach")
+    for each in list(roster.names) if name is None else [name]:
+        forget(layout, roster, each)
     return model
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from deltaw.core.roster import Roster
-from deltaw.errors import ModelError
 from deltaw.model import state
 from deltaw.model.attach import checked_name, detach
 from deltaw.model.changing import changing
+from deltaw.model.one_roster import one_roster, outside_contexts
 from deltaw.model.summary import Status, adapters
 
 
@@ -24,18 +24,18 @@ def copy(model: nn.Module, source: str, name: str) -> nn.Module:
         NameTaken, ConfigError: `name` is there already, or cannot be one.
         ModelError: changes are merged into the weights.
     """
-    root = state.unwrap(model)
-    roster = _roster(root, source, "copy an adapter")
-    checked_name(state.Layout(root), name)
+    layout = state.Layout(model)
+    roster = _roster(layout, source, "copy an adapter")
+    checked_name(layout, name)
     memo: dict[int, Any] = {}  # one for all layers: tensors that they share stay shared
     copies = []
-    for _, host in state.hosts(root):
+    for _, host in layout.hosts():
         for site, delta in host.deltas(source).items():
             memo[id(delta.variant)] = delta.variant
             copies.append((host, site, copying.deepcopy(delta, memo)))
     for host, site, delta in copies:
         host.add_delta(name, site, delta)
-    for _, host in state.hosts(root):
+    for _, host in layout.hosts():
         if source in host.adapters.tied:
             host.adapters.tied[name] = dict(host.adapters.tied[source])
     roster.names.append(name)
@@ -53,12 +53,11 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
         ModelError: changes are merged, or the calling thread is inside of `use`, `disabled` or `rows`. (Other threads
             must not be either: their contexts know the old name.)
     """
-    root = state.unwrap(model)
-    roster = _roster(root, old, "rename an adapter")
-    checked_name(state.Layout(root), new)
-    if getattr(roster.local, "override", None) is not None or getattr(roster.local, "rows", None) is not None:
-        raise ModelError(f"cannot rename {old!r} inside of dw.use, dw.disabled or dw.rows: leave the context first")
-    for _, host in state.hosts(root):
+    layout = state.Layout(model)
+    roster = _roster(layout, old, "rename an adapter")
+    checked_name(layout, new)
+    outside_contexts([roster], f"rename {old!r}")
+    for _, host in layout.hosts():
         for table in (host.adapters._modules, host.adapters.tied):
             if old in table:
                 entries = [(new if name == old else name, value) for name, value in table.items()]
@@ -82,7 +81,8 @@ def status(model: nn.Module, name: str) -> Status:
     return next(s for s in adapters(model) if s.name == name)
 
 
-def _roster(root: nn.Module, name: str, verb: str) -> Roster:
-    state.known(root, name)
-    state.unmerged(root, verb)
-    return next(r for r in state.rosters(root) if name in r.names)
+def _roster(layout: state.Layout, name: str, verb: str) -> Roster:
+    rosters = layout.rosters()
+    state.known_in(rosters, layout.root, name)
+    state.unmerged_in(rosters, verb)
+    return one_roster(layout, verb)

@@ -6,15 +6,12 @@ subtraction. So `unmerge` is exact in any dtype, and a base that must not be wri
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key, split_key
@@ -25,10 +22,11 @@ from deltaw.errors import ConfigError, ModelError, NonFinite
 from deltaw.model import state
 from deltaw.model.activate import Choice, chosen
 from deltaw.model.changing import changing
+from deltaw.model.one_roster import one_roster
+from deltaw.model.originals import Keep, OriginalsFile
 from deltaw.model.targeting import layers_of
 from deltaw.model.ties import identity, others, refuse_one_sided, shared
 
-Keep = Literal["memory", "file"] | None
 Into = Literal["dequantized", "original"]
 INTO: tuple[Into, ...] = ("dequantized", "original")
 
@@ -81,10 +79,15 @@ class Merged:
     """What `unmerge` needs: the originals, in memory or in a file. Those kept in another form stay in memory: they are small."""
 
     names: tuple[str, ...]
+    keep: Keep
     originals: dict[str, Tensor] = field(default_factory=dict)
     forms: dict[str, FrozenWeight] = field(default_factory=dict)
-    file: Path | None = None
-    final: bool = False
+    file: OriginalsFile | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether there is no way back: the originals were not kept, or their file is gone."""
+        return self.keep is None or (self.file is not None and not self.file.path.exists())
 
 
 @dataclass
@@ -105,7 +108,8 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
     """Write the changes of `names` (default: the active adapters) into the weights, rounding once to their dtype.
 
     keep: where the originals go for `unmerge`: "memory" (costs as much as the merged weights; the report says how
-        much), "file" (a temporary safetensors file, removed by `unmerge`), or None (merged for good).
+        much), "file" (a temporary safetensors file, gone with the model, with `unmerge` or with the process), or None
+        (merged for good).
     into: for a quantised weight, the form of the result: "dequantized" or "original" (quantised again). The report
         holds the error of both.
 
@@ -119,68 +123,56 @@ def merge(model: nn.Module, names: Choice = None, keep: Keep = "memory", into: I
         raise ConfigError(f"keep={keep!r} is not one of 'memory', 'file', None")
     if into not in INTO:
         raise ConfigError(f"into={into!r} is not one of 'dequantized', 'original'")
-    root = state.unwrap(model)
-    state.unmerged(root, "merge")
-    every = state.rosters(root)
-    if not every:
+    layout = state.Layout(model)
+    root, rosters = layout.root, layout.rosters()
+    state.unmerged_in(rosters, "merge")
+    if not rosters:
         raise ModelError("nothing to merge: the model carries no adapter")
-    active = every[0].active() if names is None else chosen(root, names)
+    roster = one_roster(layout, "merge")
+    active = roster.active() if names is None else chosen(root, names)
     if not active:
         raise ModelError("nothing to merge: no adapter is active; name one, dw.merge(model, 'name')")
     changes = list(changed_weights(root, active, into))
     if not changes:
         raise ModelError(f"nothing to merge: {[n for n, _ in active]} change no weight")
 
-    merged = Merged(tuple(n for n, _ in active), final=keep is None)
+    merged = Merged(tuple(n for n, _ in active), keep)
     originals: dict[str, Tensor] = {}
     for change in changes:
         form = change.host.form_of(change.site)
         if form is not None:
-            merged.forms[change.key] = form
+            if keep is not None:
+                merged.forms[change.key] = form
         else:
             originals[change.key] = change.host.stored_parameter(change.site).data
             for path, layer, site in change.tied:
                 originals[join_key(path, site)] = stored(layer, site).data
     if keep == "file":
-        merged.file = written(originals)
+        apart = {k: t.clone(memory_format=torch.contiguous_format) for k, t in originals.items()}
+        merged.file = OriginalsFile.of(apart)
     elif keep == "memory":
         merged.originals = originals
     for change in changes:
-        write(change, into, final=keep is None)
-    for roster in every:
-        roster.merged = merged
+        write(change, into)
+    roster.merged = merged
     cost = sum(c.new.numel() * c.new.element_size() for c in changes if c.key in originals) if keep == "memory" else 0
     return MergeReport(merged.names, tuple(c.line for c in changes), cost)
 
 
-def written(originals: dict[str, Tensor]) -> Path:
-    """The originals in a temporary file; none is left behind if it cannot be written."""
-    with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
-        file = Path(handle.name)
-    try:
-        save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in originals.items()}, file)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
-    return file
-
-
-def write(change: Change, into: Into, final: bool) -> None:
+def write(change: Change, into: Into) -> None:
     """Put the new values into their place, and into those of all layers that share the parameter."""
     host, site = change.host, change.site
-    if host.form_of(site) is None:
+    form = host.form_of(site)
+    if form is None:
         host.stored_parameter(site).data = change.new
         for _, layer, other in change.tied:
             stored(layer, other).data = change.new
     elif into == "original":
+        assert change.again is not None
+        change.again.record = replace(form.record, original=None, file=None)  # the original is not that of this weight
         host.hold_form(site, change.again)
     else:
         host.hold_form(site, None, nn.Parameter(change.new, False))
-    if final and change.key in host.roster.quantized:
-        if into == "dequantized":
-            del host.roster.quantized[change.key]
-        else:  # the kept original is no longer that of this weight
-            host.roster.quantized[change.key] = replace(host.roster.quantized[change.key], original=None, file=None)
 
 
 def changed_weights(model: nn.Module, active: Active, into: Into) -> Iterator[Change]:
@@ -277,34 +269,35 @@ def merged_weight(key: str, host: Host, site: str, into: Into) -> tuple[Tensor, 
 
 @changing
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put the original weights back, bit for bit.
+    """Put the original weights back, bit for bit; after a `model.to(dtype)` rounded to the model's dtype of now.
 
     Raises:
-        ModelError: nothing is merged, or it was merged with keep=None.
+        ModelError: nothing is merged, it was merged with keep=None, or the file with the originals is gone.
     """
-    root = state.unwrap(model)
-    found = [r for r in state.rosters(root) if r.merged is not None]
-    if not found:
+    layout = state.Layout(model)
+    if all(roster.merged is None for roster in layout.rosters()):
         raise ModelError("nothing is merged")
-    merged: Merged = found[0].merged
-    if merged.final:
+    roster = one_roster(layout, "unmerge")
+    merged: Merged = roster.merged
+    if merged.keep is None:
         raise ModelError("merged with keep=None: the originals are gone; load the base model again")
-    originals = load_file(merged.file) if merged.file is not None else merged.originals
-    layers = layers_of(root)
+    otherwise = "load the base model again, or dw.detach(model) to keep what is merged for good"
+    originals = merged.originals if merged.file is None else merged.file.read(otherwise)
+    layers = layout.layers
+    strange = [key for key in {**originals, **merged.forms} if not isinstance(layers.get(split_key(key)[0]), Host)]
+    if strange:
+        raise ModelError(f"{strange[0]!r} is not in this module: call dw.unmerge on the one that was given to dw.merge")
     for key, original in originals.items():
         path, site = split_key(key)
         here = stored(layers[path], site)
-        here.data = original.to(here.device)
+        here.data = original.to(here.device, here.dtype)
     for key, form in merged.forms.items():
         path, site = split_key(key)
         host = layers[path]
         assert isinstance(host, Host)
-        device = host.stored_parameter(site).device
-        host.hold_form(site, form.to(device))
-    for roster in found:
-        roster.merged = None
-    if merged.file is not None:
-        merged.file.unlink(missing_ok=True)
+        here = host.stored_parameter(site)
+        host.hold_form(site, form.to(here.device, here.dtype))
+    roster.merged = None
     return model
 
 

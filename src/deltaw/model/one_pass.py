@@ -38,11 +38,14 @@ def sorted_groups(groups: Sequence[Group]) -> tuple[list[Group], list[int]]:
     return [(active, list(range(at, at + len(rows)))) for (active, rows), at in zip(groups, spans)], order
 
 
-class Unproven(Exception):
-    """In one pass, a layer was called otherwise than in the probe."""
+class Unproven(ModelError):
+    """In one pass, a layer was called otherwise than in the probe: the caller splits, unless that layer runs again in backward."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path} {reason}")
+        super().__init__(
+            f"dw.rows: {path} {reason}, in a part that runs again in backward (gradient checkpointing), where the batch can "
+            "no longer be split: use how='split'"
+        )
         self.path = path
         self.reason = reason
 

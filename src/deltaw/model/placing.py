@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.core.adapter import join_key
 from deltaw.core.host import FORMS, Host
 from deltaw.core.part import parameter_of
 from deltaw.core.roster import Roster
 from deltaw.core.variant import Delta
 from deltaw.errors import TargetError
 from deltaw.model import beside, first_call, targeting
+from deltaw.model.one_roster import note_frozen, one_roster, thaw
 from deltaw.model.planned import Planned, check_free, full_host
 from deltaw.model.quantizer_gate import close_gate, open_gate
 from deltaw.model.state import Layout
@@ -37,7 +37,7 @@ def place(
     begin: what a delta does with the frozen weight before its host speaks with it (start, or prepare after a load).
     notes: what the roster keeps about this adapter.
     """
-    roster = one_roster(layout)
+    roster = one_roster(layout, f"give the model an adapter {name!r}")
     try:
         for item, delta in deltas:
             host = item.layer if isinstance(item.layer, Host) else item.host.of(item.layer, roster)
@@ -60,22 +60,6 @@ def tie(item: Planned, host: Host, name: str, roster: Roster) -> None:
         follower.adapters.tied.setdefault(name, {})[other] = (host, site)
 
 
-def one_roster(layout: Layout) -> Roster:
-    """The roster of this model; parts that were adapted on their own come under one."""
-    found = layout.rosters()
-    if not found:
-        return Roster()
-    first, *others = found
-    for other in others:
-        first.names += [n for n in other.names if n not in first.names]
-        first.frozen = {**other.frozen, **first.frozen}
-        first.notes = {**other.notes, **first.notes}
-    if others:
-        for _, host in layout.hosts():
-            object.__setattr__(host, "roster", first)
-    return first
-
-
 def enter(
     layout: Layout, roster: Roster, name: str, changed: Iterable[nn.Module], *, freeze: bool, active: bool
 ) -> None:
@@ -88,9 +72,9 @@ def enter(
         roster.default = ((name, 1.0),)
     if freeze:
         keep_still(layout, roster)
-        for path, _, site, parameter in layout.parameters:
+        for _, layer, site, parameter in layout.parameters:
             if parameter.requires_grad:
-                roster.frozen.setdefault(join_key(path, site), True)
+                note_frozen(layer, site, roster)
                 parameter.requires_grad_(False)
 
 
@@ -167,7 +151,4 @@ def forget(layout: Layout, roster: Roster, name: str) -> None:
         close_gate(layout.root)
         first_call.remove(layout, roster)
         roster.merged = None
-        for path, _, site, parameter in layout.parameters:
-            if roster.frozen.get(join_key(path, site)):
-                parameter.requires_grad_(True)
-        roster.frozen.clear()
+        thaw(layout, roster)

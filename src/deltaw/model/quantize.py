@@ -6,28 +6,24 @@ are kept only if asked for: without them there is a way back to the weights that
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.core.adapter import join_key
 from deltaw.core.frozen import Form, FrozenWeight, foreign_dense
 from deltaw.core.host import Host
-from deltaw.core.roster import Roster
 from deltaw.errors import ConfigError, ModelError, NonFinite, TargetError
 from deltaw.model import state, targeting, ties
 from deltaw.model.changing import changing
 from deltaw.model.gradients import listed
-from deltaw.model.placing import one_roster, watch
+from deltaw.model.one_roster import froze, note_frozen, one_roster
+from deltaw.model.originals import Keep, OriginalsFile
+from deltaw.model.placing import watch
 from deltaw.ops.choices import Choices
-
-Keep = Literal["memory", "file"] | None
 
 
 @dataclass(frozen=True)
@@ -66,9 +62,8 @@ class Quantized:
     """What `dequantize` needs of one parameter. `original`: itself, or None if it is in `file` or not kept at all."""
 
     trained_before: bool
-    dtype: torch.dtype
     original: nn.Parameter | None = None
-    file: Path | None = None
+    file: OriginalsFile | None = None
 
     @property
     def kept(self) -> bool:
@@ -89,7 +84,8 @@ def quantize(
     """Keep the frozen weights of the layers that `targets` names in `form`, before or after adapters are attached.
 
     targets, exclude: as for `attach`; default: every linear layer but the output head.
-    keep: the originals, for `dequantize`: "memory", "file" (a temporary safetensors file), or None.
+    keep: the originals, for `dequantize`: "memory", "file" (a temporary safetensors file, gone with the model, with
+        `dequantize` or with the process), or None.
     choices: the record of the kernels that the products run on; left out, a new one, which times nothing.
 
     A weight whose outliers the form cannot hold, that is trained (it requires a gradient in a model with adapters, or an adapter trains a copy of it) or that
@@ -133,20 +129,18 @@ def quantize(
     if not ready:
         raise TargetError(f"nothing to quantize: {listed([f'{k} ({why})' for k, why in skipped.items()])}")
 
+    layout = state.Layout(root)
+    roster = one_roster(layout, "quantize")
     file = None
     if keep == "file":
-        with tempfile.NamedTemporaryFile(prefix="deltaw-originals-", suffix=".safetensors", delete=False) as handle:
-            file = Path(handle.name)
-        save_file({join_key(p, "weight"): weight_of(layer).data.contiguous() for p, layer, _, _ in ready}, file)
-    layout = state.Layout(root)
-    roster = one_roster(layout)
+        file = OriginalsFile.of({join_key(p, "weight"): weight_of(layer).data.contiguous() for p, layer, _, _ in ready})
     choices = Choices() if choices is None else choices
     for path, layer, cls, kept in ready:
         kept.name = join_key(path, "weight")
         if kept.choices is not None:
             kept.choices = choices
         host = layer if isinstance(layer, Host) else cls.of(layer, roster)
-        swap_in(host, path, kept, keep, file)
+        swap_in(host, kept, keep, file)
     watch(layout, roster)
     cost = sum(w.before for w in lines) if keep == "memory" else 0
     return QuantizeReport(tuple(lines), skipped, cost)
@@ -226,15 +220,11 @@ def line(key: str, layer: nn.Module, cls: type[Host], kept: FrozenWeight) -> Qua
     return QuantizedWeight(key, kept.form, stored.numel() * stored.element_size(), kept.nbytes, error)
 
 
-def swap_in(host: Host, path: str, kept: FrozenWeight, keep: Keep, file: Path | None) -> None:
+def swap_in(host: Host, kept: FrozenWeight, keep: Keep, file: OriginalsFile | None) -> None:
     """Put the form in the weight's place; deltas that cache something of the weight look again."""
-    key, roster, weight = join_key(path, "weight"), host.roster, weight_of(host)
-    roster.quantized[key] = Quantized(
-        weight.requires_grad or roster.frozen.get(key, False),
-        weight.dtype,
-        weight if keep == "memory" else None,
-        file,
-    )
+    weight = weight_of(host)
+    trained_before = weight.requires_grad or "weight" in froze(host)
+    kept.record = Quantized(trained_before, weight if keep == "memory" else None, file)
     host.hold_form("weight", kept)
     prepare(host)
 
@@ -251,64 +241,64 @@ def prepare(host: Host) -> None:
 def dequantize(model: nn.Module, into: Literal["original", "dense"] = "original") -> nn.Module:
     """Have plain weights again: the kept originals, bit for bit, or with into="dense" those that the codes stand for.
 
+    After a `model.to(dtype)` they are rounded to the model's dtype of now.
+
     Raises:
-        ModelError: nothing is quantised, the originals were not kept, or changes are merged into the weights.
+        ModelError: nothing is quantised, the originals were not kept or their file is gone, or changes are merged into the
+            weights.
+    If anything is wrong, the model is left as it was.
     """
     if into not in ("original", "dense"):
         raise ConfigError(f"into={into!r} is not one of 'original', 'dense'")
-    root = state.unwrap(model)
-    state.unmerged(root, "dequantize")
-    state.unsharded(root, "dequantize")
-    hosts = [(path, host) for path, host in state.hosts(root) if host.form_of("weight") is not None]
-    if not hosts:
+    layout = state.Layout(model)
+    state.unmerged_in(layout.rosters(), "dequantize")
+    layout.unsharded("dequantize")
+    forms = [(path, host, host.form_of("weight")) for path, host in layout.hosts()]
+    held = [(path, host, form) for path, host, form in forms if form is not None]
+    if not held:
         raise ModelError("nothing is quantised")
-    gone = [join_key(p, "weight") for p, h in hosts if not h.roster.quantized[join_key(p, "weight")].kept]
+    gone = [join_key(path, "weight") for path, _, form in held if not form.record.kept]
     if into == "original" and gone:
         raise ModelError(
             f"the originals of {len(gone)} weights were not kept ({listed(gone)}): quantize with keep='memory' or 'file', "
             "or pass into='dense' for the weights that the codes stand for"
         )
-    files: dict[Path, dict[str, Tensor]] = {}
-    for path, host in hosts:
-        key = join_key(path, "weight")
-        before: Quantized = host.roster.quantized.pop(key)
-        host.hold_form("weight", None, restored(host, key, before, into, files))
+    roster = one_roster(layout, "dequantize")
+    files = {} if into == "dense" else read_all(form.record for _, _, form in held)
+    for _, host, form in held:
+        host.hold_form("weight", None, restored(host, form, into, files))
         prepare(host)
-    for file in files:
-        file.unlink(missing_ok=True)
-    for roster in state.rosters(root):
-        if not roster.names:
-            release(root, roster)
+    if not roster.names:
+        for _, host in layout.hosts():
+            host.release_layer()
     return model
 
 
-def restored(host: Host, key: str, before: Quantized, into: str, files: dict[Path, dict[str, Tensor]]) -> nn.Parameter:
+def read_all(records: Iterable[Quantized]) -> dict[OriginalsFile, dict[str, Tensor]]:
+    """What is in the files of these records, all read before anything changes."""
+    otherwise = "load the base model again, or pass into='dense' for the weights that the codes stand for"
+    return {file: file.read(otherwise) for file in {r.file for r in records} if file is not None}
+
+
+def restored(
+    host: Host, form: FrozenWeight, into: str, files: Mapping[OriginalsFile, Mapping[str, Tensor]]
+) -> nn.Parameter:
     """The plain parameter again, requiring a gradient if it did and no adapter is there for which it is frozen."""
-    form = host.form_of("weight")
-    assert form is not None
-    device = form.codes.device
+    before: Quantized = form.record
+    device, dtype = form.codes.device, form.dtype
     if into == "dense":
-        parameter = nn.Parameter(host.from_matrix("weight", form.dense()).to(before.dtype).contiguous(), False)
+        parameter = nn.Parameter(host.from_matrix("weight", form.dense()).contiguous(), False)
     elif before.original is not None:
         parameter = before.original
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device, dtype)
     else:
         assert before.file is not None
-        if before.file not in files:
-            files[before.file] = load_file(before.file)
-        parameter = nn.Parameter(files[before.file][key].to(device), False)
+        parameter = nn.Parameter(files[before.file][form.name].to(device, dtype), False)
     adapted = bool(host.roster.names)
     if adapted and before.trained_before:
-        host.roster.frozen.setdefault(key, True)
+        note_frozen(host, "weight", host.roster)
     parameter.requires_grad_(before.trained_before and not adapted)
     return parameter
-
-
-def release(root: nn.Module, roster: Roster) -> None:
-    """A model without adapters and forms becomes what it was."""
-    for _, host in list(state.hosts(root)):
-        if host.roster is roster:
-            host.release_layer()
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

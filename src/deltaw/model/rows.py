@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.host import Host
+from deltaw.core.recall import in_backward
 from deltaw.core.roster import Active, Roster, Speaking
 from deltaw.errors import ConfigError, ModelError
 from deltaw.model import probe, state, targeting, trees
@@ -120,6 +121,11 @@ class Rows(AtEntry):
     def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A host was reached without passing the model's entry: rows are not known there."""
         path = next((p for p, h in self.layout.hosts() if h is host), "a layer")
+        if in_backward():
+            raise ModelError(
+                f"{path} runs again in backward (gradient checkpointing), and dw.rows was entered around the checkpoint and has "
+                "been left: enter it inside of the checkpointed function, or call backward inside of the context"
+            )
         raise ModelError(
             f"{path} was called inside of dw.rows, but not by calling the model that dw.rows was given: "
             f"call that {type(self.root).__name__}, or give dw.rows the module that you call"
@@ -192,7 +198,10 @@ class Rows(AtEntry):
         label = f"output {name!r}" if name else "the output"
         if not isinstance(first, Tensor):
             if any(type(p) is not type(first) or p != first for p in pieces):
-                raise ModelError(f"dw.rows: {label} differs between the groups of the batch and is no tensor: {pieces}")
+                raise ModelError(
+                    f"dw.rows: {label}, a {type(first).__name__}, differs between the groups of the batch and is no tensor, so "
+                    "it cannot be put together: leave it out (use_cache=False), or vouch for the layers with how='one pass'"
+                )
             return first
         sizes = [len(group) for _, group in self.groups]
         if first.ndim == 0 or (found is not None and found.outputs.get(name, 0) is None):

@@ -93,3 +93,15 @@ def test_refusals_change_nothing():
     with pytest.raises(UnknownName):
         dw.status(model, "c")
     assert [s.name for s in dw.adapters(model)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("context", [lambda m: dw.use(m, "a"), dw.disabled, lambda m: dw.rows(m, ["a", None])])
+@pytest.mark.parametrize("verb", [lambda m: dw.delete(m, "a"), dw.detach, lambda m: dw.rename(m, "a", "c")])
+def test_no_adapter_is_taken_away_from_a_context_that_may_name_it(context, verb):
+    model = model_with("a", "b")
+    expected = model(X)
+    with context(model), pytest.raises(ModelError, match="leave the context first"):
+        verb(model)
+    assert torch.equal(model(X), expected)
+    verb(model)
+    assert "a" not in [s.name for s in dw.adapters(model)]

@@ -9,7 +9,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.errors import ModelError, NonFinite
-from deltaw.model import merge as merging
+from deltaw.model import originals
 from tests.laws.conftest import shaken
 
 X = torch.randn(6, 8)
@@ -133,7 +133,7 @@ def test_a_failure_midway_leaves_the_model_unchanged(monkeypatch):
         files.append(Path(path))
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(merging, "save_file", full)
+    monkeypatch.setattr(originals, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         dw.merge(model, keep="file")
     assert not files[0].exists()
