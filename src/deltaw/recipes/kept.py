@@ -113,11 +113,14 @@ def class_names(adapter: Any) -> list[str]:
     return [f"LABEL_{i}" for i in range(rows[-1])]
 
 
-def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
-    """Scores of a kept result on `split` of its own data, or on all of other data (`data=...` among the overrides).
+def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> dict[str, Any]:
+    """Scores of a kept result on `split` of its own data, or of other data (`data=...` among the overrides).
+
+    split: None takes "test"; of other data that has no such part, all.
 
     Raises:
-        ConfigError: there is no such split, or the recipe cannot be scored. DataError: the data cannot be used.
+        ConfigError: its own data have no such split, or the recipe cannot be scored.
+        DataError: the data cannot be used, or other data have no such split.
     """
     config, facts = described(folder)
     changed = list(overrides)
@@ -125,7 +128,7 @@ def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
     if changed:
         given = config.nested()
         if other:
-            given["data"] = {k: given["data"][k] for k in ("text", "label")}
+            given["data"] = {k: given["data"][k] for k in ("text", "label")} | {"split": split}
         config = overridden(given, changed)
     recipe = recipe_of(config)
     if recipe.scored is None:
@@ -135,7 +138,7 @@ def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
     for note in task.notes:
         if other and note.startswith(DROPPED):
             print(f"note: {note}", file=sys.stderr, flush=True)
-    split = "all" if other else split
+    split = next(iter(task.splits)) if other else split or "test"
     if split not in task.splits:
         raise ConfigError(f"--split {split}: the data have {', '.join(task.splits)}")
     return {"split": split, "examples": len(task.splits[split]), **evaluate(model, task, config, split)}

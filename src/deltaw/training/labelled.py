@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from deltaw.errors import DataError, did_you_mean
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import SPLITS, Row, read_source
+from deltaw.training.rows import SPLITS, Row, part_of, read_source, to_score
 
 DROPPED = "dropped: "
 """How the note about rows that are not used begins."""
@@ -69,11 +69,7 @@ def labelled(
 ) -> LabelledText:
     """Clean and split the rows of `source` as `labelled_text` does. dropped: what the reader has dropped already."""
     if data.split is not None:
-        if data.split not in source:
-            raise DataError(
-                f"data.split={data.split!r}: {where} has {', '.join(source)}{did_you_mean(data.split, source)}"
-            )
-        source = {"train": source[data.split]}
+        source = {"train": part_of(source, where, data.split)}
     source = {
         name: source[name] for name in SPLITS if name in source
     }  # a test text is never trained on: test goes first
@@ -148,15 +144,15 @@ def _lopsided(front: Sequence[tuple[str, str]], rows: Sequence[tuple[str, str]])
 
 def all_rows(
     data: DataConfig, labels: Sequence[str], label_names: Mapping[str, str] | None = None
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """Every row of `data` (of its test split, if it has splits) for a model that knows the classes `labels`, and notes.
+) -> tuple[str, list[tuple[str, int]], list[str]]:
+    """(name, rows, notes) of what `to_score` takes of `data`, for a model that knows the classes `labels`.
 
     Raises:
-        DataError: a column is missing, nothing is usable, or a class is unknown.
+        DataError: a split or column is missing, nothing is usable, or a class is unknown.
     """
     source, where = read_source(data)
-    rows, dropped = labelled_whole(source, where, data, labels, label_names)
-    return rows, [f"data: {where}, {len(rows):,} examples", *dropped]
+    name, rows, dropped = labelled_whole(source, where, data, labels, label_names)
+    return name, rows, [f"data: {where}, {len(rows):,} examples", *dropped]
 
 
 def labelled_whole(
@@ -166,14 +162,13 @@ def labelled_whole(
     labels: Sequence[str],
     label_names: Mapping[str, str] | None = None,
     dropped: Mapping[str, int] | None = None,
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """The usable rows of `source` as `all_rows` gives them, and a line if others are not.
+) -> tuple[str, list[tuple[str, int]], list[str]]:
+    """The name and the usable rows of `source` as `all_rows` gives them, and a line if others are not.
 
     Equal ones stay, as often as they come. dropped: what the reader has dropped already.
     """
-    rows = (
-        source[data.split] if data.split is not None and data.split in source else source.get("test") or source["train"]
-    )
+    split, parts = to_score(source, where, data.split)
+    rows = [row for part in parts for row in part]
     _check_columns(rows, data, where)
     gone = Counter(dropped or {})
     index = {name: i for i, name in enumerate(labels)}
@@ -187,7 +182,7 @@ def labelled_whole(
         found.append((text, index[name]))
     if not found:
         raise DataError(f"{where}: no usable row ({_told(gone)})")
-    return found, [_told(gone)] if gone else []
+    return split, found, [_told(gone)] if gone else []
 
 
 def _check_columns(rows: Sequence[Row], data: DataConfig, where: str) -> None:

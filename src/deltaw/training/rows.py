@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltaw.errors import DataError, MissingExtra, did_you_mean
 from deltaw.training.config import DataConfig
 from deltaw.training.copies import COPIES, how_to_get, installed
 
 Row = Mapping[str, Any]
+Part = TypeVar("Part")
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -77,6 +78,28 @@ def by_split(paths: Iterable[Path]) -> dict[str, Path]:
             )
         found[split] = path
     return found
+
+
+def part_of(source: Mapping[str, Part], where: str, split: str) -> Part:
+    """The part of `source` that is called `split`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if split not in source:
+        raise DataError(f"{where} has no split {split!r}: it has {', '.join(source)}{did_you_mean(split, source)}")
+    return source[split]
+
+
+def to_score(source: Mapping[str, Part], where: str, split: str | None) -> tuple[str, list[Part]]:
+    """What of other data is scored, behind its name: `split` if one is asked for, else "test", else "all" that is there.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split is None and "test" not in source:
+        return "all", list(source.values())
+    return split or "test", [part_of(source, where, split or "test")]
 
 
 def from_hub(data: DataConfig) -> dict[str, list[Row]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import by_split
+from deltaw.training.rows import by_split, part_of, to_score
 from deltaw.training.signals_file import Signals, read_signals
 
 Array = np.ndarray[Any, Any]
@@ -34,6 +35,48 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
     Raises:
         DataError: nothing is there, a file is unreadable, or there is one class only.
     """
+    found, notes, made = _source(data, seconds)
+    if data.split is not None:
+        found = {"train": part_of(found, str(data.path), data.split)}
+    if "train" not in found:
+        raise DataError(f"{data.path}: no train split (found {', '.join(found) or 'nothing usable'})")
+    names = found["train"].names
+    for name, share in (("test", 0.0 if made else data.test), ("validation", data.validation)):
+        if name not in found and share > 0:
+            found[name], found["train"] = _cut(found["train"], share, generator("split", seed, name))
+    if data.limit is not None:
+        found["train"] = found["train"][: data.limit]
+    for name in ("train", "validation"):
+        part = found[name]
+        counts = Counter(part.labels.tolist())
+        if len(part) == 0 or (name == "train" and len(counts) < 2):
+            raise DataError(
+                f"{data.path}: {name} has {len(part):,} examples of {len(counts)} classes; two classes are needed"
+                + "".join(f" ({note})" for note in notes if note.startswith("dropped"))
+            )
+    order = [name for name in ("train", "validation", "test") if name in found]
+    for name in order:
+        counts = Counter(found[name].labels.tolist())
+        classes = ", ".join(f"{label} {counts[i]:,}" for i, label in enumerate(names))
+        notes.append(f"{name}: {len(found[name]):,} examples ({classes})")
+    return {name: found[name] for name in order}, notes
+
+
+def sounds_to_score(data: DataConfig, seconds: float | None = None) -> tuple[str, Signals, list[str]]:
+    """(name, signals, facts for the log) of what `to_score` takes of `data`. seconds, errors: as `read_sounds`."""
+    found, notes, _ = _source(data, seconds)
+    name, parts = to_score(found, str(data.path), data.split)
+    joined = replace(
+        parts[0],
+        waves=np.concatenate([part.waves for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        columns={},
+    )
+    return name, joined, [*notes, f"{name}: {len(joined):,} examples"]
+
+
+def _source(data: DataConfig, seconds: float | None) -> tuple[dict[str, Signals], list[str], bool]:
+    """The splits that are there, facts for the log, and whether they are files of signals."""
     if data.path is None:
         raise DataError(
             "no data: set data=FOLDER (`deltaw data gw --out FOLDER` makes one; or a folder with a folder of audio files per class)"
@@ -44,35 +87,9 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
     files = by_split(p for p in folder.iterdir() if p.suffix.lower() == ".safetensors")
     notes = [f"data: {data.path}"]
     found = {name: read_signals(path) for name, path in files.items()} if files else _folders(folder, seconds, notes)
-    if "train" not in found:
-        raise DataError(f"{folder}: no train split (found {', '.join(found) or 'nothing usable'})")
-    first = found["train"]
-    for name, part in found.items():
-        if (part.waves.shape[1:], part.rate, list(part.names)) != (
-            first.waves.shape[1:],
-            first.rate,
-            list(first.names),
-        ):
-            raise DataError(f"{folder}: {name} differs from train in length, channels, rate or classes")
-    for name, share in (("test", data.test if not files else 0.0), ("validation", data.validation)):
-        if name not in found and share > 0:
-            found[name], found["train"] = _cut(found["train"], share, generator("split", seed, name))
-    if data.limit is not None:
-        found["train"] = found["train"][: data.limit]
-    for name in ("train", "validation"):
-        part = found[name]
-        counts = Counter(part.labels.tolist())
-        if len(part) == 0 or (name == "train" and len(counts) < 2):
-            raise DataError(
-                f"{folder}: {name} has {len(part):,} examples of {len(counts)} classes; two classes are needed"
-                + "".join(f" ({note})" for note in notes if note.startswith("dropped"))
-            )
-    order = [name for name in ("train", "validation", "test") if name in found]
-    for name in order:
-        counts = Counter(found[name].labels.tolist())
-        classes = ", ".join(f"{label} {counts[i]:,}" for i, label in enumerate(first.names))
-        notes.append(f"{name}: {len(found[name]):,} examples ({classes})")
-    return {name: found[name] for name in order}, notes
+    if len({(part.waves.shape[1:], part.rate, tuple(part.names)) for part in found.values()}) > 1:
+        raise DataError(f"{folder}: {' and '.join(found)} differ in length, channels, rate or classes")
+    return found, notes, bool(files)
 
 
 def read_sound(path: Path, rate: float, samples: int, channels: int) -> Array:

@@ -75,6 +75,21 @@ def test_eval_scores_every_row_with_a_text_and_a_label_and_counts_the_others(del
     assert done.err == "note: dropped: 1 without text, 1 without label\n"
 
 
+def test_eval_of_other_data_scores_the_split_that_is_asked_for_or_their_test_part(deltaw, kept_run, tmp_path):
+    (tmp_path / "fold").mkdir()
+    for split, rows in (("train", 3), ("validation", 2), ("test", 1)):
+        lines = [f"a wonderful film {i},good\n" for i in range(rows)]
+        (tmp_path / "fold" / f"{split}.csv").write_text("text,label\n" + "".join(lines))
+    for given, rows in (("train", 3), ("validation", 2), ("test", 1)):
+        found = json.loads(deltaw("eval", kept_run, "data=fold", "--split", given, "--json").out)
+        assert (found["split"], found["examples"]) == (given, rows)
+    assert deltaw("eval", kept_run, "data=fold").out.startswith("split test  examples 1  ")
+    assert deltaw("eval", kept_run, "data=fold", "data.split=train").out.startswith("split train  examples 3  ")
+    assert deltaw("eval", kept_run, "data=fold/train.csv").out.startswith("split all  examples 3  ")
+    for wrong in ("data.split=validatoin", "--split=validatoin"):
+        assert "did you mean 'validation'" in deltaw("eval", kept_run, "data=fold", wrong, code=3).err
+
+
 def test_merge_gives_a_plain_model_that_says_the_same(deltaw, kept_run, tiny, tmp_path):
     deltaw("merge", kept_run, "--base", tiny / "model", "--out", "merged")
     from transformers import pipeline

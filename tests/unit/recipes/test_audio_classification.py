@@ -55,7 +55,8 @@ def test_it_learns_and_tells_new_files_apart(tones, tmp_path):
     assert results["facts"]["labels"] == ["high", "low"]
     assert results["examples"] == {"train": 38, "validation": 10, "test": 12}
     assert results["test"]["accuracy"] > 0.9
-    assert score(tmp_path / "run", [f"data={tones / 'data'}"], "test")["examples"] > 0
+    other = score(tmp_path / "run", [f"data={tones / 'data'}"])
+    assert (other["split"], other["examples"]) == ("all", 60)
     _, task, model = open_kept(tmp_path / "run")
     answers = task.predict(model, [str(tones / "data" / "low" / "0.wav"), str(tones / "data" / "high" / "1.flac")])
     low, high = (answer["probabilities"]["low"] for answer in answers)

@@ -20,8 +20,8 @@ class TextClassification(Task):
     """Sentences and their classes.
 
     label_names: what the source's labels are called, where the source only numbers them.
-    labels: the class names, in order, of a kept run. read: whether the data are wanted as well; "whole" reads all of
-        it as the one split "all".
+    labels: the class names, in order, of a kept run. read: whether the data are wanted as well; "whole" takes what
+        `to_score` does, as one split.
     """
 
     metric = "accuracy"
@@ -50,9 +50,9 @@ class TextClassification(Task):
         self.splits = {}
         self.labels = list(labels or ())
         if read == "whole":
-            rows, notes = all_rows(config.data, self.labels, label_names)
+            name, rows, notes = all_rows(config.data, self.labels, label_names)
             self.notes += notes
-            self.splits = {"all": self._tokens(rows)}
+            self.splits = {name: self._tokens(rows)}
         elif read == "splits":
             data, source = labelled_text(config.data, config.seed, label_names)
             if labels is not None and data.labels != self.labels:
