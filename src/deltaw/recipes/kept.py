@@ -20,7 +20,7 @@ from deltaw.recipes.configure import load as load_config
 from deltaw.recipes.start import PRETRAINED
 from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
-from deltaw.training.fit import evaluate
+from deltaw.training.fit import check_finite, evaluate
 from deltaw.training.labelled import DROPPED
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
@@ -120,7 +120,7 @@ def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> d
 
     Raises:
         ConfigError: its own data have no such split, or the recipe cannot be scored.
-        DataError: the data cannot be used, or other data have no such split.
+        DataError: the data cannot be used, or other data have no such split. NonFinite: the loss is not finite.
     """
     config, facts = described(folder)
     changed = list(overrides)
@@ -141,4 +141,6 @@ def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> d
     split = next(iter(task.splits)) if other else split or "test"
     if split not in task.splits:
         raise ConfigError(f"--split {split}: the data have {', '.join(task.splits)}")
-    return {"split": split, "examples": len(task.splits[split]), **evaluate(model, task, config, split)}
+    scores = evaluate(model, task, config, split)
+    check_finite(scores, split)
+    return {"split": split, "examples": len(task.splits[split]), **scores}

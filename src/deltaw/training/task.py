@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.errors import NonFinite
+
 Batch = dict[str, Any]
 
 
@@ -114,7 +116,16 @@ class Task(ABC):
 
 
 def answer(text: str, labels: Sequence[str], shares: Tensor) -> dict[str, Any]:
-    """The answer for one input of a classification. shares: the probability of every class."""
+    """The answer for one input of a classification. shares: the probability of every class.
+
+    Raises:
+        NonFinite: they are none.
+    """
+    if not shares.isfinite().all():
+        raise NonFinite(
+            f"{text[:60]!r}: the model's answer is not finite: its base or what was trained holds too large numbers, "
+            "NaN or infinity; train again with a lower lr"
+        )
     return {
         "text": text,
         "label": labels[int(shares.argmax())],

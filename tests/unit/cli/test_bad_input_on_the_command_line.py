@@ -8,6 +8,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+import deltaw as dw
+from deltaw.recipes.kept import open_kept
+
 
 @pytest.fixture
 def train(deltaw, tiny):
@@ -245,6 +248,20 @@ def test_a_loss_that_is_not_finite_ends_with_4(train, tmp_path):
     found = train("lr=1e30", "clip=null", "warmup=0", "epochs=20", code=4)
     assert "step" in found.err
     assert "lower lr" in found.err
+
+
+def test_a_model_whose_answers_are_not_finite_is_neither_kept_nor_used(train, deltaw, kept_run, tiny, tmp_path):
+    assert "the validation loss is nan" in train("lr=1e30", "batch_size=200", "warmup=0", code=4).err
+    assert not (tmp_path / "run").exists()
+    _, _, model = open_kept(kept_run)
+    for name, parameter in model.named_parameters():
+        if "adapters" in name:
+            parameter.data *= 1e30
+    dw.save(model, tmp_path / "huge")
+    for name in ("config.resolved.yaml", "run.json", "results.json"):
+        shutil.copy(kept_run / name, tmp_path / "huge")
+    assert "'a film': the model's answer is not finite" in deltaw("predict", "huge", "a film", code=4).err
+    assert "the test loss is nan" in deltaw("eval", "huge", code=4).err
 
 
 def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
