@@ -55,6 +55,10 @@ class Task(ABC):
     def new_modules(self, model: nn.Module) -> list[str]:
         """Modules that the pretrained base lacks: trained in full whatever the method."""
 
+    def drawn_modules(self) -> list[str]:
+        """Those of the new modules that the last `build` filled at random: no other copy of the base has their values."""
+        return []
+
     def prefix(self, model: nn.Module) -> str | None:
         """Path of the body: a module called once per forward, whose output is all that the head reads of the input."""
         return None

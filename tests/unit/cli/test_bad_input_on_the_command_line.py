@@ -102,8 +102,17 @@ def test_targets_that_match_nothing(train, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_a_new_classifier_that_would_be_neither_trained_nor_kept_is_refused(train, tmp_path, method):
+    said = train("train=[encoder.layer.0.attention.output.LayerNorm]", "--method", method, code=2).err
+    assert "classifier, new in this model and filled at random" in said
+    assert not (tmp_path / "run").exists()
+    train("train=[classifier.weight,classifier.bias]", "--method", method, "--dry-run", code=0)
+
+
 def test_train_that_matches_nothing(train, tmp_path):
-    assert "train='clasifier'" in train('train=["clasifier"]', code=2).err
+    assert "train='poller'" in train("train=[classifier,poller]", code=2).err
+    assert "train=[clasifier] leaves out classifier" in train("train=[clasifier]", code=2).err
     assert list(tmp_path.iterdir()) == []
 
 

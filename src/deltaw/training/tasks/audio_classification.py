@@ -173,6 +173,9 @@ class AudioClassification(Task):
     def new_modules(self, model: nn.Module) -> list[str]:
         return ["head"]
 
+    def drawn_modules(self) -> list[str]:
+        return [] if (Path(self.model_name) / WHOLE).is_file() else ["head"]
+
     def prefix(self, model: nn.Module) -> str | None:
         return "body"
 

@@ -96,6 +96,9 @@ class PhotoClassification(Task):
     def new_modules(self, model: nn.Module) -> list[str]:
         return self._new
 
+    def drawn_modules(self) -> list[str]:
+        return self._new
+
     def targets(self) -> list[str] | None:
         """Every convolution (depthwise ones left out), where all Linear layers but the head are missing; else the configuration's choice."""
         return self._convolutions

@@ -108,6 +108,9 @@ class TextClassification(Task):
             name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())
         ]
 
+    def drawn_modules(self) -> list[str]:
+        return self._new
+
     def prefix(self, model: nn.Module) -> str | None:
         name = getattr(model, "base_model_prefix", "")
         return name if name and hasattr(model, name) else None
