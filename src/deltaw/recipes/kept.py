@@ -141,6 +141,7 @@ def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> d
     split = next(iter(task.splits)) if other else split or "test"
     if split not in task.splits:
         raise ConfigError(f"--split {split}: the data have {', '.join(task.splits)}")
+    task.check_fits(model)
     scores = evaluate(model, task, config, split)
     check_finite(scores, split)
     return {"split": split, "examples": len(task.splits[split]), **scores}

@@ -55,6 +55,9 @@ class Task(ABC):
     def new_modules(self, model: nn.Module) -> list[str]:
         """Modules that the pretrained base lacks: trained in full whatever the method."""
 
+    def check_fits(self, model: nn.Module) -> None:
+        """Refuse examples that `model`, which `build` has made, cannot take. ConfigError says what to set."""
+
     def drawn_modules(self) -> list[str]:
         """Those of the new modules that the last `build` filled at random: no other copy of the base has their values."""
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_eval_of_other_data_scores_the_split_that_is_asked_for_or_their_test_par
     assert deltaw("eval", kept_run, "data=fold/train.csv").out.startswith("split all  examples 3  ")
     for wrong in ("data.split=validatoin", "--split=validatoin"):
         assert "did you mean 'validation'" in deltaw("eval", kept_run, "data=fold", wrong, code=3).err
+
+
+def test_eval_and_predict_refuse_texts_longer_than_the_model(deltaw, kept_run, tmp_path):
+    long = "film " * 80
+    (tmp_path / "long.csv").write_text(f"text,label\n{long},good\n")
+    said = deltaw("eval", kept_run, "data=long.csv", "max_length=100", code=2).err
+    assert "max_length=100: the data have texts of 82 tokens" in said
+    assert "set max_length=64" in said
+    shutil.copytree(kept_run, tmp_path / "run")
+    config = tmp_path / "run" / "config.resolved.yaml"
+    config.write_text(config.read_text().replace("max_length: ", "max_length: 1"))
+    assert "set max_length=64" in deltaw("predict", "run", long, code=2).err
 
 
 def test_merge_gives_a_plain_model_that_says_the_same(deltaw, kept_run, tiny, tmp_path):

@@ -156,10 +156,13 @@ class CausalLM(Task):
 
     def _load(self) -> nn.Module:
         model: Any = language_model(self.model_name, self.config.revision, base_dropout=self.config.base_dropout)
+        self.check_fits(model)
+        return model  # type: ignore[no-any-return]
+
+    def check_fits(self, model: nn.Module) -> None:
         longest = max((len(t.ids) for rows in self.splits.values() for row in rows for t in row), default=0)
         room = getattr(model.config, "max_position_embeddings", None)
-        check_length(longest, self.config.max_length, self.model_name, room)
-        return model  # type: ignore[no-any-return]
+        check_length(longest, self.config.max_length, self.model_name, room)  # type: ignore[arg-type]
 
     def build(self) -> nn.Module:
         model, self._base = self._base, None

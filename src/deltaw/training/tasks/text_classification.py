@@ -87,8 +87,7 @@ class TextClassification(Task):
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad
-        longest = max((len(ids) for rows in self.splits.values() for ids, _ in rows), default=0)
-        check_length(longest, self.config.max_length, self.model_name, position_rows(model))
+        self.check_fits(model)
         self._new = list(dict.fromkeys(key.rpartition(".")[0] for key in missing))
         self.model_type = model.config.model_type
         return model  # type: ignore[no-any-return]
@@ -107,6 +106,13 @@ class TextClassification(Task):
         return [
             name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())
         ]
+
+    def check_fits(self, model: nn.Module) -> None:
+        self._check_lengths(model, [row for rows in self.splits.values() for row in rows])
+
+    def _check_lengths(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> None:
+        longest = max((len(ids) for ids, _ in rows), default=0)
+        check_length(longest, self.config.max_length, self.model_name, position_rows(model))
 
     def drawn_modules(self) -> list[str]:
         return self._new
@@ -156,9 +162,8 @@ class TextClassification(Task):
         model.eval()
         found: list[Tensor] = []
         for start in range(0, len(inputs), self.config.eval_batch_size):
-            batch = self.collate(
-                self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]])
-            )
-            _, logits = self.loss(model, batch)
+            rows = self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]])
+            self._check_lengths(model, rows)
+            _, logits = self.loss(model, self.collate(rows))
             found += logits.float().softmax(-1)
         return [answer(text, self.labels, shares) for text, shares in zip(inputs, found)]
