@@ -55,7 +55,7 @@ class Task(ABC):
     def new_modules(self, model: nn.Module) -> list[str]:
         """Modules that the pretrained base lacks: trained in full whatever the method."""
 
-    def check_fits(self, model: nn.Module) -> None:
+    def check_fits(self, model: nn.Module) -> None:  # noqa: B027 (most tasks take whatever there is)
         """Refuse examples that `model`, which `build` has made, cannot take. ConfigError says what to set."""
 
     def drawn_modules(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -153,6 +154,22 @@ def test_mnist_on_real_digits_and_a_plain_module_merged_by_its_own_names(deltaw,
     for key, change in adapter.changes.items():
         assert torch.allclose(merged[key], before[key] + change.delta_weight(), atol=1e-6)
     assert torch.equal(merged["1.bias"], before["1.bias"])
+
+
+def test_a_disk_without_room_for_a_plain_model_is_told_and_the_metrics_stay(deltaw, kept_run, tiny, tmp_path):
+    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))}
+    merge = ("merge", kept_run, "--base", tiny / "model", "--out", "merged")
+    said = deltaw(*merge, code=2, **small).err
+    assert "File too large: the model cannot be written" in said
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+    data = (f"model={tiny / 'model'}", f"data={tiny / 'data.csv'}", "epochs=1", "keep_checkpoints=0", "--out", "full")
+    said = deltaw("train", "text-classification", *data, "--method", "full", code=2, **small).err
+    assert "File too large: the model cannot be written" in said
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "run.json",
+    }
 
 
 def test_a_yaml_file_of_init_runs(deltaw, tiny, tmp_path):
