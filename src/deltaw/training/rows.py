@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -25,6 +26,8 @@ SPLIT_NAMES = {
     "test": "test",
 }
 SPLITS = ("test", "validation", "train")
+HALF = re.compile("[\ud800-\udfff]")
+"""A surrogate without its other half, which JSON can write and UTF-8 cannot."""
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -138,13 +141,26 @@ def read_file(path: Path) -> Iterator[Row]:
     """The rows of one file, by its ending.
 
     Raises:
-        DataError: the file cannot be read, a column comes twice, or a row is no mapping of column names, or has more
-            values than columns.
+        DataError: the file cannot be read, a column comes twice, or a row is no mapping of column names, has more
+            values than columns, or holds a text that is none.
     """
     for number, row in enumerate(_rows(path), 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: {str(row)[:60]!r} is no object with named columns")
+        if half := next((text for text in _texts(row) if not text.isascii() and HALF.search(text)), None):
+            raise DataError(
+                f"{path}, row {number}: {half[:60]!r} holds half of a character (a lone surrogate): mend it"
+            )
         yield row
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, inside lists and objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _rows(path: Path) -> Iterator[Any]:

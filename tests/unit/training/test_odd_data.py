@@ -77,6 +77,18 @@ def test_labels_that_are_no_classes_and_a_limit_that_takes_one_away(tmp_path, wh
         labelled_text(DataConfig(path=str(tmp_path / "a.jsonl"), **settings), 0)
 
 
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_half_a_character_is_refused_with_its_row(tmp_path, column):
+    rows = [{"text": "an émigré 🎬", "label": "ä"}, {"text": "a", "label": "b", column: "odd \ud800"}]
+    for name, content in {
+        "a.jsonl": "\n".join(map(json.dumps, rows)),
+        "a.json": json.dumps([rows[0], {**rows[1], column: ["odd \ud800"]}]),
+    }.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=r"row 2: 'odd \\ud800' holds half of a character"):
+            list(read_file(tmp_path / name))
+
+
 HEADERS = {
     "another separator": ("text;label\na;1\n", r"its columns 'text;label' are separated by ';': save it with commas"),
     "capitals": (
