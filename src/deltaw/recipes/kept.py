@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import check_finite, evaluate
 from deltaw.training.labelled import DROPPED
+from deltaw.training.record import recorded
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
 
@@ -32,7 +32,7 @@ def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, 
     model: the base to use instead of the recorded one (a copy elsewhere); an adapter checks that it is the same.
 
     Raises:
-        DataError: the folder is no run and no adapter, or the run is not finished.
+        DataError: the folder is no run and no adapter, the run is not finished, or a file of it is damaged.
         ConfigError: it does not say which task it is of, or its recipe cannot predict.
         BaseMismatch: the base is another than the one that it was trained on.
     """
@@ -86,7 +86,7 @@ def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
         config = build(placed(load_config(str(folder / CONFIG)).nested(), directory_of(folder, STATUS)))
         if status(folder) != "finished":
             raise DataError(f"{folder}: the run is {status(folder)}, not finished; go on with `deltaw resume {folder}`")
-        return config, json.loads((folder / RESULTS).read_text())["facts"]
+        return config, recorded(folder / RESULTS, "facts")[0]
     if not (folder / ADAPTER_CONFIG).is_file():
         raise DataError(f"{folder} is no run ({CONFIG}) and no adapter ({ADAPTER_CONFIG})")
     adapter = read(folder)

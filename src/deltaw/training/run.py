@@ -37,7 +37,7 @@ from deltaw.training.methods import Prepared, check_method, parameters, prepare,
 from deltaw.training.place import check_place
 from deltaw.training.prefix_run import frozen_prefix
 from deltaw.training.progress import Progress
-from deltaw.training.record import METRICS, Record, jsonable
+from deltaw.training.record import METRICS, Record, jsonable, recorded
 from deltaw.training.signals import Interrupted, Stop
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task
@@ -347,12 +347,12 @@ def status(folder: Path) -> str:
     """How far the run in `folder` has come.
 
     Raises:
-        DataError: it is no run.
+        DataError: it is no run, or its file is damaged.
     """
     path = folder / STATUS
     if not path.is_file():
         raise DataError(f"{folder} is no run: it has no {STATUS}")
-    return str(json.loads(path.read_text())["state"])
+    return str(recorded(path, "state")[0])
 
 
 def _peak(device: torch.device) -> int:

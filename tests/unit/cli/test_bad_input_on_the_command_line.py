@@ -282,6 +282,16 @@ def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
     assert "\nerror: " in "\n" + deltaw("inspect", "empty", code=2).err
 
 
+def test_damaged_files_of_a_run_are_named(deltaw, kept_run, tmp_path):
+    shutil.copytree(kept_run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("[1")
+    assert "error: run/results.json is damaged" in deltaw("predict", "run", "a film", code=3).err
+    (tmp_path / "run" / "run.json").write_text("[]")
+    assert "error: run/run.json is damaged" in deltaw("resume", "run", code=3).err
+    (tmp_path / "run" / "compare.json").write_text("{}")
+    assert "error: run/compare.json is damaged" in deltaw("resume", "run", code=3).err
+
+
 def test_one_sentence_says_what_a_value_may_be(deltaw):
     said = deltaw("train", "sentiment", "lr=abc", code=2).err
     assert "lr='abc': input should be a valid number or a valid dictionary\n" in said
