@@ -6,6 +6,7 @@ DIR/[train|validation|test/]CLASS/*.wav, *.flac, *.ogg, *.mp3          (the layo
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ import numpy as np
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import by_split, part_of, to_score
+from deltaw.training.rows import SPLITS, by_split, part_of, to_score
 from deltaw.training.signals_file import Signals, read_signals
 
 Array = np.ndarray[Any, Any]
+Labelled = tuple[Path, str]
+"""A file and its class."""
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 RATE = 16_000
 LOUDEST = 1e12
@@ -35,7 +38,7 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
     Raises:
         DataError: nothing is there, a file is unreadable, or there is one class only.
     """
-    found, notes, made = _source(data, seconds)
+    found, notes, made = _source(data, seconds, distinct=True)
     if data.split is not None:
         found = {"train": part_of(found, str(data.path), data.split)}
     if "train" not in found:
@@ -63,8 +66,11 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
 
 
 def sounds_to_score(data: DataConfig, seconds: float | None = None) -> tuple[str, Signals, list[str]]:
-    """(name, signals, facts for the log) of what `to_score` takes of `data`. seconds, errors: as `read_sounds`."""
-    found, notes, _ = _source(data, seconds)
+    """(name, signals, facts for the log) of what `to_score` takes of `data`, equal ones as often as they come.
+
+    seconds, errors: as `read_sounds`.
+    """
+    found, notes, _ = _source(data, seconds, distinct=False)
     name, parts = to_score(found, str(data.path), data.split)
     joined = replace(
         parts[0],
@@ -75,8 +81,11 @@ def sounds_to_score(data: DataConfig, seconds: float | None = None) -> tuple[str
     return name, joined, [*notes, f"{name}: {len(joined):,} examples"]
 
 
-def _source(data: DataConfig, seconds: float | None) -> tuple[dict[str, Signals], list[str], bool]:
-    """The splits that are there, facts for the log, and whether they are files of signals."""
+def _source(data: DataConfig, seconds: float | None, *, distinct: bool) -> tuple[dict[str, Signals], list[str], bool]:
+    """The splits that are there, facts for the log, and whether they are files of signals.
+
+    distinct: of equal audio files one is taken, and nothing that another split has.
+    """
     if data.path is None:
         raise DataError(
             "no data: set data=FOLDER (`deltaw data gw --out FOLDER` makes one; or a folder with a folder of audio files per class)"
@@ -86,7 +95,11 @@ def _source(data: DataConfig, seconds: float | None) -> tuple[dict[str, Signals]
         raise DataError(f"data={data.path}: no such folder; `deltaw data gw --out {data.path}` makes one")
     files = by_split(p for p in folder.iterdir() if p.suffix.lower() == ".safetensors")
     notes = [f"data: {data.path}"]
-    found = {name: read_signals(path) for name, path in files.items()} if files else _folders(folder, seconds, notes)
+    found = (
+        {name: read_signals(path) for name, path in files.items()}
+        if files
+        else _folders(folder, seconds, notes, distinct=distinct)
+    )
     if len({(part.waves.shape[1:], part.rate, tuple(part.names)) for part in found.values()}) > 1:
         raise DataError(f"{folder}: {' and '.join(found)} differ in length, channels, rate or classes")
     return found, notes, bool(files)
@@ -117,7 +130,7 @@ def read_sound(path: Path, rate: float, samples: int, channels: int) -> Array:
     return np.pad(waves, ((0, 0), (0, samples - waves.shape[1])))
 
 
-def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str, Signals]:
+def _folders(folder: Path, seconds: float | None, notes: list[str], *, distinct: bool) -> dict[str, Signals]:
     parts = by_split(p for p in folder.iterdir() if p.is_dir()) or {"train": folder}
     listed = {
         split: [(file, one.name) for one in sorted(part.iterdir()) if one.is_dir() for file in sorted(one.rglob("*"))]
@@ -131,6 +144,8 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
             "wanted: one folder of audio files per class"
         )
     dropped: Counter[str] = Counter()
+    if distinct:
+        listed = _distinct(listed, dropped)
     read: dict[str, list[tuple[Array, int]]] = {}
     for split, files in listed.items():
         read[split] = []
@@ -151,7 +166,7 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
     cut = sum(len(wave) > samples for rows in read.values() for wave, _ in rows)
     if cut:
         dropped[f"(only their ends beyond {samples / RATE:g} s)"] = cut
-    if dropped:
+    if dropped := +dropped:
         notes.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
     return {
         split: Signals(
@@ -164,6 +179,35 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
         for split, rows in read.items()
         if rows
     }
+
+
+def _distinct(listed: dict[str, list[Labelled]], dropped: Counter[str]) -> dict[str, list[Labelled]]:
+    """Every content once, with its one class; what a held-out split has is not trained on."""
+    claimed: set[str] = set()
+    kept: dict[str, list[Labelled]] = {split: [] for split in listed}
+    for split in (name for name in SPLITS if name in listed):
+        equal: dict[str, list[Labelled]] = {}
+        for file, label in listed[split]:
+            equal.setdefault(_content(file), []).append((file, label))
+        for content, same in equal.items():
+            if content in claimed:
+                dropped["also in another split"] += len(same)
+                continue
+            dropped["duplicate"] += len(same) - 1
+            if len({label for _, label in same}) > 1:
+                dropped["with contradicting labels"] += 1
+                continue
+            claimed.add(content)
+            kept[split].append(same[0])
+    return kept
+
+
+def _content(file: Path) -> str:
+    """What tells two files apart: the sha256 of their bytes, or their names where they have none."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return str(file)
 
 
 def _audio(path: Path) -> tuple[Array, float]:
