@@ -94,6 +94,7 @@ def labelled(
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
     why = f" ({_told(gone)})" if gone else ""
+    _check_spelling(labels, where)
     if len(labels) < 2:
         raise DataError(
             f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}{why}; "
@@ -222,10 +223,27 @@ def _natural(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
+def _check_spelling(labels: Iterable[str], where: str) -> None:
+    """Refuse two labels that are one number to Python: 1 and 1.0, or True and 1."""
+    spelt: dict[float, str] = {}
+    for label in labels:
+        _, number, _ = _natural(label)
+        if label in ("True", "False"):
+            number = float(label == "True")
+        elif label != f"{number:.0f}" and label != str(number):  # 01 and 1 may be two codes
+            continue
+        if number in spelt:
+            raise DataError(f"{where}: the labels {spelt[number]!r} and {label!r} are one number: write it in one way")
+        spelt[number] = label
+
+
 def _usable(rows: Iterable[Row], data: DataConfig, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
     """The text and the label of every row that has both."""
     for row in rows:
         text, label = row.get(data.text), row.get(data.label)
+        if text is not None and text == text and not isinstance(text, str):
+            dropped[f"whose text is of the kind {type(text).__name__}"] += 1
+            continue
         text = text.strip() if isinstance(text, str) else ""
         label = "" if label is None or label != label else str(label).strip()  # NaN, the missing number, is not itself
         if not text:
