@@ -25,6 +25,9 @@ from deltaw.training.record import recorded
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
 
+USED = ("data", "model", "revision", "max_length", "eval_batch_size", "bucket")
+"""Keys of a configuration that scoring reads, beside the recipe's own."""
+
 
 def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, nn.Module]:
     """(configuration, task without data, model with the trained change) of a run or adapter folder.
@@ -113,13 +116,24 @@ def class_names(adapter: Any) -> list[str]:
     return [f"LABEL_{i}" for i in range(rows[-1])]
 
 
+def _check_used(before: RunConfig, now: RunConfig) -> None:
+    """Refuse settings that decide how a result is trained, which scoring it cannot change."""
+    old, new = before.nested(), now.nested()
+    used = (*USED, now.recipe)
+    if idle := [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in used]:
+        raise ConfigError(
+            f"{', '.join(idle)}: a setting of training, which changes nothing in a kept result; "
+            f"what can be set to score one: {', '.join(used)}"
+        )
+
+
 def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> dict[str, Any]:
     """Scores of a kept result on `split` of its own data, or of other data (`data=...` among the overrides).
 
     split: None takes "test"; of other data that has no such part, all.
 
     Raises:
-        ConfigError: its own data have no such split, or the recipe cannot be scored.
+        ConfigError: its own data have no such split, the recipe cannot be scored, or an override is a setting of training.
         DataError: the data cannot be used, or other data have no such split. NonFinite: the loss is not finite.
     """
     config, facts = described(folder)
@@ -129,7 +143,8 @@ def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> d
         given = config.nested()
         if other:
             given["data"] = {k: given["data"][k] for k in ("text", "label")} | {"split": split}
-        config = overridden(given, changed)
+        before, config = config, overridden(given, changed)
+        _check_used(before, config)
     recipe = recipe_of(config)
     if recipe.scored is None:
         raise ConfigError(f"{folder}: results of the recipe {recipe.name!r} cannot be scored")

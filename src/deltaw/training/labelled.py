@@ -14,6 +14,8 @@ from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
 from deltaw.training.rows import SPLITS, Row, part_of, read_source, to_score
 
+SHOWN = 60
+"""Characters of a class name that are shown."""
 DROPPED = "dropped: "
 """How the note about rows that are not used begins."""
 
@@ -32,11 +34,16 @@ class LabelledText:
         for name, rows in self.splits.items():
             counts = Counter(label for _, label in rows)
             lines.append(
-                f"{name}: {len(rows):,} examples ({', '.join(f'{self.labels[i]} {counts[i]:,}' for i in range(len(self.labels)))})"
+                f"{name}: {len(rows):,} examples ({', '.join(f'{short(self.labels[i])} {counts[i]:,}' for i in range(len(self.labels)))})"
             )
         if self.dropped:
             lines.append(_told(self.dropped))
         return lines
+
+
+def short(name: str) -> str:
+    """A class name as a line for people shows it."""
+    return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
 
 
 def _told(dropped: Mapping[str, int]) -> str:

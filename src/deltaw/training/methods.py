@@ -52,7 +52,7 @@ def check_method(config: RunConfig) -> None:
     Raises:
         UnknownName, ConfigError: see the message.
     """
-    name, _, rank = config.method.partition(":")
+    name, colon, _ = config.method.partition(":")
     if config.quantize is not None and config.quantize not in forms:
         raise UnknownName(
             f"quantize={config.quantize!r}: no such form{did_you_mean(config.quantize, [k for k, _ in forms.items()])} "
@@ -67,7 +67,7 @@ def check_method(config: RunConfig) -> None:
             f"compact=true with precision={config.precision}: what is saved is 16 bit already; choose one of the two"
         )
     if name in WHOLE:
-        if rank:
+        if colon:
             raise ConfigError(f"method {config.method!r}: {name!r} has no rank")
         return
     if name not in variants:

@@ -44,6 +44,8 @@ WRONG = {
     "method twice": (["compare", "sentiment", "--methods", "lora,lora"], "given twice"),
     "rank 0": (["train", "sentiment", "lora.rank=0"], "rank=0: must be a whole number of at least 1"),
     "rank negative": (["train", "sentiment", "--method", "lora:-3"], "after the colon comes a rank"),
+    "rank left out": (["train", "sentiment", "--method", "lora:"], "after the colon comes a rank"),
+    "colon of a method without rank": (["train", "sentiment", "--method", "full:"], "'full' has no rank"),
     "rank a bool": (["train", "sentiment", "lora.rank=true"], "rank=True: must be a whole number"),
     "alpha 0": (["train", "sentiment", "lora.alpha=0"], "alpha=0: must be a finite number above 0"),
     "alpha negative": (["train", "sentiment", "alpha=-1"], "must be a finite number above 0"),
@@ -295,6 +297,11 @@ def test_damaged_files_of_a_run_are_named(deltaw, kept_run, tmp_path):
 def test_one_sentence_says_what_a_value_may_be(deltaw):
     said = deltaw("train", "sentiment", "lr=abc", code=2).err
     assert "lr='abc': input should be a valid number or a valid dictionary\n" in said
+
+
+def test_eval_refuses_settings_of_training(deltaw, kept_run):
+    said = deltaw("eval", kept_run, "lora.rank=2", "epochs=9", "eval_batch_size=8", code=2).err
+    assert "error: epochs, lora: a setting of training" in said or "error: lora, epochs: a setting of training" in said
 
 
 def test_debug_shows_the_traceback(deltaw):

@@ -92,6 +92,14 @@ def test_half_a_character_is_refused_with_its_row(tmp_path, column):
             list(read_file(tmp_path / name))
 
 
+def test_a_very_long_class_name_is_shown_shortened(tmp_path):
+    rows = [json.dumps({"text": f"text {i}", "label": ("long " * 9999, "b")[i % 2]}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found, _ = labelled_text(DataConfig(path=str(tmp_path / "a.jsonl")), 0)
+    assert max(map(len, found.labels)) > 40_000
+    assert max(map(len, found.notes())) < 200
+
+
 def test_codes_with_a_leading_zero_are_labels_of_their_own(tmp_path):
     lines = [f"text {i},{('1', '01')[i % 2]}\n" for i in range(40)]
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(lines))

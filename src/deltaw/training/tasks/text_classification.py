@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import RunConfig
 from deltaw.training.hub import check_length, load_pretrained, position_rows, quiet_transformers, resolve
-from deltaw.training.labelled import all_rows, labelled_text
+from deltaw.training.labelled import all_rows, labelled_text, short
 from deltaw.training.task import Batch, Classified, Task, answer
 
 
@@ -142,7 +142,7 @@ class TextClassification(Task):
 
     def render(self, example: tuple[list[int], int]) -> str:
         ids, label = example
-        return f"{self.labels[label]}  <-  {self.tokenizer.decode(ids)}"
+        return f"{short(self.labels[label])}  <-  {self.tokenizer.decode(ids)}"
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
