@@ -16,6 +16,8 @@ from deltaw.ops.product import Product
 
 RESOLUTION = 1e-7
 """Singular values below this share of the largest are rounding of fp32 factors, and their directions mean nothing."""
+ROUNDING = 1e-13
+"""What cancels in a product of two factors leaves a rest of up to so much of their norms' product: A - A is no change."""
 
 
 class Directions(NamedTuple):
@@ -75,7 +77,10 @@ def directions(adapter: Adapter, base: Base | None = None) -> Found:
     found: dict[str, Directions] = {}
     for matter, matrix in matrices(adapter, base, skipped):
         parts = matrix.svd() if isinstance(matrix, Product) else torch.linalg.svd(matrix, full_matrices=False)
-        found[matter.name] = without_noise(parts[0], parts[1], parts[2], matter)
+        lost = 0.0
+        if isinstance(matrix, Product):
+            lost = ROUNDING * abs(matrix.scale) * float(matrix.left.double().norm() * matrix.right.double().norm())
+        found[matter.name] = without_noise(parts[0], parts[1], parts[2], matter, lost)
     return found, skipped
 
 
@@ -105,9 +110,9 @@ def matrices(adapter: Adapter, base: Base | None, skipped: dict[str, str]) -> It
             yield Matter(key, change, n if stacked else None), matrix
 
 
-def without_noise(U: Tensor, S: Tensor, Vh: Tensor, of: Matter) -> Directions:
-    """The decomposition without what is below `RESOLUTION` of the largest singular value."""
-    keep = int((RESOLUTION * S[:1] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
+def without_noise(U: Tensor, S: Tensor, Vh: Tensor, of: Matter, lost: float = 0.0) -> Directions:
+    """The decomposition without what is below `RESOLUTION` of the largest singular value, or not above `lost`."""
+    keep = int(((RESOLUTION * S[:1] < S) & (lost < S)).sum())
     return Directions(U[:, :keep], S[:keep], Vh[:keep], of)
 
 

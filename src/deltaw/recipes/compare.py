@@ -28,7 +28,7 @@ from deltaw.training.config import RunConfig
 from deltaw.training.methods import check_method
 from deltaw.training.place import check_place
 from deltaw.training.plots import draw
-from deltaw.training.record import read_record
+from deltaw.training.record import read_record, recorded
 from deltaw.training.report import page, report, results_json
 from deltaw.training.run import RESULTS, status
 from deltaw.training.signals import Interrupted
@@ -100,8 +100,8 @@ def compare(
 def resume(folder: Path) -> tuple[list[Compared], str, str]:
     """Go on with the comparison in `folder`."""
     with as_begun(folder, PLAN) as there:
-        asked = json.loads((there / PLAN).read_text())
-        return compare({name: build(nested) for name, nested in asked["runs"].items()}, there, asked["command"])
+        runs, command = recorded(there / PLAN, "runs", "command")
+        return compare({name: build(nested) for name, nested in runs.items()}, there, command)
 
 
 def _run(folder: Path, name: str, config: RunConfig, aside: bool) -> None:

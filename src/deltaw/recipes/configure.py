@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from deltaw.core.registry import variants
 from deltaw.errors import ConfigError, UnknownName, did_you_mean
 from deltaw.recipes.recipe import Recipe, recipes
-from deltaw.training.config import DataConfig, RunConfig, check, check_method_sections
+from deltaw.training.config import DataConfig, RunConfig, Section, check, check_method_sections
 from deltaw.training.methods import known_methods
 
 ALIASES = {
@@ -126,6 +127,7 @@ INNER = {
 
 NAMES = re.compile(r"[A-Za-z_][\w.\-]*(,[A-Za-z_][\w.\-]*)+")
 """targets=q_proj,v_proj: several plain names in one text (a regex with a comma has other signs as well)."""
+NOTHING = ("", "null", "~")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -168,7 +170,8 @@ def lay_over(given: dict[str, Any], overrides: Iterable[str]) -> None:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"{text!r} is not of the form key=value")
-        _merge(given, _dotted(key.strip().lstrip("-"), parse(value)), text)
+        name = key.strip().lstrip("-")
+        _merge(given, _dotted(name, as_text(value) if takes_text(name) else parse(value)), text)
 
 
 def build(given: Mapping[str, Any]) -> RunConfig:
@@ -233,6 +236,29 @@ def parse(text: str) -> Any:
         return _coerced(plain(text))
     except yaml.YAMLError:
         return text
+
+
+def takes_text(key: str) -> bool:
+    """Whether the value of `key` is a text whatever it looks like: a path, a column, a name."""
+    outer, _, inner = ALIASES.get(key, key).partition(".")
+    outer = ALIASES.get(outer, outer)
+    section: type[Section] = RunConfig
+    if outer == "data":
+        section, inner = DataConfig, INNER.get(inner, inner) or "path"
+    elif inner:
+        section = recipes[outer].options if outer in recipes else Section
+    else:
+        inner = outer
+    if inner not in section.model_fields:
+        return False
+    kind = section.model_fields[inner].annotation
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return all(each in (str, NoneType) or get_origin(each) is Literal for each in kinds)
+
+
+def as_text(value: str) -> Any:
+    """`value` as it is typed, unless it is quoted, null, or a section in braces."""
+    return parse(value) if value.strip() in NOTHING or value.strip()[0] in "'\"{" else value.strip()
 
 
 def plain(text: str) -> Any:

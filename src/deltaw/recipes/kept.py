@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,14 @@ from deltaw.recipes.configure import load as load_config
 from deltaw.recipes.start import PRETRAINED
 from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
-from deltaw.training.fit import evaluate
+from deltaw.training.fit import check_finite, evaluate
 from deltaw.training.labelled import DROPPED
+from deltaw.training.record import recorded
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
+
+USED = ("data", "model", "revision", "max_length", "eval_batch_size", "bucket")
+"""Keys of a configuration that scoring reads, beside the recipe's own."""
 
 
 def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, nn.Module]:
@@ -32,7 +35,7 @@ def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, 
     model: the base to use instead of the recorded one (a copy elsewhere); an adapter checks that it is the same.
 
     Raises:
-        DataError: the folder is no run and no adapter, or the run is not finished.
+        DataError: the folder is no run and no adapter, the run is not finished, or a file of it is damaged.
         ConfigError: it does not say which task it is of, or its recipe cannot predict.
         BaseMismatch: the base is another than the one that it was trained on.
     """
@@ -86,7 +89,7 @@ def described(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
         config = build(placed(load_config(str(folder / CONFIG)).nested(), directory_of(folder, STATUS)))
         if status(folder) != "finished":
             raise DataError(f"{folder}: the run is {status(folder)}, not finished; go on with `deltaw resume {folder}`")
-        return config, json.loads((folder / RESULTS).read_text())["facts"]
+        return config, recorded(folder / RESULTS, "facts")[0]
     if not (folder / ADAPTER_CONFIG).is_file():
         raise DataError(f"{folder} is no run ({CONFIG}) and no adapter ({ADAPTER_CONFIG})")
     adapter = read(folder)
@@ -113,11 +116,25 @@ def class_names(adapter: Any) -> list[str]:
     return [f"LABEL_{i}" for i in range(rows[-1])]
 
 
-def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
-    """Scores of a kept result on `split` of its own data, or on all of other data (`data=...` among the overrides).
+def _check_used(before: RunConfig, now: RunConfig) -> None:
+    """Refuse settings that decide how a result is trained, which scoring it cannot change."""
+    old, new = before.nested(), now.nested()
+    used = (*USED, now.recipe)
+    if idle := [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in used]:
+        raise ConfigError(
+            f"{', '.join(idle)}: a setting of training, which changes nothing in a kept result; "
+            f"what can be set to score one: {', '.join(used)}"
+        )
+
+
+def score(folder: Path, overrides: Iterable[str], split: str | None = None) -> dict[str, Any]:
+    """Scores of a kept result on `split` of its own data, or of other data (`data=...` among the overrides).
+
+    split: None takes "test"; of other data that has no such part, all.
 
     Raises:
-        ConfigError: there is no such split, or the recipe cannot be scored. DataError: the data cannot be used.
+        ConfigError: its own data have no such split, the recipe cannot be scored, or an override is a setting of training.
+        DataError: the data cannot be used, or other data have no such split. NonFinite: the loss is not finite.
     """
     config, facts = described(folder)
     changed = list(overrides)
@@ -125,8 +142,9 @@ def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
     if changed:
         given = config.nested()
         if other:
-            given["data"] = {k: given["data"][k] for k in ("text", "label")}
-        config = overridden(given, changed)
+            given["data"] = {k: given["data"][k] for k in ("text", "label")} | {"split": split}
+        before, config = config, overridden(given, changed)
+        _check_used(before, config)
     recipe = recipe_of(config)
     if recipe.scored is None:
         raise ConfigError(f"{folder}: results of the recipe {recipe.name!r} cannot be scored")
@@ -135,7 +153,10 @@ def score(folder: Path, overrides: Iterable[str], split: str) -> dict[str, Any]:
     for note in task.notes:
         if other and note.startswith(DROPPED):
             print(f"note: {note}", file=sys.stderr, flush=True)
-    split = "all" if other else split
+    split = next(iter(task.splits)) if other else split or "test"
     if split not in task.splits:
         raise ConfigError(f"--split {split}: the data have {', '.join(task.splits)}")
-    return {"split": split, "examples": len(task.splits[split]), **evaluate(model, task, config, split)}
+    task.check_fits(model)
+    scores = evaluate(model, task, config, split)
+    check_finite(scores, split)
+    return {"split": split, "examples": len(task.splits[split]), **scores}

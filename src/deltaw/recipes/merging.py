@@ -32,6 +32,7 @@ from deltaw.model.attach import detach
 from deltaw.model.merge import MergeReport, merge
 from deltaw.ops.product import Product
 from deltaw.training.checkpoint import open_modes
+from deltaw.training.full_disk import writing
 from deltaw.training.hub import load_pretrained, quiet_transformers, resolve
 
 AUTO = {
@@ -68,6 +69,7 @@ def merge_folder(base: str, adapter: Path, out: Path, *, allow_base_mismatch: bo
     Raises:
         ConfigError: `out` exists. DataError: `base` is missing or unreadable.
         BaseMismatch: the adapter was trained on other weights. AdapterError, NonFinite, ModelError: as dw.load and dw.merge.
+        OSError: the disk is full or unwritable.
     In every case `out` is whole or not there.
     """
     if out.exists():
@@ -223,10 +225,7 @@ def aside(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     draft.mkdir()
-    try:
+    with writing(draft):
         yield draft
         open_modes(draft)
         draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise

@@ -85,14 +85,16 @@ def _known(config: RunConfig, facts: Mapping[str, Any], data: Mapping[str, Pictu
 def scored(config: RunConfig, facts: Mapping[str, Any], other: bool) -> Task:
     """The task with its data."""
     from deltaw.training.pictures import read_pictures
+    from deltaw.training.rows import to_score
 
     if not other:
         return task(config)
     found, where = read_pictures(config.data.path or Options.model_validate(config.options).source)
-    whole, shape, classes = found.get("test", found["train"]), tuple(facts["picture"]), len(facts["labels"])
+    name, (whole,) = to_score(found, where, config.data.split)
+    shape, classes = tuple(facts["picture"]), len(facts["labels"])
     if whole.images.shape[1:] != shape or whole.labels.max() >= classes:
         raise DataError(f"{where}: the kept result knows pictures of {shape} and the classes 0 .. {classes - 1} only")
-    return _known(config, facts, {"all": whole})
+    return _known(config, facts, {name: whole})
 
 
 def pretrain(config: RunConfig) -> RunConfig | None:

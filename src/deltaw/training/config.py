@@ -182,7 +182,7 @@ def method_variant(config: RunConfig, method: str | None = None) -> Variant:
     A method whose class extends another's (DoRA extends LoRA) takes that one's section first, so `lora.rank=4` is the
     rank of both unless `dora.rank` says otherwise.
     """
-    name, _, rank = (method or config.method).partition(":")
+    name, colon, rank = (method or config.method).partition(":")
     cls = variants[name]
     known = {f.name for f in dataclasses.fields(cls)}
     options: dict[str, Any] = {}
@@ -190,8 +190,8 @@ def method_variant(config: RunConfig, method: str | None = None) -> Variant:
         kind = ancestor.__dict__.get("kind")
         if isinstance(kind, str):
             options.update({k: v for k, v in config.methods.get(kind, {}).items() if k in known})
-    if rank:
-        if not rank.isdigit():
+    if colon:
+        if not rank.isdecimal():
             raise ConfigError(f"method {name}:{rank}: after the colon comes a rank, for example {name}:8")
         options["rank"] = int(rank)
     if "rank" in options and "rank" not in known:

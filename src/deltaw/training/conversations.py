@@ -20,7 +20,7 @@ import yaml
 from deltaw.errors import DataError
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import SPLITS, read_source
+from deltaw.training.rows import SPLITS, part_of, read_source, to_score
 
 Message = dict[str, str]
 Conversation = list[Message]
@@ -126,18 +126,15 @@ def conversations(data: DataConfig, seed: int) -> Conversations:
     Raises:
         DataError: nothing usable is left; the message holds the reasons.
     """
-    source, where = corpus() if data.path == CORPUS else read_source(data)
+    source, where = _source(data)
     if data.split is not None:
-        if data.split not in source:
-            raise DataError(f"data.split={data.split!r}: {where} has {', '.join(source)}")
-        source = {"train": source[data.split]}
+        source = {"train": part_of(source, where, data.split)}
     dropped: Counter[str] = Counter()
     claimed: set[str] = set()
     clean = {name: _clean(source[name], claimed, dropped) for name in SPLITS if name in source}
     groups = list(clean.pop("train", {}).values())
     if not groups:
-        reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "there are no rows"
-        raise DataError(f"{where}: no usable conversation ({reasons}); wanted: {KINDS}")
+        raise _nothing(where, dropped)
     groups = [groups[i] for i in generator("split", seed).permutation(len(groups))]
     found = {name: _flat(part.values()) for name, part in clean.items()}
     total = sum(map(len, groups))
@@ -150,6 +147,26 @@ def conversations(data: DataConfig, seed: int) -> Conversations:
     if not found["train"] or not found.get("validation"):
         raise DataError(f"{where}: {total:,} conversations are too few to hold any out for validation")
     return Conversations({n: found[n] for n in reversed(SPLITS) if found.get(n)}, where, dict(dropped))
+
+
+def conversations_to_score(data: DataConfig) -> Conversations:
+    """What `to_score` takes of `data`, as one split. Raises DataError: nothing is usable, or there is no such split."""
+    source, where = _source(data)
+    name, parts = to_score(source, where, data.split)
+    dropped: Counter[str] = Counter()
+    found = _flat(_clean((row for part in parts for row in part), set(), dropped).values())
+    if not found:
+        raise _nothing(where, dropped)
+    return Conversations({name: found}, where, dict(dropped))
+
+
+def _source(data: DataConfig) -> tuple[Mapping[str, Sequence[Mapping[str, Any]]], str]:
+    return corpus() if data.path == CORPUS else read_source(data)
+
+
+def _nothing(where: str, dropped: Mapping[str, int]) -> DataError:
+    reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "there are no rows"
+    return DataError(f"{where}: no usable conversation ({reasons}); wanted: {KINDS}")
 
 
 def _flat(groups: Iterable[Iterable[Conversation]]) -> list[Conversation]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -391,8 +391,14 @@ class Fit:
     # ---- evaluation
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Loss and scores over a split, model in eval mode. Every process computes all of it."""
-        return evaluate(self.model, self.task, self.config, split, self._loss, self.recorded.get(split))
+        """Loss and scores over a split, model in eval mode. Every process computes all of it.
+
+        Raises:
+            NonFinite: the loss is not finite.
+        """
+        scores = evaluate(self.model, self.task, self.config, split, self._loss, self.recorded.get(split))
+        check_finite(scores, split)
+        return scores
 
     def _lengths(self, split: str) -> Sequence[int] | None:
         return self.task.lengths(split) if self.config.bucket else None
@@ -429,6 +435,19 @@ def evaluate(
             loss_sum += loss.item()
             tally.add(outputs, batch)
     return {"loss": loss_sum / weight, **tally.scores()}
+
+
+def check_finite(scores: Mapping[str, float], split: str) -> None:
+    """Refuse scores whose loss is not finite: every other number among them may look fine.
+
+    Raises:
+        NonFinite: it is not.
+    """
+    if not math.isfinite(scores["loss"]):
+        raise NonFinite(
+            f"the {split} loss is {scores['loss']}, an answer of the model is not finite: lower lr in training, "
+            f"or look at the base and the {split} data"
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

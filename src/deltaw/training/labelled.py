@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from deltaw.errors import DataError, did_you_mean
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import SPLITS, Row, read_source
+from deltaw.training.rows import SPLITS, Row, part_of, read_source, to_score
 
+SHOWN = 60
+"""Characters of a class name that are shown."""
 DROPPED = "dropped: "
 """How the note about rows that are not used begins."""
 
@@ -32,11 +34,16 @@ class LabelledText:
         for name, rows in self.splits.items():
             counts = Counter(label for _, label in rows)
             lines.append(
-                f"{name}: {len(rows):,} examples ({', '.join(f'{self.labels[i]} {counts[i]:,}' for i in range(len(self.labels)))})"
+                f"{name}: {len(rows):,} examples ({', '.join(f'{short(self.labels[i])} {counts[i]:,}' for i in range(len(self.labels)))})"
             )
         if self.dropped:
             lines.append(_told(self.dropped))
         return lines
+
+
+def short(name: str) -> str:
+    """A class name as a line for people shows it."""
+    return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
 
 
 def _told(dropped: Mapping[str, int]) -> str:
@@ -69,11 +76,7 @@ def labelled(
 ) -> LabelledText:
     """Clean and split the rows of `source` as `labelled_text` does. dropped: what the reader has dropped already."""
     if data.split is not None:
-        if data.split not in source:
-            raise DataError(
-                f"data.split={data.split!r}: {where} has {', '.join(source)}{did_you_mean(data.split, source)}"
-            )
-        source = {"train": source[data.split]}
+        source = {"train": part_of(source, where, data.split)}
     source = {
         name: source[name] for name in SPLITS if name in source
     }  # a test text is never trained on: test goes first
@@ -98,6 +101,7 @@ def labelled(
     clean["train"] = rows[: data.limit]
     labels = sorted({label for part in clean.values() for _, label in part}, key=_natural)
     why = f" ({_told(gone)})" if gone else ""
+    _check_spelling(labels, where)
     if len(labels) < 2:
         raise DataError(
             f"{where}: {'no usable row' if not labels else f'only one class, {labels[0]!r}'}{why}; "
@@ -148,15 +152,15 @@ def _lopsided(front: Sequence[tuple[str, str]], rows: Sequence[tuple[str, str]])
 
 def all_rows(
     data: DataConfig, labels: Sequence[str], label_names: Mapping[str, str] | None = None
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """Every row of `data` (of its test split, if it has splits) for a model that knows the classes `labels`, and notes.
+) -> tuple[str, list[tuple[str, int]], list[str]]:
+    """(name, rows, notes) of what `to_score` takes of `data`, for a model that knows the classes `labels`.
 
     Raises:
-        DataError: a column is missing, nothing is usable, or a class is unknown.
+        DataError: a split or column is missing, nothing is usable, or a class is unknown.
     """
     source, where = read_source(data)
-    rows, dropped = labelled_whole(source, where, data, labels, label_names)
-    return rows, [f"data: {where}, {len(rows):,} examples", *dropped]
+    name, rows, dropped = labelled_whole(source, where, data, labels, label_names)
+    return name, rows, [f"data: {where}, {len(rows):,} examples", *dropped]
 
 
 def labelled_whole(
@@ -166,14 +170,13 @@ def labelled_whole(
     labels: Sequence[str],
     label_names: Mapping[str, str] | None = None,
     dropped: Mapping[str, int] | None = None,
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """The usable rows of `source` as `all_rows` gives them, and a line if others are not.
+) -> tuple[str, list[tuple[str, int]], list[str]]:
+    """The name and the usable rows of `source` as `all_rows` gives them, and a line if others are not.
 
     Equal ones stay, as often as they come. dropped: what the reader has dropped already.
     """
-    rows = (
-        source[data.split] if data.split is not None and data.split in source else source.get("test") or source["train"]
-    )
+    split, parts = to_score(source, where, data.split)
+    rows = [row for part in parts for row in part]
     _check_columns(rows, data, where)
     gone = Counter(dropped or {})
     index = {name: i for i, name in enumerate(labels)}
@@ -187,7 +190,7 @@ def labelled_whole(
         found.append((text, index[name]))
     if not found:
         raise DataError(f"{where}: no usable row ({_told(gone)})")
-    return found, [_told(gone)] if gone else []
+    return split, found, [_told(gone)] if gone else []
 
 
 def _check_columns(rows: Sequence[Row], data: DataConfig, where: str) -> None:
@@ -227,10 +230,27 @@ def _natural(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
+def _check_spelling(labels: Iterable[str], where: str) -> None:
+    """Refuse two labels that are one number to Python: 1 and 1.0, or True and 1."""
+    spelt: dict[float, str] = {}
+    for label in labels:
+        _, number, _ = _natural(label)
+        if label in ("True", "False"):
+            number = float(label == "True")
+        elif label != f"{number:.0f}" and label != str(number):  # 01 and 1 may be two codes
+            continue
+        if number in spelt:
+            raise DataError(f"{where}: the labels {spelt[number]!r} and {label!r} are one number: write it in one way")
+        spelt[number] = label
+
+
 def _usable(rows: Iterable[Row], data: DataConfig, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
     """The text and the label of every row that has both."""
     for row in rows:
         text, label = row.get(data.text), row.get(data.label)
+        if text is not None and text == text and not isinstance(text, str):
+            dropped[f"whose text is of the kind {type(text).__name__}"] += 1
+            continue
         text = text.strip() if isinstance(text, str) else ""
         label = "" if label is None or label != label else str(label).strip()  # NaN, the missing number, is not itself
         if not text:

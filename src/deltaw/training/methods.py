@@ -6,6 +6,7 @@ Returns the tools to keep the result: adapters are kept as adapters, a fully tra
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,7 +52,7 @@ def check_method(config: RunConfig) -> None:
     Raises:
         UnknownName, ConfigError: see the message.
     """
-    name, _, rank = config.method.partition(":")
+    name, colon, _ = config.method.partition(":")
     if config.quantize is not None and config.quantize not in forms:
         raise UnknownName(
             f"quantize={config.quantize!r}: no such form{did_you_mean(config.quantize, [k for k, _ in forms.items()])} "
@@ -66,7 +67,7 @@ def check_method(config: RunConfig) -> None:
             f"compact=true with precision={config.precision}: what is saved is 16 bit already; choose one of the two"
         )
     if name in WHOLE:
-        if rank:
+        if colon:
             raise ConfigError(f"method {config.method!r}: {name!r} has no rank")
         return
     if name not in variants:
@@ -77,7 +78,11 @@ def check_method(config: RunConfig) -> None:
 
 
 def prepare(model: nn.Module, task: Task, config: RunConfig, world: int = 1) -> Prepared:
-    """Attach or unfreeze what the method trains; everything else is frozen. world: number of processes."""
+    """Attach or unfreeze what the method trains; everything else is frozen. world: number of processes.
+
+    Raises:
+        ConfigError: a module that was filled at random is not among those that are trained in full. Others as `attach`.
+    """
     name = config.method.partition(":")[0]
     new = config.train if config.train is not None else task.new_modules(model)
     if name == "full":
@@ -86,6 +91,7 @@ def prepare(model: nn.Module, task: Task, config: RunConfig, world: int = 1) -> 
     if name == "base":
         model.requires_grad_(False)
         return Prepared(None, False)
+    _check_drawn(model, task, new)
     if name == "head":
         if not new:
             raise ConfigError(
@@ -98,6 +104,21 @@ def prepare(model: nn.Module, task: Task, config: RunConfig, world: int = 1) -> 
     _, total = steps(len(task.splits["train"]), batch, config.epochs)
     attach(model, planned(method_variant(config), total), targets, train=new)
     return Prepared("default", True)
+
+
+def _check_drawn(model: nn.Module, task: Task, trained: Sequence[str]) -> None:
+    """Refuse a result that lacks a module which the base lacks as well. trained: dotted suffixes of modules or parameters."""
+    drawn = [
+        path
+        for path in task.drawn_modules()
+        for name, _ in model.get_submodule(path).named_parameters()
+        if not any(f".{suffix}." in f".{path}.{name}." for suffix in trained)
+    ]
+    if drawn:
+        raise ConfigError(
+            f"train=[{','.join(trained)}] leaves out {' and '.join(dict.fromkeys(drawn))}, new in this model and filled "
+            "at random: neither trained nor kept, so that no base would fit the result; add it, or leave train out"
+        )
 
 
 def parameters(model: nn.Module, *, trained: bool = False) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import ConfigError
+from deltaw.errors import ConfigError, DataError
 
 METRICS = "metrics.jsonl"
 
@@ -82,6 +82,21 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: jsonable(each) for key, each in value.items()}
     return [jsonable(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def recorded(path: Path, *keys: str) -> list[Any]:
+    """What the JSON object in the file `path` of a run says under `keys`.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+        return [found[key] for key in keys]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}): put back a copy of it, or train into another folder"
+        ) from None
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltaw.errors import DataError, MissingExtra, did_you_mean
 from deltaw.training.config import DataConfig
 from deltaw.training.copies import COPIES, how_to_get, installed
 
 Row = Mapping[str, Any]
+Part = TypeVar("Part")
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -24,6 +26,8 @@ SPLIT_NAMES = {
     "test": "test",
 }
 SPLITS = ("test", "validation", "train")
+HALF = re.compile("[\ud800-\udfff]")
+"""A surrogate without its other half, which JSON can write and UTF-8 cannot."""
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -79,6 +83,28 @@ def by_split(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
+def part_of(source: Mapping[str, Part], where: str, split: str) -> Part:
+    """The part of `source` that is called `split`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if split not in source:
+        raise DataError(f"{where} has no split {split!r}: it has {', '.join(source)}{did_you_mean(split, source)}")
+    return source[split]
+
+
+def to_score(source: Mapping[str, Part], where: str, split: str | None) -> tuple[str, list[Part]]:
+    """What of other data is scored, behind its name: `split` if one is asked for, else "test", else "all" that is there.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split is None and "test" not in source:
+        return "all", list(source.values())
+    return split or "test", [part_of(source, where, split or "test")]
+
+
 def from_hub(data: DataConfig) -> dict[str, list[Row]]:
     """Rows of a data set of the hub (or of what `datasets` finds under that name)."""
     try:
@@ -115,13 +141,26 @@ def read_file(path: Path) -> Iterator[Row]:
     """The rows of one file, by its ending.
 
     Raises:
-        DataError: the file cannot be read, a column comes twice, or a row is no mapping of column names, or has more
-            values than columns.
+        DataError: the file cannot be read, a column comes twice, or a row is no mapping of column names, has more
+            values than columns, or holds a text that is none.
     """
     for number, row in enumerate(_rows(path), 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: {str(row)[:60]!r} is no object with named columns")
+        if half := next((text for text in _texts(row) if not text.isascii() and HALF.search(text)), None):
+            raise DataError(
+                f"{path}, row {number}: {half[:60]!r} holds half of a character (a lone surrogate): mend it"
+            )
         yield row
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, inside lists and objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _rows(path: Path) -> Iterator[Any]:

@@ -32,11 +32,12 @@ from deltaw.training.beginning import beginning
 from deltaw.training.begun import begun
 from deltaw.training.config import IRRELEVANT, RunConfig
 from deltaw.training.fit import Fit, to_device
+from deltaw.training.full_disk import writing
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
 from deltaw.training.place import check_place
 from deltaw.training.prefix_run import frozen_prefix
 from deltaw.training.progress import Progress
-from deltaw.training.record import METRICS, Record, jsonable
+from deltaw.training.record import METRICS, Record, jsonable, recorded
 from deltaw.training.signals import Interrupted, Stop
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task
@@ -59,7 +60,7 @@ def train(
 
     Raises:
         ConfigError, DataError, NonFinite, OutOfMemory: see their messages. A folder that was new is removed again
-            unless it holds a checkpoint.
+            unless it holds a checkpoint, or the metrics of a run that came to its last step.
         Interrupted: a signal came; the run can be resumed.
     """
     from accelerate import Accelerator
@@ -93,7 +94,7 @@ def train(
         )
         stop.check()
         main = accelerator.is_main_process
-        fresh = not folder.exists()
+        fresh, trained_through = not folder.exists(), False
         accelerator.wait_for_everyone()
         if main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +122,7 @@ def train(
             fit.state.seconds = fit.state.seconds or spent_before
             stop.check()
             state = fit.run() if prepared.trains else fit.state
+            trained_through = prepared.trains
             test = fit.evaluate("test") if "test" in task.splits else None
             validation = None if prepared.trains else fit.evaluate("validation")
             peak = _peak(accelerator.device)
@@ -171,7 +173,7 @@ def train(
                 shutil.rmtree(folder)
             raise
         except BaseException as error:
-            if main and fresh and not checkpoints.is_dir():
+            if main and fresh and not trained_through and not checkpoints.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemory(
@@ -292,8 +294,9 @@ def keep_result(
     aside = folder / "model.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    task.keep_model(model, aside)
-    checkpoint.write_atomic(aside / FACTS, json.dumps(facts, indent=2))
+    with writing(aside):
+        task.keep_model(model, aside)
+        checkpoint.write_atomic(aside / FACTS, json.dumps(facts, indent=2))
     checkpoint.open_modes(aside)
     final = folder / "model"
     shutil.rmtree(final, ignore_errors=True)
@@ -343,12 +346,12 @@ def status(folder: Path) -> str:
     """How far the run in `folder` has come.
 
     Raises:
-        DataError: it is no run.
+        DataError: it is no run, or its file is damaged.
     """
     path = folder / STATUS
     if not path.is_file():
         raise DataError(f"{folder} is no run: it has no {STATUS}")
-    return str(json.loads(path.read_text())["state"])
+    return str(recorded(path, "state")[0])
 
 
 def _peak(device: torch.device) -> int:

@@ -6,8 +6,10 @@ DIR/[train|validation|test/]CLASS/*.wav, *.flac, *.ogg, *.mp3          (the layo
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import numpy as np
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import DataConfig
 from deltaw.training.order import generator
-from deltaw.training.rows import by_split
+from deltaw.training.rows import SPLITS, by_split, part_of, to_score
 from deltaw.training.signals_file import Signals, read_signals
 
 Array = np.ndarray[Any, Any]
+Labelled = tuple[Path, str]
+"""A file and its class."""
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 RATE = 16_000
 LOUDEST = 1e12
@@ -34,27 +38,13 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
     Raises:
         DataError: nothing is there, a file is unreadable, or there is one class only.
     """
-    if data.path is None:
-        raise DataError(
-            "no data: set data=FOLDER (`deltaw data gw --out FOLDER` makes one; or a folder with a folder of audio files per class)"
-        )
-    folder = Path(data.path).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data={data.path}: no such folder; `deltaw data gw --out {data.path}` makes one")
-    files = by_split(p for p in folder.iterdir() if p.suffix.lower() == ".safetensors")
-    notes = [f"data: {data.path}"]
-    found = {name: read_signals(path) for name, path in files.items()} if files else _folders(folder, seconds, notes)
+    found, notes, made = _source(data, seconds, distinct=True)
+    if data.split is not None:
+        found = {"train": part_of(found, str(data.path), data.split)}
     if "train" not in found:
-        raise DataError(f"{folder}: no train split (found {', '.join(found) or 'nothing usable'})")
-    first = found["train"]
-    for name, part in found.items():
-        if (part.waves.shape[1:], part.rate, list(part.names)) != (
-            first.waves.shape[1:],
-            first.rate,
-            list(first.names),
-        ):
-            raise DataError(f"{folder}: {name} differs from train in length, channels, rate or classes")
-    for name, share in (("test", data.test if not files else 0.0), ("validation", data.validation)):
+        raise DataError(f"{data.path}: no train split (found {', '.join(found) or 'nothing usable'})")
+    names = found["train"].names
+    for name, share in (("test", 0.0 if made else data.test), ("validation", data.validation)):
         if name not in found and share > 0:
             found[name], found["train"] = _cut(found["train"], share, generator("split", seed, name))
     if data.limit is not None:
@@ -64,15 +54,55 @@ def read_sounds(data: DataConfig, seed: int, seconds: float | None = None) -> tu
         counts = Counter(part.labels.tolist())
         if len(part) == 0 or (name == "train" and len(counts) < 2):
             raise DataError(
-                f"{folder}: {name} has {len(part):,} examples of {len(counts)} classes; two classes are needed"
+                f"{data.path}: {name} has {len(part):,} examples of {len(counts)} classes; two classes are needed"
                 + "".join(f" ({note})" for note in notes if note.startswith("dropped"))
             )
     order = [name for name in ("train", "validation", "test") if name in found]
     for name in order:
         counts = Counter(found[name].labels.tolist())
-        classes = ", ".join(f"{label} {counts[i]:,}" for i, label in enumerate(first.names))
+        classes = ", ".join(f"{label} {counts[i]:,}" for i, label in enumerate(names))
         notes.append(f"{name}: {len(found[name]):,} examples ({classes})")
     return {name: found[name] for name in order}, notes
+
+
+def sounds_to_score(data: DataConfig, seconds: float | None = None) -> tuple[str, Signals, list[str]]:
+    """(name, signals, facts for the log) of what `to_score` takes of `data`, equal ones as often as they come.
+
+    seconds, errors: as `read_sounds`.
+    """
+    found, notes, _ = _source(data, seconds, distinct=False)
+    name, parts = to_score(found, str(data.path), data.split)
+    joined = replace(
+        parts[0],
+        waves=np.concatenate([part.waves for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        columns={},
+    )
+    return name, joined, [*notes, f"{name}: {len(joined):,} examples"]
+
+
+def _source(data: DataConfig, seconds: float | None, *, distinct: bool) -> tuple[dict[str, Signals], list[str], bool]:
+    """The splits that are there, facts for the log, and whether they are files of signals.
+
+    distinct: of equal audio files one is taken, and nothing that another split has.
+    """
+    if data.path is None:
+        raise DataError(
+            "no data: set data=FOLDER (`deltaw data gw --out FOLDER` makes one; or a folder with a folder of audio files per class)"
+        )
+    folder = Path(data.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data={data.path}: no such folder; `deltaw data gw --out {data.path}` makes one")
+    files = by_split(p for p in folder.iterdir() if p.suffix.lower() == ".safetensors")
+    notes = [f"data: {data.path}"]
+    found = (
+        {name: read_signals(path) for name, path in files.items()}
+        if files
+        else _folders(folder, seconds, notes, distinct=distinct)
+    )
+    if len({(part.waves.shape[1:], part.rate, tuple(part.names)) for part in found.values()}) > 1:
+        raise DataError(f"{folder}: {' and '.join(found)} differ in length, channels, rate or classes")
+    return found, notes, bool(files)
 
 
 def read_sound(path: Path, rate: float, samples: int, channels: int) -> Array:
@@ -100,7 +130,7 @@ def read_sound(path: Path, rate: float, samples: int, channels: int) -> Array:
     return np.pad(waves, ((0, 0), (0, samples - waves.shape[1])))
 
 
-def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str, Signals]:
+def _folders(folder: Path, seconds: float | None, notes: list[str], *, distinct: bool) -> dict[str, Signals]:
     parts = by_split(p for p in folder.iterdir() if p.is_dir()) or {"train": folder}
     listed = {
         split: [(file, one.name) for one in sorted(part.iterdir()) if one.is_dir() for file in sorted(one.rglob("*"))]
@@ -114,6 +144,8 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
             "wanted: one folder of audio files per class"
         )
     dropped: Counter[str] = Counter()
+    if distinct:
+        listed = _distinct(listed, dropped)
     read: dict[str, list[tuple[Array, int]]] = {}
     for split, files in listed.items():
         read[split] = []
@@ -134,7 +166,7 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
     cut = sum(len(wave) > samples for rows in read.values() for wave, _ in rows)
     if cut:
         dropped[f"(only their ends beyond {samples / RATE:g} s)"] = cut
-    if dropped:
+    if dropped := +dropped:
         notes.append("dropped: " + ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
     return {
         split: Signals(
@@ -147,6 +179,35 @@ def _folders(folder: Path, seconds: float | None, notes: list[str]) -> dict[str,
         for split, rows in read.items()
         if rows
     }
+
+
+def _distinct(listed: dict[str, list[Labelled]], dropped: Counter[str]) -> dict[str, list[Labelled]]:
+    """Every content once, with its one class; what a held-out split has is not trained on."""
+    claimed: set[str] = set()
+    kept: dict[str, list[Labelled]] = {split: [] for split in listed}
+    for split in (name for name in SPLITS if name in listed):
+        equal: dict[str, list[Labelled]] = {}
+        for file, label in listed[split]:
+            equal.setdefault(_content(file), []).append((file, label))
+        for content, same in equal.items():
+            if content in claimed:
+                dropped["also in another split"] += len(same)
+                continue
+            dropped["duplicate"] += len(same) - 1
+            if len({label for _, label in same}) > 1:
+                dropped["with contradicting labels"] += 1
+                continue
+            claimed.add(content)
+            kept[split].append(same[0])
+    return kept
+
+
+def _content(file: Path) -> str:
+    """What tells two files apart: the sha256 of their bytes, or their names where they have none."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return str(file)
 
 
 def _audio(path: Path) -> tuple[Array, float]:

@@ -1,5 +1,7 @@
 """Adapters whose start looks at data (init=eva, corda, lora-ga): the first training examples, in the order of epoch 0.
 
+One that makes up for quantisation (init=loftq) is given the unquantised weights, which the task builds again.
+
 A pure function of seed and data, so that a run that is resumed starts from the same values before its own are restored.
 """
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.starting import Waiting
+from deltaw.errors import ConfigError
 from deltaw.model.initialize import initialize
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import to_device
@@ -36,9 +39,18 @@ class _Seen(Exception):
 def start_from_data(
     model: nn.Module, task: Task, config: RunConfig, device: torch.device, say: Callable[[str], object]
 ) -> None:
-    """Start what waits for data, if anything does. Errors as `dw.initialize`."""
-    if not any(isinstance(m, Waiting) and m.waiting for m in model.modules()):
+    """Start what waits for data or for the unquantised weights, if anything does.
+
+    Raises:
+        ConfigError: a start looks at what quantisation loses, and nothing is quantised. Others as `dw.initialize`.
+    """
+    starts = [m.awaits for m in model.modules() if isinstance(m, Waiting) and m.waiting]
+    needs = {each.looks_at for each in starts if each is not None}
+    if not needs:
         return
+    if "original" in needs and config.quantize is None:
+        raise ConfigError("this init starts from what quantisation loses, and nothing is quantised: set quantize=nf4")
+    originals = task.build().to(device) if "original" in needs else None
     lengths = task.lengths("train") if config.bucket else None
     order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
     chosen = order[: -(-EXAMPLES // config.batch_size)]
@@ -47,8 +59,9 @@ def start_from_data(
     def loss(_model: nn.Module, call: Call) -> Tensor:
         return task.loss(model, dict(call.batch))[0] / task.weight(call.batch)
 
-    initialize(model, calls, loss=loss)
-    say(f"the adapter starts from what its layers see in {sum(map(len, chosen)):,} training examples")
+    initialize(model, calls, loss=loss, originals=originals)
+    seen = f"what its layers see in {sum(map(len, chosen)):,} training examples"
+    say(f"the adapter starts from {seen if originals is None else 'what quantisation takes from the weights'}")
 
 
 def _batch(task: Task, config: RunConfig, chosen: Sequence[int], device: torch.device) -> Batch:

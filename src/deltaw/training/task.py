@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.errors import NonFinite
+
 Batch = dict[str, Any]
 
 
@@ -52,6 +54,13 @@ class Task(ABC):
     @abstractmethod
     def new_modules(self, model: nn.Module) -> list[str]:
         """Modules that the pretrained base lacks: trained in full whatever the method."""
+
+    def check_fits(self, model: nn.Module) -> None:  # noqa: B027 (most tasks take whatever there is)
+        """Refuse examples that `model`, which `build` has made, cannot take. ConfigError says what to set."""
+
+    def drawn_modules(self) -> list[str]:
+        """Those of the new modules that the last `build` filled at random: no other copy of the base has their values."""
+        return []
 
     def prefix(self, model: nn.Module) -> str | None:
         """Path of the body: a module called once per forward, whose output is all that the head reads of the input."""
@@ -114,7 +123,16 @@ class Task(ABC):
 
 
 def answer(text: str, labels: Sequence[str], shares: Tensor) -> dict[str, Any]:
-    """The answer for one input of a classification. shares: the probability of every class."""
+    """The answer for one input of a classification. shares: the probability of every class.
+
+    Raises:
+        NonFinite: they are none.
+    """
+    if not shares.isfinite().all():
+        raise NonFinite(
+            f"{text[:60]!r}: the model's answer is not finite: its base or what was trained holds too large numbers, "
+            "NaN or infinity; train again with a lower lr"
+        )
     return {
         "text": text,
         "label": labels[int(shares.argmax())],

@@ -55,6 +55,13 @@ class TestSpectrum:
         assert [s.rank_for(e) for e in (0.5, 16 / 21 - 1e-9, 0.8, 0.96, 1.0)] == [1, 1, 2, 3, 3]
         assert s.shape == (20, 30)
 
+    def test_what_cancels_is_no_change(self):
+        A, B = randn(0, 4, 30).float(), randn(1, 20, 4).float()
+        none = dw.spectrum(one(torch.cat([A, A]), torch.cat([B, -B], 1)))
+        assert none.norm == 0
+        assert none.advice().text == "nothing was changed: no advice"
+        assert dw.spectrum(one(torch.cat([A, A]), torch.cat([B, -0.999 * B], 1)))[KEY].rank == 4
+
     def test_equal_values_count_fully(self):
         a, _, _ = with_values([3.0] * 5)
         s = dw.spectrum(a)[KEY]

@@ -8,6 +8,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+import deltaw as dw
+from deltaw.recipes.kept import open_kept
+
 
 @pytest.fixture
 def train(deltaw, tiny):
@@ -41,6 +44,8 @@ WRONG = {
     "method twice": (["compare", "sentiment", "--methods", "lora,lora"], "given twice"),
     "rank 0": (["train", "sentiment", "lora.rank=0"], "rank=0: must be a whole number of at least 1"),
     "rank negative": (["train", "sentiment", "--method", "lora:-3"], "after the colon comes a rank"),
+    "rank left out": (["train", "sentiment", "--method", "lora:"], "after the colon comes a rank"),
+    "colon of a method without rank": (["train", "sentiment", "--method", "full:"], "'full' has no rank"),
     "rank a bool": (["train", "sentiment", "lora.rank=true"], "rank=True: must be a whole number"),
     "alpha 0": (["train", "sentiment", "lora.alpha=0"], "alpha=0: must be a finite number above 0"),
     "alpha negative": (["train", "sentiment", "alpha=-1"], "must be a finite number above 0"),
@@ -99,8 +104,17 @@ def test_targets_that_match_nothing(train, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_a_new_classifier_that_would_be_neither_trained_nor_kept_is_refused(train, tmp_path, method):
+    said = train("train=[encoder.layer.0.attention.output.LayerNorm]", "--method", method, code=2).err
+    assert "classifier, new in this model and filled at random" in said
+    assert not (tmp_path / "run").exists()
+    train("train=[classifier.weight,classifier.bias]", "--method", method, "--dry-run", code=0)
+
+
 def test_train_that_matches_nothing(train, tmp_path):
-    assert "train='clasifier'" in train('train=["clasifier"]', code=2).err
+    assert "train='poller'" in train("train=[classifier,poller]", code=2).err
+    assert "train=[clasifier] leaves out classifier" in train("train=[clasifier]", code=2).err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,6 +261,20 @@ def test_a_loss_that_is_not_finite_ends_with_4(train, tmp_path):
     assert "lower lr" in found.err
 
 
+def test_a_model_whose_answers_are_not_finite_is_neither_kept_nor_used(train, deltaw, kept_run, tiny, tmp_path):
+    assert "the validation loss is nan" in train("lr=1e30", "batch_size=200", "warmup=0", code=4).err
+    assert not (tmp_path / "run").exists()
+    _, _, model = open_kept(kept_run)
+    for name, parameter in model.named_parameters():
+        if "adapters" in name:
+            parameter.data *= 1e30
+    dw.save(model, tmp_path / "huge")
+    for name in ("config.resolved.yaml", "run.json", "results.json"):
+        shutil.copy(kept_run / name, tmp_path / "huge")
+    assert "'a film': the model's answer is not finite" in deltaw("predict", "huge", "a film", code=4).err
+    assert "the test loss is nan" in deltaw("eval", "huge", code=4).err
+
+
 def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
     assert "no such folder" in deltaw("predict", "nothing", "a film", code=3).err
     (tmp_path / "empty").mkdir()
@@ -256,9 +284,24 @@ def test_things_that_are_no_run(deltaw, tmp_path, kept_run):
     assert "\nerror: " in "\n" + deltaw("inspect", "empty", code=2).err
 
 
+def test_damaged_files_of_a_run_are_named(deltaw, kept_run, tmp_path):
+    shutil.copytree(kept_run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("[1")
+    assert "error: run/results.json is damaged" in deltaw("predict", "run", "a film", code=3).err
+    (tmp_path / "run" / "run.json").write_text("[]")
+    assert "error: run/run.json is damaged" in deltaw("resume", "run", code=3).err
+    (tmp_path / "run" / "compare.json").write_text("{}")
+    assert "error: run/compare.json is damaged" in deltaw("resume", "run", code=3).err
+
+
 def test_one_sentence_says_what_a_value_may_be(deltaw):
     said = deltaw("train", "sentiment", "lr=abc", code=2).err
     assert "lr='abc': input should be a valid number or a valid dictionary\n" in said
+
+
+def test_eval_refuses_settings_of_training(deltaw, kept_run):
+    said = deltaw("eval", kept_run, "lora.rank=2", "epochs=9", "eval_batch_size=8", code=2).err
+    assert "error: epochs, lora: a setting of training" in said or "error: lora, epochs: a setting of training" in said
 
 
 def test_debug_shows_the_traceback(deltaw):

@@ -35,5 +35,10 @@ def test_help_of_a_command_needs_no_torch():
     assert "HEAVY [] 0" in heavy_after("train", "--help")
 
 
+def test_the_package_runs_as_a_module_too():
+    told = subprocess.run([sys.executable, "-m", "deltaw", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("deltaw 0.")
+
+
 def test_version():
     assert heavy_after("--version").startswith("deltaw 0.")

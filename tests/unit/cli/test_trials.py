@@ -15,6 +15,7 @@ from deltaw import errors
 from deltaw.cli.app import app
 from deltaw.cli.commands.diff import inputs
 from deltaw.cli.outputs import strict
+from deltaw.recipes.kept import open_kept
 from tests.tiny_chat import make_chat_model
 
 
@@ -209,7 +210,7 @@ def test_diff_shows_at_least_one_row(kept_run, texts):
     assert run("diff", kept_run, "--data", texts, "-n", 0, code=None).exit_code == 2
 
 
-def test_a_mismatch_of_bases_advises_what_the_command_line_has(kept_run, tiny, tmp_path):
+def test_a_mismatch_of_bases_advises_what_the_command_line_has(kept_run, tiny, tmp_path, texts):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny / "model", tmp_path / "base")
@@ -218,7 +219,17 @@ def test_a_mismatch_of_bases_advises_what_the_command_line_has(kept_run, tiny, t
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     merged = run("merge", kept_run, "--base", tmp_path / "base", "-o", tmp_path / "out", code=None).exception
     asked = run("predict", kept_run, "a film", "--model", tmp_path / "base", code=None).exception
-    for refused, advice in ((merged, "--allow-base-mismatch"), (asked, "--model")):
+    examined = run("doctor", kept_run, "--base", tmp_path / "base", code=None).exception
+    _, _, model = open_kept(kept_run)
+    model.bert.encoder.layer[0].attention.self.query.weight.data += 0.1
+    dw.save(model, tmp_path / "b")
+    compared = run("diff", kept_run, tmp_path / "b", "--data", texts, code=None).exception
+    for refused, advice in (
+        (merged, "--allow-base-mismatch"),
+        (asked, "--model"),
+        (examined, "--allow-base-mismatch"),
+        (compared, "compare each with its base alone"),
+    ):
         assert isinstance(refused, errors.BaseMismatch)
         assert advice in str(refused)
         assert "allow_base_mismatch" not in str(refused)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 
 import pytest
 import torch
@@ -75,6 +77,33 @@ def test_eval_scores_every_row_with_a_text_and_a_label_and_counts_the_others(del
     assert done.err == "note: dropped: 1 without text, 1 without label\n"
 
 
+def test_eval_of_other_data_scores_the_split_that_is_asked_for_or_their_test_part(deltaw, kept_run, tmp_path):
+    (tmp_path / "fold").mkdir()
+    for split, rows in (("train", 3), ("validation", 2), ("test", 1)):
+        lines = [f"a wonderful film {i},good\n" for i in range(rows)]
+        (tmp_path / "fold" / f"{split}.csv").write_text("text,label\n" + "".join(lines))
+    for given, rows in (("train", 3), ("validation", 2), ("test", 1)):
+        found = json.loads(deltaw("eval", kept_run, "data=fold", "--split", given, "--json").out)
+        assert (found["split"], found["examples"]) == (given, rows)
+    assert deltaw("eval", kept_run, "data=fold").out.startswith("split test  examples 1  ")
+    assert deltaw("eval", kept_run, "data=fold", "data.split=train").out.startswith("split train  examples 3  ")
+    assert deltaw("eval", kept_run, "data=fold/train.csv").out.startswith("split all  examples 3  ")
+    for wrong in ("data.split=validatoin", "--split=validatoin"):
+        assert "did you mean 'validation'" in deltaw("eval", kept_run, "data=fold", wrong, code=3).err
+
+
+def test_eval_and_predict_refuse_texts_longer_than_the_model(deltaw, kept_run, tmp_path):
+    long = "film " * 80
+    (tmp_path / "long.csv").write_text(f"text,label\n{long},good\n")
+    said = deltaw("eval", kept_run, "data=long.csv", "max_length=100", code=2).err
+    assert "max_length=100: the data have texts of 82 tokens" in said
+    assert "set max_length=64" in said
+    shutil.copytree(kept_run, tmp_path / "run")
+    config = tmp_path / "run" / "config.resolved.yaml"
+    config.write_text(config.read_text().replace("max_length: ", "max_length: 1"))
+    assert "set max_length=64" in deltaw("predict", "run", long, code=2).err
+
+
 def test_merge_gives_a_plain_model_that_says_the_same(deltaw, kept_run, tiny, tmp_path):
     deltaw("merge", kept_run, "--base", tiny / "model", "--out", "merged")
     from transformers import pipeline
@@ -125,6 +154,22 @@ def test_mnist_on_real_digits_and_a_plain_module_merged_by_its_own_names(deltaw,
     for key, change in adapter.changes.items():
         assert torch.allclose(merged[key], before[key] + change.delta_weight(), atol=1e-6)
     assert torch.equal(merged["1.bias"], before["1.bias"])
+
+
+def test_a_disk_without_room_for_a_plain_model_is_told_and_the_metrics_stay(deltaw, kept_run, tiny, tmp_path):
+    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))}
+    merge = ("merge", kept_run, "--base", tiny / "model", "--out", "merged")
+    said = deltaw(*merge, code=2, **small).err
+    assert "File too large: the model cannot be written" in said
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+    data = (f"model={tiny / 'model'}", f"data={tiny / 'data.csv'}", "epochs=1", "keep_checkpoints=0", "--out", "full")
+    said = deltaw("train", "text-classification", *data, "--method", "full", code=2, **small).err
+    assert "File too large: the model cannot be written" in said
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "run.json",
+    }
 
 
 def test_a_yaml_file_of_init_runs(deltaw, tiny, tmp_path):

@@ -10,7 +10,7 @@ from deltaw.recipes.configure import build
 from deltaw.recipes.kept import open_kept, score
 from deltaw.recipes.start import start
 from deltaw.training.config import DataConfig
-from deltaw.training.sounds import read_sounds
+from deltaw.training.sounds import read_sounds, sounds_to_score
 
 soundfile = pytest.importorskip("soundfile")
 transformers = pytest.importorskip("transformers")
@@ -55,7 +55,8 @@ def test_it_learns_and_tells_new_files_apart(tones, tmp_path):
     assert results["facts"]["labels"] == ["high", "low"]
     assert results["examples"] == {"train": 38, "validation": 10, "test": 12}
     assert results["test"]["accuracy"] > 0.9
-    assert score(tmp_path / "run", [f"data={tones / 'data'}"], "test")["examples"] > 0
+    other = score(tmp_path / "run", [f"data={tones / 'data'}"])
+    assert (other["split"], other["examples"]) == ("all", 60)
     _, task, model = open_kept(tmp_path / "run")
     answers = task.predict(model, [str(tones / "data" / "low" / "0.wav"), str(tones / "data" / "high" / "1.flac")])
     low, high = (answer["probabilities"]["low"] for answer in answers)
@@ -66,13 +67,34 @@ def test_damaged_files_are_counted_and_lengths_cut(tones, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i in range(5):
-            soundfile.write(tmp_path / name / f"{i}.wav", np.zeros(1600 + 100 * i), 16_000)
+            soundfile.write(tmp_path / name / f"{i}.wav", np.full(1600 + 100 * i, 0.1 * (name == "b")), 16_000)
     (tmp_path / "a" / "broken.wav").write_bytes(b"RIFF no audio")
     soundfile.write(tmp_path / "b" / "empty.wav", np.zeros(0), 16_000)
     found, notes = read_sounds(DataConfig(path=str(tmp_path), validation=0.4, test=0.2), 0, seconds=0.1)
     assert {name: len(part) for name, part in found.items()} == {"train": 4, "validation": 4, "test": 2}
     assert found["train"].waves.shape[1:] == (1, 1600)
     assert any("1 unreadable" in note and "1 empty" in note and "8 (only" in note for note in notes)
+
+
+def test_copies_are_dropped_and_no_recording_is_in_two_splits(tmp_path):
+    def write(place, number):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / place, np.full(800, number / 100), 16_000)
+
+    for i in range(6):
+        write(f"train/a/{i}.wav", i)
+        write(f"train/b/{i}.wav", 10 + i)
+    for place, number in {
+        "train/a/copy.wav": 0,
+        "train/b/5.flac.wav": 5,
+        "test/a/0.wav": 1,
+        "test/b/0.wav": 20,
+    }.items():
+        write(place, number)
+    found, notes = read_sounds(DataConfig(path=str(tmp_path)), 0)
+    assert {name: len(part) for name, part in found.items()} == {"train": 8, "validation": 2, "test": 2}
+    assert "dropped: 2 duplicate, 1 also in another split, 1 with contradicting labels" in notes
+    assert len(sounds_to_score(DataConfig(path=str(tmp_path), split="train"))[1]) == 14
 
 
 def test_one_class_or_no_folder_is_refused(tmp_path):

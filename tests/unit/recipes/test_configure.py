@@ -89,6 +89,20 @@ def load_words(words):
     return given
 
 
+@pytest.mark.parametrize("text", ["a=b #1.csv", "no", "123", "2026-01-02", "x: y.csv", "[x].csv", "1e3", "~/a.csv"])
+def test_a_text_is_taken_as_it_is_typed(text):
+    config = load("text-classification", [f"data={text}", f"data.label={text}", f"model={text}", "precision=no"])
+    assert (config.data.path, config.data.label, config.model, config.precision) == (text, text, text, "no")
+
+
+def test_quotes_braces_and_null_keep_their_meaning():
+    config = load(
+        "mnist", ["data={path: 'a #1.csv', label: x}", "data.text=' text '", "model=null", "mnist.source=1.0"]
+    )
+    assert (config.data.path, config.data.label, config.data.text) == ("a #1.csv", "x", " text ")
+    assert (config.model, config.options["source"]) == (None, "1.0")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -139,8 +139,9 @@ def test_every_method_learns_and_its_result_opens_again(bursts, tmp_path, method
     assert any("context: 7 positions" in note for note in results["notes"])
     found = score(tmp_path / "run", [], "test")
     assert found["auc"] == pytest.approx(results["test"]["auc"], abs=1e-6)
-    other = score(tmp_path / "run", [f"data={bursts / 'data'}"], "test")
-    assert other["examples"] == 32
+    for split, examples in ((None, 32), ("test", 32), ("train", 64)):
+        other = score(tmp_path / "run", [f"data={bursts / 'data'}"], split)
+        assert (other["split"], other["examples"]) == (split or "test", examples)
     _, task, model = open_kept(tmp_path / "run")
     waves = read_signals(bursts / "data" / "test.safetensors").waves.astype(np.float32)
     for name, wave in (("quiet", waves[0]), ("loud", waves[1])):

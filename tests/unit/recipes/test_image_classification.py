@@ -165,7 +165,7 @@ def test_a_vit_learns_resumes_and_opens_again(pictures, tmp_path):
     _, task, model = open_kept(tmp_path / "run")
     answers = task.predict(model, [str(pictures / f"by_class/{name}/1.png") for name in ("dark", "light")])
     assert [answer["label"] for answer in answers] == ["dark", "light"]
-    assert score(tmp_path / "run", [f"data={pictures / 'table.csv'}"], "test")["accuracy"] > 0.9
+    assert score(tmp_path / "run", [f"data={pictures / 'table.csv'}"])["accuracy"] > 0.9
     with pytest.raises(DataError, match="no readable image"):
         task.predict(model, [str(pictures / "by_class/dark/cut.png")])
     names = [str(pictures / f"by_class/{name}.png") for name in ("dark/1", "dark/cut", "light/1")]

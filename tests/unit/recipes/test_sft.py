@@ -49,6 +49,7 @@ def test_perplexity_falls_and_before_is_that_of_the_base(chat, kept, tmp_path):
     untouched = start(configured(chat, method="base", sft={"before": False}), tmp_path / "base", quiet=True)
     assert untouched["best"]["perplexity"] == pytest.approx(before["perplexity"], rel=1e-6)
     assert score(folder, [], "validation")["perplexity"] == pytest.approx(results["best"]["perplexity"], rel=1e-5)
+    assert score(folder, [f"data={chat / 'talks.jsonl'}"])["split"] == "all"
     assert any("[[aa<|end|>]]" in n or "<|end|>]]" in n for n in results["notes"])
 
 

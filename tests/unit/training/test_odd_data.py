@@ -55,6 +55,9 @@ def test_the_word_nan_in_a_csv_stays_a_class(tmp_path):
 
 MANY = [(f"text {i}", i * 0.37) for i in range(60)]
 WRONG_LABELS = {
+    "whole and with a point": ([(f"{i}", (1, 0, 1.0)[i % 3]) for i in range(40)], {}, r"'1' and '1.0' are one number"),
+    "true and 1": ([(f"{i}", (True, 0, 1)[i % 3]) for i in range(40)], {}, r"'1' and 'True' are one number: write it"),
+    "texts that are numbers": ([(i, "xy"[i % 2]) for i in range(30)], {}, r"dropped: 30 whose text is of the kind int"),
     "a list": ([("a", "x"), ("b", ["x", "y"])], {}, r"row 2: the label is a list: multi-label data are not supported"),
     "an object": ([("a", {"x": 1})], {}, r"row 1: the label is a dict: multi-label"),
     "numbers": (MANY, {}, r"60 usable rows of 60 classes are too few: .* several rows .*\(numbers to be predicted are"),
@@ -75,6 +78,32 @@ def test_labels_that_are_no_classes_and_a_limit_that_takes_one_away(tmp_path, wh
     (tmp_path / "a.jsonl").write_text("".join(lines))
     with pytest.raises(DataError, match=message):
         labelled_text(DataConfig(path=str(tmp_path / "a.jsonl"), **settings), 0)
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_half_a_character_is_refused_with_its_row(tmp_path, column):
+    rows = [{"text": "an émigré 🎬", "label": "ä"}, {"text": "a", "label": "b", column: "odd \ud800"}]
+    for name, content in {
+        "a.jsonl": "\n".join(map(json.dumps, rows)),
+        "a.json": json.dumps([rows[0], {**rows[1], column: ["odd \ud800"]}]),
+    }.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=r"row 2: 'odd \\ud800' holds half of a character"):
+            list(read_file(tmp_path / name))
+
+
+def test_a_very_long_class_name_is_shown_shortened(tmp_path):
+    rows = [json.dumps({"text": f"text {i}", "label": ("long " * 9999, "b")[i % 2]}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found, _ = labelled_text(DataConfig(path=str(tmp_path / "a.jsonl")), 0)
+    assert max(map(len, found.labels)) > 40_000
+    assert max(map(len, found.notes())) < 200
+
+
+def test_codes_with_a_leading_zero_are_labels_of_their_own(tmp_path):
+    lines = [f"text {i},{('1', '01')[i % 2]}\n" for i in range(40)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(lines))
+    assert labelled_text(DataConfig(path=str(tmp_path / "a.csv")), 0)[0].labels == ["01", "1"]
 
 
 HEADERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from deltaw.errors import NonFinite
+from deltaw.errors import ConfigError, NonFinite
 from deltaw.recipes.configure import build
 from deltaw.recipes.start import start
 
@@ -35,6 +35,17 @@ def test_it_trains_and_differs_from_a_random_start(tiny, tmp_path, init, capsys)
     one, two, plain = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two", "plain"))
     assert all((one[k] == two[k]).all() for k in one)
     assert any(one[k].shape != plain[k].shape or (one[k] != plain[k]).any() for k in one)
+
+
+def test_a_start_that_makes_up_for_quantisation_is_given_the_unquantised_weights(tiny, tmp_path, capsys):
+    start(configured(tiny, "loftq", quantize="nf4"), tmp_path / "one")
+    assert "starts from what quantisation takes from the weights" in capsys.readouterr().out
+    start(configured(tiny, "kaiming", quantize="nf4"), tmp_path / "plain", quiet=True)
+    one, plain = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "plain"))
+    key = next(key for key in one if key.endswith("lora_B.weight"))
+    assert one[key].norm() > 2 * plain[key].norm()
+    with pytest.raises(ConfigError, match="nothing is quantised: set quantize=nf4"):
+        start(configured(tiny, "loftq"), tmp_path / "none", quiet=True)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):

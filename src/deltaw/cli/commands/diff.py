@@ -26,6 +26,7 @@ def add(app: typer.Typer) -> None:
         """Compare answers with and without the adapter, and of two adapters, input by input."""
         from deltaw.analysis.outputs import difference
         from deltaw.cli.commands.analyze import distinct
+        from deltaw.cli.commands.merge import option_named
         from deltaw.cli.outputs import strict
         from deltaw.errors import ConfigError
         from deltaw.io.model_files import load
@@ -53,7 +54,7 @@ def add(app: typer.Typer) -> None:
         except NotImplementedError as error:
             raise ConfigError(f"{runs[0]}: {error}: its answers cannot be compared") from None
         if len(runs) == 2:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), option_named("compare each with its base alone"):
                 warnings.simplefilter("ignore")  # the same base as the first, whose notes were printed
                 load(net, runs[1], "other", active=False)
             with use(net, "other"):

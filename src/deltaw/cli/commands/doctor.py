@@ -19,6 +19,7 @@ def add(app: typer.Typer) -> None:
         as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
     ) -> None:
         """Run inputs with the adapter on and off: does it change anything, is a module dead or exploding? Exit code 2 if ill."""
+        from deltaw.cli.commands.merge import option_named
         from deltaw.errors import AdapterError
         from deltaw.io.admission import admit
         from deltaw.io.base_models import open_base
@@ -30,7 +31,8 @@ def add(app: typer.Typer) -> None:
         model = open_base(base, admit(folder).adapter, weights=True).model
         if model is None:
             raise AdapterError(f"{base} holds weights without a model to run: give a folder that transformers loads")
-        load(model, folder, allow_base_mismatch=allow_base_mismatch)
+        with option_named():
+            load(model, folder, allow_base_mismatch=allow_base_mismatch)
         findings = examine(model)
         typer.echo(json.dumps(findings, indent=2) if as_json else text(findings))
         if not findings["healthy"]:

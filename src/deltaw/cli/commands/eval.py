@@ -12,7 +12,9 @@ def add(app: typer.Typer) -> None:
     def evaluate(
         run: str = typer.Argument(..., metavar="RUN", help="A run's folder, or an adapter's."),
         overrides: list[str] = typer.Argument(None, metavar="key=value ...", help="For example data=other.jsonl."),
-        split: str = typer.Option("test", "--split", help="train, validation or test."),
+        split: str = typer.Option(
+            None, "--split", help="train, validation or test. Default: test; of other data without one, all."
+        ),
         as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
     ) -> None:
         """Score a kept result."""

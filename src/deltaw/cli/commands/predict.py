@@ -32,6 +32,7 @@ def add(app: typer.Typer) -> None:
         from deltaw.cli.outputs import strict
         from deltaw.errors import DataError
         from deltaw.recipes.kept import open_kept
+        from deltaw.training.labelled import short
 
         given = list(inputs or ()) or list(typed())
         while given and not inputs and not given[-1].strip():  # empty lines at the end of stdin
@@ -56,7 +57,8 @@ def add(app: typer.Typer) -> None:
                 continue
             shares = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
             typer.echo(
-                f"{answer['label']}  {'  '.join(f'{name} {p:.4f}' for name, p in shares[:5])}  | {answer['text']}"
+                f"{short(answer['label'])}  {'  '.join(f'{short(name)} {p:.4f}' for name, p in shares[:5])}"
+                f"  | {answer['text']}"
             )
         if unreadable:
             reasons = "\n  ".join(unreadable)

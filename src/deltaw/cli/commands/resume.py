@@ -16,6 +16,7 @@ def add(app: typer.Typer) -> None:
         from pathlib import Path
 
         from deltaw.cli.commands.compare import show
+        from deltaw.cli.commands.train import last_line
         from deltaw.errors import DataError
         from deltaw.recipes import compare
         from deltaw.recipes.configure import load
@@ -36,5 +37,4 @@ def add(app: typer.Typer) -> None:
         with as_begun(path, STATUS) as there:
             results = start(load(str(there / CONFIG)), there, resume=True)
         if results:
-            best, metric = results["best"], results["metric"]
-            typer.echo(f"best validation {metric} {best[metric]:.4f} (epoch {best['epoch']}); kept in {folder}")
+            typer.echo(last_line(results, folder))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
@@ -48,10 +50,14 @@ def add(app: typer.Typer) -> None:
         if as_json:
             typer.echo(strict({**results, "folder": str(folder)}, indent=2))
         else:
-            best, test = results["best"], results["test"] or {}
-            metric = results["metric"]
-            typer.echo(
-                f"best validation {metric} {best[metric]:.4f} (epoch {best['epoch']})"
-                + (f", test {metric} {test[metric]:.4f}" if metric in test else "")
-                + f", {results['seconds']:.1f} s of training; kept in {folder}"
-            )
+            typer.echo(last_line(results, str(folder)))
+
+
+def last_line(results: Mapping[str, Any], folder: str) -> str:
+    """What a run that is finished says of itself."""
+    best, test, metric = results["best"], results["test"] or {}, results["metric"]
+    return (
+        f"best validation {metric} {best[metric]:.4f} (epoch {best['epoch']})"
+        + (f", test {metric} {test[metric]:.4f}" if metric in test else "")
+        + f", {results['seconds']:.1f} s of training; kept in {folder}"
+    )

@@ -19,7 +19,7 @@ from deltaw.training.config import RunConfig
 from deltaw.training.hub import resolve
 from deltaw.training.listener import Listener
 from deltaw.training.log_mel import FRAME_PAIR, log_mel, samples
-from deltaw.training.sounds import read_sound, read_sounds
+from deltaw.training.sounds import read_sound, read_sounds, sounds_to_score
 from deltaw.training.task import Batch, Classified, Task, answer
 from deltaw.training.whisper import cut_context, empty_encoder, is_openai, load_pretrained_config, whisper_encoder
 
@@ -49,8 +49,7 @@ class AudioClassification(Task):
 
     speed: playback relative to the recording. hidden: units of the head. shift: in training, every recording starts up to
         so many seconds earlier or later, anew in each epoch (its end wraps around); 0 computes the mels once.
-    labels, shape: of a kept run. read: "no" builds the task without data; "whole" takes the data's test part (or what
-        there is instead) as the one split "all".
+    labels, shape: of a kept run. read: "no" builds the task without data; "whole" takes what `to_score` does, as one split.
     """
 
     def __init__(
@@ -80,11 +79,7 @@ class AudioClassification(Task):
         if shape is not None:
             self.shape = Shape(**shape)
         if read != "no":
-            self._read(speed, hidden, shift, seconds, labels, shape)
-        if read == "whole":
-            part = next(name for name in ("test", "validation", "train") if name in self.splits)
-            self.splits = {"all": self.splits[part]}
-            self.mels, self.targets_of = {"all": self.mels[part]}, {"all": self.targets_of[part]}
+            self._read(speed, hidden, shift, seconds, labels, shape, whole=read == "whole")
         self.metric = "auc" if len(self.labels) == 2 else "accuracy"
 
     def _read(
@@ -95,9 +90,15 @@ class AudioClassification(Task):
         seconds: float | None,
         labels: Sequence[str] | None,
         shape: Mapping[str, Any] | None,
+        *,
+        whole: bool,
     ) -> None:
-        found, notes = read_sounds(self.config.data, self.config.seed, seconds)
-        first = found["train"]
+        if whole:
+            name, part, notes = sounds_to_score(self.config.data, seconds)
+            found = {name: part}
+        else:
+            found, notes = read_sounds(self.config.data, self.config.seed, seconds)
+        first = next(iter(found.values()))
         if labels is not None and list(first.names) != self.labels:
             raise DataError(f"the data have the classes {list(first.names)}, the kept result knows {self.labels}")
         self.labels = list(first.names)
@@ -119,7 +120,8 @@ class AudioClassification(Task):
         self.notes.append(
             f"context: {cut} positions for {count / first.rate:g} s played {self.shape.speed:g} times faster, of the encoder's 1,500"
         )
-        self.notes.append(self._baseline())
+        if not whole:
+            self.notes.append(self._baseline())
 
     def mel(self, waves: np.ndarray[Any, Any] | Tensor) -> Tensor:
         """(n, channels, samples) -> (n, channels, mels, frames)."""
@@ -170,6 +172,9 @@ class AudioClassification(Task):
 
     def new_modules(self, model: nn.Module) -> list[str]:
         return ["head"]
+
+    def drawn_modules(self) -> list[str]:
+        return [] if (Path(self.model_name) / WHOLE).is_file() else ["head"]
 
     def prefix(self, model: nn.Module) -> str | None:
         return "body"

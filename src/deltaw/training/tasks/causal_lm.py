@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.chat_tokens import IGNORED, Tokens, answer_spans, render, tokens
 from deltaw.training.config import RunConfig
-from deltaw.training.conversations import Conversation, Unusable, conversations
+from deltaw.training.conversations import Conversation, Unusable, conversations, conversations_to_score
 from deltaw.training.fit import evaluate
 from deltaw.training.hub import check_length, quiet_transformers
 from deltaw.training.labelled import DROPPED
@@ -48,7 +48,7 @@ class CausalLM(Task):
 
     packing: several conversations in a row of `max_length` tokens; else one to a row, batches by length.
     before: score the untouched base on the validation part first, for the log.
-    read: "whole" takes all data as the one split "all"; "no" builds the task without data, to talk.
+    read: "whole" takes what `to_score` does, as one split; "no" builds the task without data, to talk.
     """
 
     metric = "perplexity"
@@ -77,16 +77,15 @@ class CausalLM(Task):
         self.splits: dict[str, list[list[Tokens]]] = {}
         self._base: nn.Module | None = None
         if read != "no":
-            self._read()
-        if read == "whole":
-            self.splits = {"all": [row for rows in self.splits.values() for row in rows]}
+            self._read(whole=read == "whole")
         if before and read == "splits":
             self._score_base()
 
     # ---- data
 
-    def _read(self) -> None:
-        found = conversations(self.config.data, self.config.seed)
+    def _read(self, *, whole: bool) -> None:
+        data = self.config.data
+        found = conversations_to_score(data) if whole else conversations(data, self.config.seed)
         self.notes.append(f"data: {found.where}")
         dropped: Counter[str] = Counter(found.dropped)
         for name, talks in found.splits.items():
@@ -105,7 +104,7 @@ class CausalLM(Task):
             )
         if dropped:
             self.notes.append(DROPPED + ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
-        self.notes.append(f"first example, [[counted by the loss]]: {self.shown(found.splits['train'][0])}")
+        self.notes.append(f"first example, [[counted by the loss]]: {self.shown(next(iter(found.splits.values()))[0])}")
 
     def _tokens(self, talks: Sequence[Conversation], dropped: Counter[str]) -> list[Tokens]:
         usable = []
@@ -157,10 +156,13 @@ class CausalLM(Task):
 
     def _load(self) -> nn.Module:
         model: Any = language_model(self.model_name, self.config.revision, base_dropout=self.config.base_dropout)
+        self.check_fits(model)
+        return model  # type: ignore[no-any-return]
+
+    def check_fits(self, model: nn.Module) -> None:
         longest = max((len(t.ids) for rows in self.splits.values() for row in rows for t in row), default=0)
         room = getattr(model.config, "max_position_embeddings", None)
-        check_length(longest, self.config.max_length, self.model_name, room)
-        return model  # type: ignore[no-any-return]
+        check_length(longest, self.config.max_length, self.model_name, room)  # type: ignore[arg-type]
 
     def build(self) -> nn.Module:
         model, self._base = self._base, None

@@ -60,10 +60,10 @@ class PhotoClassification(Task):
         self.source = found = read_images(config.data)
         self.notes.append(f"data: {found.where}")
         if read == "whole":
-            rows, dropped = labelled_whole(found.rows, found.where, config.data, self.labels, dropped=found.dropped)
+            name, rows, why = labelled_whole(found.rows, found.where, config.data, self.labels, dropped=found.dropped)
             self.notes[-1] += f", {len(rows):,} pictures"
-            self.notes += dropped
-            self.splits = {"all": rows}
+            self.notes += why
+            self.splits = {name: rows}
             return
         data = labelled(found.rows, found.where, config.data, config.seed, dropped=found.dropped)
         if labels is not None and data.labels != self.labels:
@@ -94,6 +94,9 @@ class PhotoClassification(Task):
         return model
 
     def new_modules(self, model: nn.Module) -> list[str]:
+        return self._new
+
+    def drawn_modules(self) -> list[str]:
         return self._new
 
     def targets(self) -> list[str] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltaw.errors import DataError, MissingExtra
 from deltaw.training.config import RunConfig
 from deltaw.training.hub import check_length, load_pretrained, position_rows, quiet_transformers, resolve
-from deltaw.training.labelled import all_rows, labelled_text
+from deltaw.training.labelled import all_rows, labelled_text, short
 from deltaw.training.task import Batch, Classified, Task, answer
 
 
@@ -20,8 +20,8 @@ class TextClassification(Task):
     """Sentences and their classes.
 
     label_names: what the source's labels are called, where the source only numbers them.
-    labels: the class names, in order, of a kept run. read: whether the data are wanted as well; "whole" reads all of
-        it as the one split "all".
+    labels: the class names, in order, of a kept run. read: whether the data are wanted as well; "whole" takes what
+        `to_score` does, as one split.
     """
 
     metric = "accuracy"
@@ -50,9 +50,9 @@ class TextClassification(Task):
         self.splits = {}
         self.labels = list(labels or ())
         if read == "whole":
-            rows, notes = all_rows(config.data, self.labels, label_names)
+            name, rows, notes = all_rows(config.data, self.labels, label_names)
             self.notes += notes
-            self.splits = {"all": self._tokens(rows)}
+            self.splits = {name: self._tokens(rows)}
         elif read == "splits":
             data, source = labelled_text(config.data, config.seed, label_names)
             if labels is not None and data.labels != self.labels:
@@ -87,8 +87,7 @@ class TextClassification(Task):
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad
-        longest = max((len(ids) for rows in self.splits.values() for ids, _ in rows), default=0)
-        check_length(longest, self.config.max_length, self.model_name, position_rows(model))
+        self.check_fits(model)
         self._new = list(dict.fromkeys(key.rpartition(".")[0] for key in missing))
         self.model_type = model.config.model_type
         return model  # type: ignore[no-any-return]
@@ -107,6 +106,16 @@ class TextClassification(Task):
         return [
             name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())
         ]
+
+    def check_fits(self, model: nn.Module) -> None:
+        self._check_lengths(model, [row for rows in self.splits.values() for row in rows])
+
+    def _check_lengths(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> None:
+        longest = max((len(ids) for ids, _ in rows), default=0)
+        check_length(longest, self.config.max_length, self.model_name, position_rows(model))
+
+    def drawn_modules(self) -> list[str]:
+        return self._new
 
     def prefix(self, model: nn.Module) -> str | None:
         name = getattr(model, "base_model_prefix", "")
@@ -133,7 +142,7 @@ class TextClassification(Task):
 
     def render(self, example: tuple[list[int], int]) -> str:
         ids, label = example
-        return f"{self.labels[label]}  <-  {self.tokenizer.decode(ids)}"
+        return f"{short(self.labels[label])}  <-  {self.tokenizer.decode(ids)}"
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -153,9 +162,8 @@ class TextClassification(Task):
         model.eval()
         found: list[Tensor] = []
         for start in range(0, len(inputs), self.config.eval_batch_size):
-            batch = self.collate(
-                self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]])
-            )
-            _, logits = self.loss(model, batch)
+            rows = self._tokens([(text, 0) for text in inputs[start : start + self.config.eval_batch_size]])
+            self._check_lengths(model, rows)
+            _, logits = self.loss(model, self.collate(rows))
             found += logits.float().softmax(-1)
         return [answer(text, self.labels, shares) for text, shares in zip(inputs, found)]
