@@ -25,6 +25,11 @@ from tests.tiny_text import make_data, make_model
 def test_a_run_is_the_same_with_and_without(tmp_path, capsys, method, targets):
     make_model(tmp_path / "model")
     make_data(tmp_path / "data.csv", 60)
+    if targets == "classifier":  # of the base's own: a new one would have to be trained in full
+        from transformers import AutoModelForSequenceClassification
+
+        whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
+        whole.save_pretrained(tmp_path / "model")
     kept = []
     for cached in (True, False):
         config = build(
