@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from deltaw.compose.agreement import class_names as names_of
 from deltaw.errors import BaseMismatch, ConfigError, DataError
 from deltaw.io import AdapterNotice, load, read
 from deltaw.io.folder import CONFIG as ADAPTER_CONFIG
+from deltaw.model.quantize import kernel_choices
+from deltaw.ops.choices import Choices
 from deltaw.recipes.configure import build, overridden, recipe_of
 from deltaw.recipes.configure import load as load_config
 from deltaw.recipes.start import PRETRAINED
@@ -21,6 +24,7 @@ from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
 from deltaw.training.fit import check_finite, evaluate
 from deltaw.training.labelled import DROPPED
+from deltaw.training.methods import quantize_base
 from deltaw.training.record import recorded
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
 from deltaw.training.task import Task
@@ -58,7 +62,18 @@ def open_kept(folder: Path, model: str | None = None) -> tuple[RunConfig, Task, 
             _loaded(bare, folder)
         for note in notes:
             print(f"note: {note.message}", file=sys.stderr, flush=True)
+    _quantized(bare, config, folder)
     return config, task, bare.eval()
+
+
+def _quantized(bare: nn.Module, config: RunConfig, folder: Path) -> None:
+    """Keep the frozen weights as the run did that trained beside them, on the kernels that it noted; time nothing."""
+    if quantize_base(bare, config) is None:
+        return
+    choices = kernel_choices(bare)
+    if choices is not None:
+        choices.take(Choices.from_json(json.dumps(recorded(folder / STATUS, "kernels")[0])))
+        choices.timed = False
 
 
 def _loaded(bare: nn.Module, folder: Path) -> None:

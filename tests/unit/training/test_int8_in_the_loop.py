@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.errors import ConfigError, UnknownName
+from deltaw.model.quantize import kernel_choices
+from deltaw.model.state import hosts
 from deltaw.ops import choices, select
 from deltaw.ops.int8 import int8_available
 from deltaw.recipes.configure import build
+from deltaw.recipes.kept import open_kept, score
 from deltaw.recipes.recipe import recipes
 from deltaw.training.rehearsal import rehearse
 from deltaw.training.run import train
@@ -66,6 +69,19 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_loaded(tiny, tmp
     with pytest.raises(ConfigError, match="every weight is trained"):
         go(tiny, tmp_path / "b", method="full")
     assert not any((tmp_path / n).exists() for n in "ab")
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_kept_result_answers_over_the_base_that_it_was_trained_over(tiny, tmp_path, form):
+    found = go(tiny, tmp_path / "run", quantize=form)
+    assert score(tmp_path / "run", [])["loss"] == pytest.approx(found["test"]["loss"], abs=1e-7)
+    config, _, model = open_kept(tmp_path / "run")
+    assert config.quantize == form
+    held = [host for _, host in hosts(model) if host.form_of("weight") is not None]
+    assert held
+    record = kernel_choices(model)
+    assert (record is not None) == (form == "int8")
+    assert record is None or (record.int8 or not int8_available()) and not record.timed
 
 
 def test_a_dry_run_measures_the_quantised_model(tiny):
