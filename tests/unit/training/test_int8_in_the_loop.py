@@ -81,7 +81,7 @@ def test_a_kept_result_answers_over_the_base_that_it_was_trained_over(tiny, tmp_
     assert held
     record = kernel_choices(model)
     assert (record is not None) == (form == "int8")
-    assert record is None or (record.int8 or not int8_available()) and not record.timed
+    assert record is None or ((record.int8 or not int8_available()) and not record.timed)
 
 
 def test_a_dry_run_measures_the_quantised_model(tiny):
