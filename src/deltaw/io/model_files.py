@@ -21,15 +21,12 @@ from deltaw.io.base_walk import Inventory, inventory
 from deltaw.io.card import card as model_card
 from deltaw.io.files import write_parts
 from deltaw.io.fitting import (
-    cannot_place,
     check_dtypes,
     check_fit,
     check_names,
     folded,
-    task_of,
     tie_equal,
     tie_rows,
-    tighten,
     turned,
 )
 from deltaw.io.folder import CONFIG, Folder
@@ -38,6 +35,7 @@ from deltaw.io.notices import AdapterNotice
 from deltaw.io.peft.grammar import grammar_of, grammars
 from deltaw.io.peft.older_names import incomplete, under_todays_names
 from deltaw.io.starts import without_start
+from deltaw.io.wording import cannot_place, task_of, tighten
 from deltaw.model import state
 from deltaw.model.attach import get, installed
 from deltaw.model.changing import changing

@@ -8,7 +8,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.errors import TargetError
-from deltaw.layers import own_forward
+from deltaw.layers import own_forward, ways
 from tests.laws.conftest import Wrapped, shaken
 
 
@@ -69,11 +69,11 @@ class Twice(own_forward.ScaledLinear):
     ],
 )
 def test_the_way_is_found_by_reading_and_by_trying(layer, way):
-    own_forward._ways.clear()
+    ways._ways.clear()
     before = torch.get_rng_state()
     made = layer()
     state = torch.get_rng_state()
-    assert own_forward.way_of(made, nn.Linear) == way
+    assert ways.way_of(made, nn.Linear) == way
     assert torch.equal(torch.get_rng_state(), state)
     assert before is not state
 
@@ -93,7 +93,7 @@ class Switched(nn.Linear):
 def test_layers_of_one_class_that_compute_differently_are_told_apart():
     torch.manual_seed(0)
     model = nn.Sequential(*(Switched(*how) for how in [(False,), (True,), (False, 0.5)])).double()
-    assert [own_forward.way_of(layer, nn.Linear) for layer in model] == ["added", "changed", "changed"]
+    assert [ways.way_of(layer, nn.Linear) for layer in model] == ["added", "changed", "changed"]
     for layer in model:
         alone = nn.Sequential(layer)
         shaken(dw.attach(alone, dw.LoRA(rank=2), targets=["0"]))
@@ -105,8 +105,8 @@ def test_layers_of_one_class_that_compute_differently_are_told_apart():
 
 def test_a_layer_is_probed_once_for_all_that_are_alike(monkeypatch):
     probed = []
-    monkeypatch.setattr(own_forward, "_ways", {})
-    monkeypatch.setattr(own_forward, "probed", lambda layer, kind: probed.append(layer) or "added")
+    monkeypatch.setattr(ways, "_ways", {})
+    monkeypatch.setattr(ways, "probed", lambda layer, kind: probed.append(layer) or "added")
     layers = [own_forward.CastingLinear(3, 4) for _ in range(9)] + [own_forward.CastingLinear(3, 4, device="meta")]
     dw.attach(nn.Sequential(*layers), dw.LoRA(rank=1), targets=[str(n) for n in range(10)])
     assert probed == [layers[0], layers[-1]]
@@ -114,7 +114,7 @@ def test_a_layer_is_probed_once_for_all_that_are_alike(monkeypatch):
 
 def test_an_embedding_that_reads_values_too_runs_on_the_changed_weight():
     model = Wrapped(SuperAndValues(9, 4)).double()
-    assert own_forward.way_of(model.layer, nn.Embedding) == "changed"
+    assert ways.way_of(model.layer, nn.Embedding) == "changed"
     ids = torch.tensor([1, 8])
     shaken(dw.attach(model, dw.LoRA(rank=2), targets=["layer"]))
     changed = model.layer.changed("weight")
@@ -144,7 +144,7 @@ def test_a_trial_writes_nothing():
 
     model = nn.Sequential(Short(4, 3, max_norm=0.1))
     before = model[0].weight.detach().clone()
-    assert own_forward.way_of(model[0], nn.Embedding) == "beneath"
+    assert ways.way_of(model[0], nn.Embedding) == "beneath"
     assert torch.equal(model[0].weight, before)
 
 
