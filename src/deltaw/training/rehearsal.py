@@ -52,7 +52,9 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
         start_from_data(model, task, config, device, task.notes.append)
     count, size = len(task.splits["train"]), config.batch_size * config.accumulate
     peak, step_seconds = _training(model, task, config, device) if prepared.trains else (0, 0.0)
-    evaluated, batch_seconds, rounds = _evaluation(model, task, config, device)
+    scored = [split for split in ("validation", "test") if split in task.splits] or ["train"]
+    evaluations = [_evaluation(model, task, config, device, split) for split in scored]
+    evaluated, (_, batch_seconds, rounds) = max(found[0] for found in evaluations), evaluations[0]
     found = summary(model)
     grown = memory.peak_bytes() - loaded + found.optimizer_bytes if device.type == "cpu" else 0
     kept = found.gradient_bytes if prepared.trains and config.keep == "best" else 0
@@ -96,9 +98,10 @@ def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.dev
 
 
 @torch.no_grad()
-def _evaluation(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> tuple[int, float, int]:
-    """Peak above the model in bytes and seconds of one evaluation batch, and the number of batches."""
-    split = "validation" if "validation" in task.splits else "train"
+def _evaluation(
+    model: nn.Module, task: Task, config: RunConfig, device: torch.device, split: str
+) -> tuple[int, float, int]:
+    """Peak above the model in bytes and seconds of one evaluation batch of a split, and the number of batches."""
     lengths = task.lengths(split) if config.bucket else None
     order = in_order(len(task.splits[split]), config.eval_batch_size, lengths)
     model.eval()
