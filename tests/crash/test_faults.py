@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from deltaw.errors import ConfigError, NonFinite, OutOfMemory
 from deltaw.training import checkpoint
 from deltaw.training.run import status
+from deltaw.training.signals import Interrupted, Stop
 from tests.crash.faults import trials
 
 
@@ -158,3 +160,19 @@ def test_another_configuration_is_refused_and_told_apart(run, tmp_path):
     assert status(tmp_path / "run") == "running"
     run(tmp_path / "run", resume=True, log_every=5, keep_checkpoints=1)  # these decide nothing
     assert status(tmp_path / "run") == "finished"
+
+
+def test_a_signal_just_after_the_loop_has_asked_is_obeyed_a_step_later_with_a_checkpoint(run, tmp_path, monkeypatch):
+    asked = []
+
+    def late(self):
+        asked.append(self.number is not None)
+        if len(asked) == 2:
+            self.number = signal.SIGINT
+        return asked[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", late)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", checkpoint_every=100)
+    assert steps(tmp_path / "run") == ["step-3"]

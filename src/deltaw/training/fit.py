@@ -247,9 +247,11 @@ class Fit:
         state.epoch += 1
         state.batch = 0
         due = config.checkpoint_every == 0 or state.step % config.checkpoint_every == 0
-        if due or state.epoch == config.epochs or self._told_to_stop():
+        told = self._told_to_stop()
+        if due or state.epoch == config.epochs or told:
             self.save()
-        self.stop.check()
+        if told:
+            self.stop.check()
 
     def _after_step(self, steps: int) -> None:
         """Count the step; evaluate, save and stop where it is time. `steps`: those of the epoch."""
@@ -260,9 +262,11 @@ class Fit:
             self._judge()
         if state.batch == steps:
             return  # the end of an epoch is `_epoch`'s
-        if self._told_to_stop() or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
+        told = self._told_to_stop()
+        if told or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
             self.save()
-        self.stop.check()
+        if told:  # who is told from here on stops after the next step, when that is saved
+            self.stop.check()
 
     def _told_to_stop(self) -> bool:
         """Whether a signal has come, to any of the processes: then all of them save and stop together."""
