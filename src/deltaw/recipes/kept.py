@@ -22,11 +22,11 @@ from deltaw.recipes.configure import load as load_config
 from deltaw.recipes.start import PRETRAINED
 from deltaw.training.begun import directory_of, placed
 from deltaw.training.config import RunConfig
-from deltaw.training.fit import check_finite, evaluate
 from deltaw.training.labelled import DROPPED
 from deltaw.training.methods import quantize_base
 from deltaw.training.record import recorded
 from deltaw.training.run import CONFIG, RESULTS, STATUS, status
+from deltaw.training.scoring import check_finite, evaluate
 from deltaw.training.task import Task
 
 USED = ("data", "model", "revision", "max_length", "eval_batch_size", "bucket")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ from deltaw.training import checkpoint, trained
 from deltaw.training.beginning import Beginning, check_same
 from deltaw.training.config import RunConfig
 from deltaw.training.loader import ROWS, Epoch, micro_batches
-from deltaw.training.order import batches, in_order
+from deltaw.training.order import batches
 from deltaw.training.prefix import Prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
 from deltaw.training.schedule import factor, steps
+from deltaw.training.scoring import check_finite, evaluate, to_device
 from deltaw.training.signals import Stop
 from deltaw.training.task import Batch, Task
 from deltaw.variants.adalora import orthogonality_loss
@@ -416,47 +417,6 @@ class Fit:
     def _out_of_patience(self) -> bool:
         patience, state = self.config.patience, self.state
         return patience is not None and state.epoch - state.best_epoch >= patience
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    task: Task,
-    config: RunConfig,
-    split: str,
-    answer: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
-    recorded: Sequence[Any] | None = None,
-) -> dict[str, float]:
-    """Loss and scores of `model` over a split. `answer`: how a batch is computed, if not plainly by the task."""
-    model.eval()
-    device = next(model.parameters()).device
-    order = in_order(len(task.splits[split]), config.eval_batch_size, task.lengths(split) if config.bucket else None)
-    tally, loss_sum, weight = task.tally(), 0.0, 0.0
-    for micros in micro_batches(Epoch(task, split, config.seed, 0, recorded), order, config.eval_batch_size):
-        for batch, _ in micros:
-            weight += task.weight(batch)
-            loss, outputs = task.loss(model, to_device(batch, device)) if answer is None else answer(batch)
-            loss_sum += loss.item()
-            tally.add(outputs, batch)
-    return {"loss": loss_sum / weight, **tally.scores()}
-
-
-def check_finite(scores: Mapping[str, float], split: str) -> None:
-    """Refuse scores whose loss is not finite: every other number among them may look fine.
-
-    Raises:
-        NonFinite: it is not.
-    """
-    if not math.isfinite(scores["loss"]):
-        raise NonFinite(
-            f"the {split} loss is {scores['loss']}, an answer of the model is not finite: lower lr in training, "
-            f"or look at the base and the {split} data"
-        )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The tensors of a batch on `device`."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -21,10 +21,10 @@ from deltaw.model.summary import summary, training_peak
 from deltaw.ops.compact import compact
 from deltaw.training import memory
 from deltaw.training.config import RunConfig
-from deltaw.training.fit import to_device
 from deltaw.training.memory import MIB
 from deltaw.training.methods import check_method, parameters, prepare, quantize_base
 from deltaw.training.order import batches, generator, in_order
+from deltaw.training.scoring import to_device
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Batch, Task
 

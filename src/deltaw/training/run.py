@@ -31,13 +31,14 @@ from deltaw.training import checkpoint, memory, trained
 from deltaw.training.beginning import beginning
 from deltaw.training.begun import begun
 from deltaw.training.config import IRRELEVANT, RunConfig
-from deltaw.training.fit import Fit, to_device
+from deltaw.training.fit import Fit
 from deltaw.training.full_disk import writing
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
 from deltaw.training.place import check_place
 from deltaw.training.prefix_run import frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import METRICS, Record, jsonable, recorded
+from deltaw.training.scoring import to_device
 from deltaw.training.signals import Interrupted, Stop
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task

@@ -18,8 +18,8 @@ from deltaw.core.starting import Waiting
 from deltaw.errors import ConfigError
 from deltaw.model.initialize import initialize
 from deltaw.training.config import RunConfig
-from deltaw.training.fit import to_device
 from deltaw.training.order import batches, generator
+from deltaw.training.scoring import to_device
 from deltaw.training.task import Batch, Task
 
 EXAMPLES = 256

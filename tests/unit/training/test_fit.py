@@ -12,8 +12,8 @@ import deltaw as dw
 from deltaw.recipes.configure import build
 from deltaw.recipes.kept import open_kept
 from deltaw.recipes.recipe import recipes
-from deltaw.training.fit import evaluate
 from deltaw.training.run import train
+from deltaw.training.scoring import evaluate
 
 STEPS = 8  # an epoch's
 

@@ -49,7 +49,7 @@ def add(app: typer.Typer) -> None:
         from deltaw.model.attach import get
         from deltaw.recipes.configure import load as configured
         from deltaw.recipes.configure import recipe_of
-        from deltaw.training.fit import evaluate
+        from deltaw.training.scoring import evaluate
 
         if examples < 1:
             raise ConfigError(f"--examples {examples}: the search needs at least one example to measure weights on")

@@ -17,11 +17,11 @@ from deltaw.errors import DataError, MissingExtra
 from deltaw.training.chat_tokens import IGNORED, Tokens, answer_spans, render, tokens
 from deltaw.training.config import RunConfig
 from deltaw.training.conversations import Conversation, Unusable, conversations, conversations_to_score
-from deltaw.training.fit import evaluate
 from deltaw.training.hub import check_length, quiet_transformers
 from deltaw.training.labelled import DROPPED
 from deltaw.training.language_models import language_model, tokenizer_of
 from deltaw.training.packing import collate, may_see, pack
+from deltaw.training.scoring import evaluate
 from deltaw.training.task import Batch, Tally, Task
 
 
