@@ -19,8 +19,13 @@ from torch.nn import functional as F
 from deltaw.core.host import Example
 from deltaw.core.registry import host
 from deltaw.core.variant import LowRank
-from deltaw.layers.output import OutputHost, added, dropped_input
-from deltaw.ops.select import WIDE, use_merged_kernel
+from deltaw.layers.output import OutputHost, dropped_input, plus
+from deltaw.ops.places import FEW, multiplies, plus_product_by_places, product_by_places
+from deltaw.ops.seeded import seeded_dropout
+from deltaw.ops.select import WIDE, is_small_kernel
+
+Convolved = Callable[[Tensor, Tensor], Tensor]
+"""x (N, in, *places) and A -> A(x), (N, groups · rank, *places)."""
 
 
 class ConvMatrix(OutputHost):
@@ -40,6 +45,35 @@ class ConvMatrix(OutputHost):
 
     def from_matrix(self, site: str, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.weight.shape)
+
+    def with_changes(
+        self, y: Tensor, x: Tensor, bias: Tensor | None, terms: list[LowRank], inner: Convolved, fresh: bool
+    ) -> Tensor:
+        """y + Σ ( gain ⊙ (y - bias) + scale · B A(x) ), in y's dtype: the frozen output y, (N, out, *places), with its changes.
+
+        One sample comes without N. fresh: nobody keeps y. With gain = 0 and B = 0 the result is y to the bit.
+        """
+        behind = self.weight.ndim - 2
+        if y.dim() == behind + 1:
+            return self.with_changes(y[None], x[None], bias, terms, inner, fresh)[0]
+        gains = [t.gain for t in terms if t.gain is not None]
+        if gains:
+            y, fresh = gained(y, bias, sum(gains[1:], gains[0])), True
+        for t in terms:
+            rank = t.A.shape[0]
+            if not rank:  # a gain alone
+                continue
+            h = inner(dropped_input(x, t, self.training), t.A)
+            drops = self.training and t.dropout > 0 and t.dropout_at == "output"
+            if self.groups == 1 and not drops:
+                y = plus_product_by_places(y, h, t.B, t.scale, fresh=fresh)
+            else:
+                one, none = (1,) * behind, (0,) * behind
+                B = (t.scale * t.B).to(h.dtype).reshape(-1, rank, *one)
+                change = torch.convolution(h, B, None, one, none, one, False, none, self.groups)
+                y = plus(y, seeded_dropout(change, t.dropout) if drops else change)
+            fresh = True
+        return y
 
     def listed_as(self) -> str:
         name = f"conv{self.weight.ndim - 2}d"
@@ -61,43 +95,63 @@ class ConvHost(ConvMatrix):
             return self._conv_forward(x, self.weight, self._parameters["bias"])
         bias = self.changed_bias()
         terms = self.low_rank()
-        if not terms or cheaper_changed(self, terms, x.numel() // (self.in_channels * math.prod(self.stride))):
-            return self._conv_forward(x, self.changed("weight", dropout=self.training), bias)
-        y = self._conv_forward(x, self.weight, bias)
+        changed = not terms or cheaper_changed(self, terms)
+        weight = self.changed("weight", dropout=self.training) if changed else self.weight
+        ours = type(self)._conv_forward is self.adapts[0]._conv_forward  # type: ignore[attr-defined]
+        if ours and terms and x.dim() == weight.dim() and self.is_pointwise() and multiplies(x, weight, terms):
+            y = product_by_places(weight.flatten(1), self.points(x), bias)
+        else:
+            y = self._conv_forward(x, weight, bias)
+        return y if changed else self.with_changes(y, x, bias, terms or [], self.inner, fresh=ours)
 
-        def low(t: LowRank) -> Tensor:
-            return self.by_factors(dropped_input(x, t, self.training), t)
-
-        return added(y, bias, terms, low, behind=self.weight.ndim - 2, training=self.training)
-
-    def by_factors(self, x: Tensor, t: LowRank) -> Tensor:
-        """B(A(x)), shaped as the layer's output."""
-        convolution: Any = type(self).convolution
-        rank = t.A.shape[0]
-        ones = (1,) * (self.weight.ndim - 2)
-        A = t.A.to(x.dtype).reshape(rank, *self.weight.shape[1:])
+    def inner(self, x: Tensor, A: Tensor) -> Tensor:
+        """A(x), (N, groups · rank, *places)."""
+        A = A.to(x.dtype).reshape(-1, *self.weight.shape[1:])  # (rank, in/groups, *kernel)
+        if self.is_pointwise() and math.prod(x.shape[2:]) >= FEW:
+            return product_by_places(A.flatten(1), self.points(x))
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         if self.groups > 1:
-            A = A.repeat(self.groups, 1, *ones)  # (groups · rank, in/groups, *kernel)
-        h = convolution(x, A, None, self.stride, padding, self.dilation, self.groups)
-        B = t.B.to(h.dtype).reshape(-1, rank, *ones)
-        y: Tensor = convolution(h, B, None, 1, 0, 1, self.groups)
-        return y
+            A = A.repeat(self.groups, *(1,) * (A.dim() - 1))  # (groups · rank, in/groups, *kernel)
+        convolution: Any = type(self).convolution
+        h: Tensor = convolution(x, A, None, self.stride, padding, self.dilation, self.groups)
+        return h
+
+    def is_pointwise(self) -> bool:
+        """Whether every place of the output sees one place of the input, with all of its channels."""
+        return (
+            self.groups == 1
+            and set(self.weight.shape[2:]) == {1}
+            and self.padding_mode == "zeros"
+            and self.padding in (0, "same", "valid", (0,) * (self.weight.dim() - 2))
+        )
+
+    def points(self, x: Tensor) -> Tensor:
+        """The places of x that a pointwise convolution sees."""
+        every: Any = (..., *(slice(None, None, step) for step in self.stride))
+        return x[every]
 
 
-def cheaper_changed(layer: ConvMatrix, terms: list[LowRank], places: int) -> bool:
-    """Whether W + ΔW costs less than the factors, for so many places in the output: by the rule of `ops/select.py`, and
-    where the groups times the rank are no less than the outputs.
+def gained(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
+    """y + gain ⊙ (y - bias) for y (N, out, *places) and gain (out,), in y's dtype."""
+    gain = gain.reshape(-1, *(1,) * (y.dim() - 2))
+    if bias is None:
+        return (y * (1 + gain)).to(y.dtype)
+    return plus(y, gain * (y - bias.to(y.dtype).view_as(gain)))
+
+
+def cheaper_changed(layer: ConvMatrix, terms: list[LowRank]) -> bool:
+    """Whether W + ΔW costs less than the factors: by the rule of `ops/select.py`, and where the groups times the rank are
+    no less than the outputs.
 
     Not with dropout in force, nor under autocast, which would round W + ΔW to 16 bit and swallow a small change.
     """
     weight = layer.weight
     if (layer.training and any(t.dropout for t in terms)) or torch.is_autocast_enabled(weight.device.type):
         return False
-    many = weight.dtype in WIDE and sum(t.A.shape[0] for t in terms) * layer.groups >= weight.shape[0]
-    return many or use_merged_kernel(weight.numel(), places, weight.dtype)
+    many = sum(t.A.shape[0] for t in terms) * layer.groups >= weight.shape[0]
+    return weight.dtype in WIDE and (many or is_small_kernel(weight.numel()))
 
 
 def random(*shape: int) -> Callable[[torch.dtype], tuple[Tensor]]:

@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 from deltaw.core.host import Example
 from deltaw.core.registry import host
-from deltaw.core.variant import LowRank
 from deltaw.layers.conv import ConvMatrix, cheaper_changed, random
-from deltaw.layers.output import added, dropped_input
 
 
 class ConvTransposeMatrix(ConvMatrix):
@@ -51,7 +49,6 @@ class ConvTransposeHost(ConvTransposeMatrix):
     padding: Any
     output_padding: tuple[int, ...]
     kernel_size: tuple[int, ...]
-    plain: ClassVar[Callable[..., Tensor]]
     _output_padding: Callable[..., Any]
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -68,19 +65,17 @@ class ConvTransposeHost(ConvTransposeMatrix):
             y: Tensor = transposed(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
             return y
 
-        if not terms or cheaper_changed(self, terms, x.numel() // self.in_channels):
+        if not terms or cheaper_changed(self, terms):
             return applied(x, self.changed("weight", dropout=self.training), bias)
-        ones = (1,) * (self.weight.ndim - 2)
 
-        def low(t: LowRank) -> Tensor:
-            rank = t.A.shape[0]
-            A = t.A.to(x.dtype).reshape(rank, -1, *self.weight.shape[2:]).transpose(0, 1)  # (in/groups, rank, *kernel)
-            h = applied(dropped_input(x, t, self.training), A.repeat(self.groups, 1, *ones))
-            plain: Any = type(self).plain
-            y: Tensor = plain(h, t.B.to(h.dtype).reshape(-1, rank, *ones), groups=self.groups)
-            return y
+        def inner(x: Tensor, A: Tensor) -> Tensor:
+            """A(x), (N, groups · rank, *places)."""
+            kernel = (
+                A.to(x.dtype).reshape(len(A), -1, *self.weight.shape[2:]).transpose(0, 1)
+            )  # (in/groups, rank, *kernel)
+            return applied(x, kernel.repeat(self.groups, *(1,) * (kernel.ndim - 1)))
 
-        return added(applied(x, self.weight, bias), bias, terms, low, behind=len(ones), training=self.training)
+        return self.with_changes(applied(x, self.weight, bias), x, bias, terms, inner, fresh=True)
 
 
 @host
@@ -90,7 +85,6 @@ class ConvTranspose1dHost(ConvTransposeHost, nn.ConvTranspose1d):
     family: ClassVar[str] = "conv_transpose1d"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d,)
     convolution = staticmethod(F.conv_transpose1d)
-    plain = staticmethod(F.conv1d)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -115,7 +109,6 @@ class ConvTranspose2dHost(ConvTransposeHost, nn.ConvTranspose2d):
     family: ClassVar[str] = "conv_transpose2d"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose2d,)
     convolution = staticmethod(F.conv_transpose2d)
-    plain = staticmethod(F.conv2d)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:
@@ -135,7 +128,6 @@ class ConvTranspose3dHost(ConvTransposeHost, nn.ConvTranspose3d):
     family: ClassVar[str] = "conv_transpose3d"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose3d,)
     convolution = staticmethod(F.conv_transpose3d)
-    plain = staticmethod(F.conv3d)
 
     @classmethod
     def examples(cls) -> Iterable[Example]:

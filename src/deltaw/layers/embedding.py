@@ -74,9 +74,7 @@ class EmbeddingHost(EmbeddingMatrix, nn.Embedding):
         sites = self.active_sites()
         terms = self.low_rank() if sites else []
         if terms:
-            rows = added(
-                F.embedding(ids, self.weight), None, terms, self.looked_up(ids), behind=0, training=self.training
-            )
+            rows = added(F.embedding(ids, self.weight), None, terms, self.looked_up(ids), training=self.training)
             shares = self.shares(ids)
         else:
             weight = self.changed("weight", dropout=self.training)

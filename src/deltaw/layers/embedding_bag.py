@@ -80,7 +80,7 @@ class EmbeddingBagHost(EmbeddingMatrix, nn.EmbeddingBag):
         def low(t: LowRank) -> Tensor:
             return bagged(t.A.mT) @ t.B.mT
 
-        return added(bagged(self.weight), None, terms, low, behind=0, training=self.training)
+        return added(bagged(self.weight), None, terms, low, training=self.training)
 
 
 def bag(**options: Any) -> Callable[[], nn.Module]:

@@ -83,15 +83,13 @@ def added(
     terms: Sequence[LowRank],
     low: Callable[[LowRank], Tensor],
     *,
-    behind: int,
     training: bool,
 ) -> Tensor:
-    """y + Σ (gain ⊙ (y - bias) + low(term)): the frozen output y with its changes, in y's dtype.
+    """y + Σ (gain ⊙ (y - bias) + low(term)): the frozen output y, (..., out), with its changes, in y's dtype.
 
-    low: B(A(drop(x))) of one term, its scale in B already, shaped as y. behind: number of dimensions of y behind that of the outputs.
+    low: B(A(drop(x))) of one term, its scale in B already, shaped as y.
     A term of rank 0 is a gain alone. With gain = 0 and B = 0 the result is y to the bit.
     """
-    unbiased = y if bias is None else y - by_output(bias, behind).to(y.dtype)
     total = y
     for t in terms:
         if t.A.shape[0]:
@@ -100,18 +98,13 @@ def added(
                 change = seeded_dropout(change, t.dropout)
             total = plus(total, change)
         if t.gain is not None:
-            total = plus(total, by_output(t.gain, behind) * unbiased)
+            total = plus(total, t.gain * (y if bias is None else y - bias.to(y.dtype)))
     return total
 
 
 def plus(y: Tensor, change: Tensor) -> Tensor:
     """y + change, summed in the wider of the two precisions and rounded once to y's."""
     return (y.to(torch.promote_types(y.dtype, change.dtype)) + change).to(y.dtype)
-
-
-def by_output(values: Tensor, behind: int) -> Tensor:
-    """(out,) -> (out, 1, ...), so that it meets the outputs' dimension."""
-    return values.reshape(-1, *(1,) * behind)
 
 
 def dropped_input(x: Tensor, term: LowRank, training: bool) -> Tensor:

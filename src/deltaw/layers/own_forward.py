@@ -117,7 +117,7 @@ class OwnForwardLinearHost(OwnForwardHost, OutputHost):
             inputs = dropped_input(x.to(t.A.dtype), t, self.training)
             return nn.functional.linear(nn.functional.linear(inputs, t.A), t.B)
 
-        return added(y, bias, terms, low, behind=0, training=self.training)
+        return added(y, bias, terms, low, training=self.training)
 
 
 @host

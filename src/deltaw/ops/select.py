@@ -8,9 +8,9 @@ cheaper from four times as many rows on. A gain, which in W' is free, is a pass 
 W' is exact up to one rounding per weight in 32 and 64 bit; in 16 bit that rounding would swallow a small change, so never
 there.
 
-For a convolution it is passes that cost: factors make five of them over the output, forward and backward, W' the gradient
-of a whole weight. Measured with rank 8 (benchmarks/convolution.py), W' is cheaper for kernels of up to `KERNEL` numbers at
-`PLACES` places or more (.52 to .95 of the factors' time; 1.07 or more above).
+For a convolution it is passes and thin products that cost, W' the gradient of a whole weight. Measured with rank 8
+(benchmarks/convolution.py), W' is cheaper for kernels of fewer than `KERNEL` numbers (.51 to .96 of the factors' time; about
+as much at `KERNEL`, more above).
 
 Fused or composed. The fused operation saves passes and memory and has the faster products, for some 60 to 90
 microseconds of Python. Below `SMALL` multiplications that is more than it saves, and torch's own operations are composed.
@@ -100,13 +100,10 @@ def is_stacked(rows_out: int, columns_in: int, tokens: int, rank: int, device: s
 KERNEL = 1 << 16
 """Numbers of a convolution's weight."""
 
-PLACES = 1 << 8
-"""Places of an output. Of a kernel of up to 2^12 numbers W' is cheaper at any number of them."""
 
-
-def use_merged_kernel(numbers: int, places: int, dtype: torch.dtype) -> bool:
-    """Whether a convolution, whose weight has so many numbers, forms W' for a call with so many places in the output."""
-    return dtype in WIDE and numbers <= KERNEL and (numbers <= KERNEL >> 4 or surely(places >= PLACES))
+def is_small_kernel(numbers: int) -> bool:
+    """Whether a convolution, whose weight has so many numbers, forms W' for a call."""
+    return numbers < KERNEL
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def total_gain(terms: Sequence[Term]) -> Tensor | None:
     return sum(gains[1:], gains[0]) if gains else None
 
 
-def moved(terms: Sequence[Term]) -> bool:
+def moved(terms: Sequence[Term | Factors]) -> bool:
     """Whether some adapter has left its start, where B and gain are zero."""
     return any(bool(z.any()) for t in terms for z in (t.B, t.gain) if z is not None)
 

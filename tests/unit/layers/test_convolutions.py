@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import deltaw as dw
+from deltaw.layers.conv import ConvHost
 from deltaw.ops import select
 from tests.laws.conftest import Wrapped, shaken
 
@@ -97,24 +99,71 @@ def test_a_depthwise_convolution_runs_with_its_changed_weight(monkeypatch):
 
 def test_a_small_kernel_runs_with_its_changed_weight_where_that_loses_nothing(monkeypatch):
     monkeypatch.undo()  # the limits as they are
-    model = Wrapped(nn.Conv2d(16, 32, 3, padding=1))
-    dw.attach(model, dw.LoRA(rank=2, dropout=0.5), targets=["layer"])
-    host = type(model.layer)
     calls = []
-    real = host.by_factors
-    monkeypatch.setattr(host, "by_factors", lambda *given: calls.append(1) or real(*given))
-    few, many = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 16, 16)
-    model.eval()
-    for x, expected in ((few, 1), (many, 0)):  # 4,608 numbers: from 256 places on
+    real = ConvHost.inner
+    monkeypatch.setattr(ConvHost, "inner", lambda *given: calls.append(1) or real(*given))
+    x = torch.randn(1, 16, 4, 4)
+    for outputs, expected in ((454, 0), (456, 1)):  # 65,376 numbers and 65,664
+        model = Wrapped(nn.Conv2d(16, outputs, 3, padding=1))
+        dw.attach(model, dw.LoRA(rank=2, dropout=0.5), targets=["layer"])
+        model.eval()
+        calls.clear()
         model(x)
         assert len(calls) == expected
-        calls.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(many)
-    model.train()
-    model(many)  # dropout
-    model.eval().bfloat16()(many.bfloat16())
-    assert len(calls) == 3
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        model.train()
+        model(x)  # dropout
+        model.eval().bfloat16()(x.bfloat16())
+        assert len(calls) == expected + 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [dw.LoRA, dw.DoRA])
+def test_a_pointwise_convolution_by_products_is_the_dense_one(n, stride, bias, kind):
+    """Many places (products per sample, the weight's own where this machine's library likes them) and few, both ways of
+    laying an image down, and its derivatives, against W + ΔW in float64."""
+    torch.manual_seed(0)
+    side = {1: 130, 2: 16, 3: 8}[n]
+    conv = CONV[n](6, 20, 1, stride, bias=bias)
+    model = Wrapped(conv).double()
+    shaken(dw.attach(model, kind(rank=2, alpha=3), targets=["layer"]))
+    merged = copy.deepcopy(model)
+    dw.merge(merged)
+    dense = merged.layer
+    w = dense.weight.detach().clone().requires_grad_()
+    for shape in ((3, 6, *(side,) * n), (1, 6, *(3,) * n), (6, *(side,) * n)):
+        x = torch.randn(*shape, dtype=torch.float64)
+        if n == 2 and len(shape) == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = model(x1)
+        expected = dense._conv_forward(x2, w, dense.bias)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        g = torch.randn_like(y)
+        y.backward(g)
+        expected.backward(g)
+        torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-10, atol=1e-10)
+        delta = model.layer.deltas("default")["weight"]
+        if kind is dw.LoRA:
+            torch.testing.assert_close(delta.A.grad, 1.5 * delta.B.T @ w.grad.flatten(1))
+            torch.testing.assert_close(delta.B.grad, 1.5 * w.grad.flatten(1) @ delta.A.T)
+        model.zero_grad()
+        w.grad = None
+
+
+def test_what_a_subclass_keeps_of_its_output_is_not_written_to():
+    class Squared(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            y = super()._conv_forward(x, weight, bias)
+            return torch.exp(y)  # keeps what it gives
+
+    model = Wrapped(Squared(3, 5, 3)).double()
+    shaken(dw.attach(model, dw.LoRA(rank=2, dropout=0.1), targets=["layer"]))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: (torch.manual_seed(0), model(x))[1], (x,))
 
 
 def test_true_groups_keep_their_channels_apart():
