@@ -35,7 +35,6 @@ from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import as_autocast, plain
 from deltaw.ops.matmul import linear, thin, transformed
-from deltaw.ops.once import once
 from deltaw.ops.select import is_stacked
 from deltaw.ops.steps import add_, add_input_gradient_, backward_factors, base_values, first_product, project
 from deltaw.ops.terms import (
@@ -50,6 +49,7 @@ from deltaw.ops.terms import (
     total_gain,
     unpack,
 )
+from deltaw.ops.twice import apart, twice
 
 Span = tuple[int, int, Plan]
 """First token, last token, and the constants of the segment's terms."""
@@ -150,6 +150,14 @@ def adapted_parts(segments: Sequence[Segment], training: bool, x: Tensor) -> lis
     ]
 
 
+def grouped_again(ctx: Any) -> tuple[Tensor, list[Any]]:
+    """The plain twin of a call, for twice.py."""
+    saved = ctx.saved_tensors[: 3 + TENSORS * sum(len(plan) for *_, plan in ctx.spans)]
+    x, weight, bias, *tensors = apart(saved)
+    y = grouped_plain(flat(x), weight, bias, unpack_spans(ctx.spans, tensors), ctx.frozen)
+    return y.view(*x.shape[:-1], y.shape[1]), [None, None, x, weight, bias, *tensors]
+
+
 class GroupedLinear(torch.autograd.Function):
     """Values and derivatives as in linear.py's header, each segment with its own terms on its own slice."""
 
@@ -166,14 +174,14 @@ class GroupedLinear(torch.autograd.Function):
         """`spans` are (first token, last token, plan) of each segment; `tensors` their packed terms in turn."""
         y, products = grouped_values(x, weight, bias, unpack_spans(spans, tensors), frozen, True)
         ctx.spans, ctx.frozen = spans, frozen
-        ctx.save_for_backward(x, weight, *tensors, *products)
+        ctx.save_for_backward(x, weight, bias, *tensors, *products)
         return y
 
     @staticmethod
-    @once
+    @twice(grouped_again)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """None for every input that needs no gradient."""
-        x, weight, *rest = ctx.saved_tensors
+        x, weight, _, *rest = ctx.saved_tensors
         segments = unpack_spans(ctx.spans, rest)
         count = sum(len(terms) for *_, terms in segments)
         products = iter(rest[TENSORS * count :])

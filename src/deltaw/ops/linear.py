@@ -44,7 +44,6 @@ from deltaw.ops.composed import composed
 from deltaw.ops.gain import alias, column_dots, gain_from_output, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import adds_in_place, linear, transformed
-from deltaw.ops.once import once
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.steps import (
@@ -71,6 +70,7 @@ from deltaw.ops.terms import (
     total_gain,
     unpack,
 )
+from deltaw.ops.twice import apart, twice
 
 
 def adapted_linear(
@@ -89,8 +89,7 @@ def adapted_linear(
 
     Adapters kept in another precision than x are rounded to x's for the products; their gradients come back in theirs.
     With B = 0 and gain = 0 the result equals `F.linear(x, weight, bias)` to the bit.
-    Derivatives of the derivatives: only where W is dense, of the plain twin and of products as small as
-    `select.is_small` says.
+    Differentiable as often as wished (twice.py), but where only B learns.
     """
     if not adapters and weight is not None:
         return F.linear(x, weight, bias)
@@ -163,19 +162,19 @@ def plain(
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x Wᵀ for a W that only knows its two products."""
+    """x Wᵀ, or g W (`transposed`), for a W that only knows its two products: each is the other's derivative."""
 
     @staticmethod
-    def forward(ctx: Any, frozen: FrozenProduct, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        ctx.frozen = frozen
-        return frozen.matmul(x)
+    def forward(ctx: Any, frozen: FrozenProduct, x: Tensor, transposed: bool = False) -> Tensor:
+        """(..., in) -> (..., out); transposed (..., out) -> (..., in)."""
+        ctx.frozen, ctx.transposed = frozen, transposed
+        return frozen.matmul_grad(x) if transposed else frozen.matmul(x)
 
     @staticmethod
-    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """(..., out) -> (..., in)."""
-        return None, ctx.frozen.matmul_grad(grads[0]) if ctx.needs_input_grad[1] else None
+        """The other product."""
+        needed = ctx.needs_input_grad[1]
+        return None, FrozenMatmul.apply(ctx.frozen, grads[0], not ctx.transposed) if needed else None, None  # type: ignore[no-untyped-call]
 
 
 class Call(NamedTuple):
@@ -190,6 +189,26 @@ class Call(NamedTuple):
     frozen: FrozenProduct | None = None
     keep: bool = True
     recipe: Recipe | None = None
+
+
+def saved(ctx: Any) -> tuple[Any, Any, Any, Any, list[Any]]:
+    """What `AdaptedLinear` keeps: y, x (made again where there is a recipe), W, b, and the packed terms before their h."""
+    kept, x, weight, bias, *rest = ctx.saved_tensors
+    if ctx.call.recipe is not None:
+        x = ctx.call.recipe.take(rest[len(rest) - ctx.sources :])
+        del rest[len(rest) - ctx.sources :]  # over compact saves (compact.py) these were made for x alone
+    return kept, x, weight, bias, rest
+
+
+def plain_again(ctx: Any) -> tuple[Tensor, list[Any]] | None:
+    """The plain twin of a call, for twice.py; None where x was not kept."""
+    _, x, weight, bias, rest = saved(ctx)
+    if x is None:
+        return None
+    call: Call = ctx.call
+    x, weight, bias, *tensors = apart([x, weight, bias, *rest[: TENSORS * len(call.plan)]])
+    y = plain(x, weight, bias, unpack(call.plan, tensors), call.frozen)
+    return y, [None, None, x, weight, bias, *tensors]
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -219,14 +238,11 @@ class AdaptedLinear(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once
+    @twice(plain_again)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
-        kept, x, weight, bias, *rest = ctx.saved_tensors
+        kept, x, weight, bias, rest = saved(ctx)
         call: Call = ctx.call
-        if call.recipe is not None:
-            x = call.recipe.take(rest[len(rest) - ctx.sources :])
-            del rest[len(rest) - ctx.sources :]  # over compact saves (compact.py) these were made for x alone
         terms = unpack(call.plan, rest)
         products = rest[TENSORS * len(terms) :]
         needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[2:]

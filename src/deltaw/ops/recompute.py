@@ -114,9 +114,16 @@ def layer_norm(node: Any) -> Found:
     affine = {"gamma": node._saved_weight, "beta": node._saved_bias}
     names = [name for name, t in affine.items() if t is not None]
     tensors = (node._saved_input, node._saved_result1, node._saved_result2, *(affine[name] for name in names))
+    last = tuple(range(-len(node._saved_normalized_shape), 0))
 
     def make(z: Tensor, mean: Tensor, rstd: Tensor, *given: Tensor) -> Tensor:
-        wide, known = torch.addcmul(-mean * rstd, z, rstd), dict(zip(names, given, strict=True))
+        known = dict(zip(names, given, strict=True))
+        if torch.is_grad_enabled():  # to be differentiated (twice.py): mean and rstd = 1 / sqrt(variance + eps) are z's
+            variance, mean = torch.var_mean(z.to(mean.dtype), last, correction=0, keepdim=True)
+            eps = (rstd**-2 - variance).detach()
+            x = (z - mean) * (variance + eps).rsqrt() * known.get("gamma", 1) + known.get("beta", 0)
+            return x.to(z.dtype)
+        wide = torch.addcmul(-mean * rstd, z, rstd)
         gamma, beta = known.get("gamma"), known.get("beta")
         if gamma is not None and beta is not None:
             wide = torch.addcmul(beta, wide, gamma, out=wide)

@@ -44,6 +44,17 @@ def leaves(segments: list[Segment]) -> list[torch.Tensor]:
     return list(found.values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_differentiable_twice(dropout: float) -> None:
+    x, weight, bias, segments = batch(2, gain=True, dropout=dropout)
+
+    def op(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(4)
+        return grouped_linear(x, weight, bias, segments, training=True)
+
+    torch.autograd.gradgradcheck(op, (x, weight, bias, *leaves(segments)))
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (40,), (3, 4)])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltaw as dw
 from deltaw.core.variant import LowRank
-from deltaw.ops import adapted_linear, adapted_linear_reference, select, steps
+from deltaw.ops import adapted_linear, adapted_linear_reference, recompute, select, steps
 from deltaw.ops import linear as module
 from deltaw.ops.gain import alias
 from tests.unit.ops.cases import Case
@@ -254,37 +254,70 @@ def test_a_gain_that_is_not_read_from_the_output_takes_one_product() -> None:
     assert backward.count <= 1  # x Wᵀ at most, nothing for A and B
 
 
-def test_a_form_has_no_second_derivative_and_says_so() -> None:
+@pytest.mark.parametrize("case", [c for c in CASES if c.count == 1 and c.lead in ((7,), (2, 3), ())], ids=str)
+def test_differentiable_twice(case: Case) -> None:
+    def op(*tensors: Tensor) -> Tensor:
+        return case.run(adapted_linear, tensors)
+
+    torch.autograd.gradgradcheck(op, case.tensors)
+
+
+def test_second_derivatives_of_a_form_are_those_of_its_products() -> None:
     form = dw.Int8().keep(torch.randn(40, 48))
     x = torch.randn(5, 48, requires_grad=True)
-    y = adapted_linear_reference(x, None, None, [], training=True, frozen=form)
-    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        first.sum().backward()
+    factors = LowRank(torch.randn(2, 48, requires_grad=True), torch.randn(40, 2, requires_grad=True), 1.0)
+    found = []
+    for op in (adapted_linear, adapted_linear_reference):
+        y = op(x, None, None, [factors], training=True, frozen=form)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (x, factors.A, factors.B)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_a_penalty_on_the_gradient_of_a_linear_loss_is_refused_and_torch_func_takes_it(kernel: str) -> None:
+def test_a_penalty_on_the_gradient_of_a_linear_loss() -> None:
+    """Which needs the second derivatives though the incoming gradient is a constant."""
     case = Case(bias=False)
     x, weight, A, B = case.tensors
+    y = adapted_linear(x, weight.detach(), None, [LowRank(A, B, 1.0)], training=True)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    expected = weight.sum(0) + B.sum(0) @ A  # of every row
+    truth = torch.autograd.grad(len(x) * expected.square().sum(), (A, B))
+    for ours, theirs in zip(torch.autograd.grad(dx.square().sum(), (A, B)), truth, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
-    def penalty(x: Tensor, A: Tensor, gradient: Any) -> Tensor:
-        return gradient(x, A).square().sum()
 
-    def loss(x: Tensor, A: Tensor) -> Tensor:
-        return adapted_linear(x, weight.detach(), None, [LowRank(A, B, 1.0)], training=True).sum()
+@pytest.mark.parametrize("tied", [False, True])
+def test_second_derivatives_through_an_input_that_is_made_again(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v read one GELU's output, which nobody keeps; with one tensor in two places its shares are not counted twice."""
+    monkeypatch.setattr(recompute, "WORTH", 0)
+    torch.manual_seed(0)
+    z, weight, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (5, 5), (5, 2)))
+    A = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    other = A if tied else torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    terms = [LowRank(A, B, 1.5), LowRank(other, B, 1.0, weight[0].detach())]
+    found = []
+    for op in (adapted_linear, adapted_linear_reference):
+        x = F.gelu(z)
+        y = torch.stack([op(x, weight * i, None, terms, training=True) for i in (1, 2, 3)])
+        firsts = torch.autograd.grad(y.pow(3).sum(), (z, A, B), create_graph=True)
+        seconds = torch.autograd.grad(sum(f.square().sum() for f in firsts), (z, weight, A, B))
+        found.append((*firsts, *seconds))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
-    def by_autograd(x: Tensor, A: Tensor) -> Tensor:
-        return torch.autograd.grad(loss(x, A), x, create_graph=True)[0]
 
-    dx = case.tensors[1].sum(0) + B.sum(0) @ A  # of every row
-    (truth,) = torch.autograd.grad(len(x) * dx.square().sum(), A)
-    found = torch.func.grad(lambda A: penalty(x, A, torch.func.grad(loss)))(A)
-    torch.testing.assert_close(found, truth)
-    if kernel == "composed":
-        torch.testing.assert_close(torch.autograd.grad(penalty(x, A, by_autograd), A)[0], truth)
-    else:
-        with pytest.raises(RuntimeError, match="second derivatives"):
-            torch.autograd.grad(penalty(x, A, by_autograd), A)
+def test_second_derivatives_are_refused_where_x_is_not_kept() -> None:
+    case = Case(bias=False)
+    x, weight, A, B = case.tensors
+    for op in (adapted_linear, adapted_linear_reference):
+        y = op(x, weight.detach(), None, [LowRank(A.detach(), B, 1.0)], training=True)
+        firsts = torch.autograd.grad(y.square().sum(), (x, B), create_graph=True)
+        if op is adapted_linear and select.SMALL < 0:
+            with pytest.raises(RuntimeError, match="second derivatives"):
+                torch.autograd.grad(firsts[1].sum(), x)
+        else:
+            torch.autograd.grad(firsts[1].sum(), x)
 
 
 def test_sixteen_bit_base_with_adapters_in_32_bit() -> None:

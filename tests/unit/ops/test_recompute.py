@@ -97,6 +97,23 @@ def test_the_gradients_are_those_of_a_kept_input(name: str) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", [n for n in PRODUCERS if not n.startswith(("attention", "kept"))])
+def test_second_derivatives_go_through_an_input_that_is_made_again(name: str) -> None:
+    """Attention has none in torch."""
+    weight = torch.randn(24, 32, dtype=torch.float64)
+    start = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    results = []
+    for op in (adapted_linear, adapted_linear_reference):
+        terms = factors()
+        x = PRODUCERS[name](start)
+        loss = sum(op(x, weight, None, [t], training=True).pow(3).mean() for t in terms)
+        inputs = [start, *(t.A for t in terms), *(t.B for t in terms)]
+        firsts = torch.autograd.grad(loss, inputs, create_graph=True)
+        results.append([*firsts, *torch.autograd.grad(sum(f.square().sum() for f in firsts), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
+
+
 @pytest.mark.parametrize(
     "name", ["gelu", "silu", "gate", "rms norm", "norm", "attention", "attention with an idle reshape"]
 )
