@@ -1,8 +1,10 @@
 """--dry-run: what a run would train, need and take, and what its examples look like, without training or writing.
 
-Memory is the larger of two: what a step and an evaluation batch hold at their peak, counted tensor by tensor; and, on a
-CPU, by how much this process grew over the first batches, for an allocator keeps more than is in use. The optimizer's
-state and the weights that are put aside as the best so far are added. Time is that of measured batches, counted up.
+Some batches of every kind are run: the largest, and others of all sizes. Memory is the larger of two: what a step and an
+evaluation batch hold at their peak, counted tensor by tensor; and, on a CPU, by how much this process grew, for an
+allocator keeps more than is in use, and libraries keep something of each shape they have met (oneDNN its compiled
+products), so that what the smaller batches added is counted up to all shapes of a run. The optimizer's state and the
+weights that are put aside as the best so far are added. Time is that of the batches, counted up.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.model.peak import Peak, measured
+from deltaw.model.peak import measured
 from deltaw.model.summary import summary, training_peak
 from deltaw.ops.compact import compact
 from deltaw.training import memory
@@ -26,11 +28,11 @@ from deltaw.training.methods import check_method, parameters, prepare, quantize_
 from deltaw.training.order import batches, generator, in_order
 from deltaw.training.scoring import to_device
 from deltaw.training.start_from_data import start_from_data
-from deltaw.training.task import Batch, Task
+from deltaw.training.task import Task
 
 SHOWN = 3
 BATCHES, ENOUGH = 20, 20.0
-"""Batches that are run, and the seconds after which there are enough of them."""
+"""Batches of one kind that are run, and the seconds after which there are enough of them."""
 MORE = 1.08
 """How much more a process has grown by the end of a run than over these batches, about (benchmarks/run_estimates.py)."""
 
@@ -53,12 +55,13 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     if prepared.trains:
         start_from_data(model, task, config, device, task.notes.append)
     count, size = len(task.splits["train"]), config.batch_size * config.accumulate
-    peak, step_seconds = _training(model, task, config, device) if prepared.trains else (0, 0.0)
+    trained = _training(model, task, config, device) if prepared.trains else Sample(0, 0.0, 0)
     scored = [split for split in ("validation", "test") if split in task.splits] or ["train"]
     evaluations = [_evaluation(model, task, config, device, split) for split in scored]
-    evaluated, (_, batch_seconds, rounds) = max(found[0] for found in evaluations), evaluations[0]
+    samples, (evaluated, rounds) = [trained, *(sample for sample, _ in evaluations)], evaluations[0]
     found = summary(model)
-    grown = MORE * (memory.peak_bytes() - loaded) + found.optimizer_bytes if device.type == "cpu" else 0
+    grown = memory.peak_bytes() - loaded + sum(s.unseen for s in samples)
+    grown = int(MORE * grown) + found.optimizer_bytes if device.type == "cpu" else 0
     kept = found.gradient_bytes if prepared.trains and config.keep == "best" else 0
     steps = math.ceil(count / size) * config.epochs if prepared.trains else 0
     passes = math.ceil(count / config.batch_size) * config.epochs if prepared.trains else 0
@@ -71,10 +74,10 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
         "weight_bytes": found.weight_bytes,
         "gradient_bytes": found.gradient_bytes,
         "optimizer_bytes": found.optimizer_bytes,
-        "peak_bytes": int(max(peak, evaluated, grown)) + kept,
+        "peak_bytes": max(grown, *(s.peak for s in samples)) + kept,
         "steps": steps,
-        "seconds": round(passes * step_seconds, 1),
-        "evaluation_seconds": round(times * rounds * batch_seconds, 1),
+        "seconds": round(passes * trained.seconds, 1),
+        "evaluation_seconds": round(times * rounds * evaluated.seconds, 1),
         "samples": [
             task.render(task.example("train", i, generator("example", config.seed, 0, i) if task.augments else None))
             for i in range(min(SHOWN, count))
@@ -82,55 +85,76 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     }
 
 
-def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> tuple[int, float]:
-    """Peak above the model in bytes, of the largest batch; and the seconds of one of the first batches."""
+class Sample(NamedTuple):
+    """What some batches of one kind took.
+
+    peak: bytes above the model that the largest one holds. seconds: of one of them. unseen: bytes by which the process
+    will grow over the shapes that were not among them.
+    """
+
+    peak: int
+    seconds: float
+    unseen: int
+
+
+def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> Sample:
+    """Training steps, without the optimizer's."""
     lengths = task.lengths("train") if config.bucket else None
     order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
-    widths = task.widths("train")
-    heaviest = max(order, key=lambda some: len(some) * (1 if widths is None else max(widths[i] for i in some)))
     model.train()
 
     def step(some: list[int]) -> None:
         _saving(model, config, _loss(model, task, config, some, device))().backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
-    seconds = _usual_seconds(step, order)  # first: the heaviest batch rarely meets an allocator that nobody has used
+    heaviest, seconds, unseen = _worked(step, order, task.widths("train"))
     peak = measured(model, _saving(model, config, _loss(model, task, config, heaviest, device)))
-    return training_peak(model, peak), seconds
+    return Sample(training_peak(model, peak), seconds, unseen)
 
 
 @torch.no_grad()
 def _evaluation(
     model: nn.Module, task: Task, config: RunConfig, device: torch.device, split: str
-) -> tuple[int, float, int]:
-    """Peak above the model in bytes and seconds of one evaluation batch of a split, and the number of batches."""
+) -> tuple[Sample, int]:
+    """Evaluation batches of a split, and how many there are."""
     lengths = task.lengths(split) if config.bucket else None
     order = in_order(len(task.splits[split]), config.eval_batch_size, lengths)
     model.eval()
 
-    def batch_of(indices: list[int]) -> Batch:
-        return to_device(task.collate([task.example(split, i, None) for i in indices]), device)
-
-    largest = batch_of(order[-1] if lengths is not None else order[0])
-
-    def evaluate(batch: Batch) -> Tensor:
+    def evaluate(some: list[int]) -> Tensor:
+        batch = to_device(task.collate([task.example(split, i, None) for i in some]), device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
             return task.loss(model, dict(batch))[0]
 
-    peak: Peak = measured(model, lambda: evaluate(largest))
-    return training_peak(model, peak), _usual_seconds(lambda some: evaluate(batch_of(some)), order), len(order)
+    heaviest, seconds, unseen = _worked(evaluate, order, task.widths(split))
+    return Sample(training_peak(model, measured(model, lambda: evaluate(heaviest))), seconds, unseen), len(order)
 
 
-def _usual_seconds(work: Callable[[list[int]], object], order: Sequence[list[int]]) -> float:
-    """Seconds of `work` on one of the batches, by the median of the first."""
+def _worked(
+    work: Callable[[list[int]], object], order: Sequence[list[int]], widths: Sequence[int] | None
+) -> tuple[list[int], float, int]:
+    """`work` on the heaviest batch, then on others of all shapes: the heaviest, the median of seconds, the bytes unseen."""
+
+    def shape(some: list[int]) -> tuple[int, int]:
+        return len(some), 1 if widths is None else max(widths[i] for i in some)
+
+    ranked = sorted(order, key=lambda some: math.prod(shape(some)), reverse=True)
+    chosen = ranked[:: max(1, math.ceil(len(ranked) / BATCHES))]
     seconds: list[float] = []
-    for some in order[:BATCHES]:
+    shapes: list[tuple[int, int]] = []
+    first = 0
+    for some in [chosen[0], *chosen[1::2], *chosen[2::2]]:  # so that a few are of all shapes too
         started = time.perf_counter()
         work(some)
         seconds.append(time.perf_counter() - started)
+        shapes.append(shape(some))
+        first = first or memory.peak_bytes()
         if sum(seconds) > ENOUGH:
             break
-    return statistics.median(seconds)
+    met = len(set(shapes))
+    each = (memory.peak_bytes() - first) / max(1, met - 1)
+    unseen = each * (len({shape(some) for some in order}) - met)
+    return chosen[0], statistics.median(seconds), int(unseen)
 
 
 def _loss(
