@@ -20,7 +20,7 @@ from deltaw.core.host import Example
 from deltaw.core.registry import host
 from deltaw.core.variant import LowRank
 from deltaw.layers.output import OutputHost, dropped_input, plus
-from deltaw.ops.places import FEW, multiplies, plus_product_by_places, product_by_places
+from deltaw.ops.places import is_product, multiplies, plus_product_by_places, product_by_places
 from deltaw.ops.seeded import seeded_dropout
 from deltaw.ops.select import WIDE, is_small_kernel
 
@@ -65,7 +65,7 @@ class ConvMatrix(OutputHost):
                 continue
             h = inner(dropped_input(x, t, self.training), t.A)
             drops = self.training and t.dropout > 0 and t.dropout_at == "output"
-            if self.groups == 1 and not drops:
+            if self.groups == 1 and not drops and is_product(math.prod(y.shape[2:])):
                 y = plus_product_by_places(y, h, t.B, t.scale, fresh=fresh)
             else:
                 one, none = (1,) * behind, (0,) * behind
@@ -97,18 +97,26 @@ class ConvHost(ConvMatrix):
         terms = self.low_rank()
         changed = not terms or cheaper_changed(self, terms)
         weight = self.changed("weight", dropout=self.training) if changed else self.weight
-        ours = type(self)._conv_forward is self.adapts[0]._conv_forward  # type: ignore[attr-defined]
-        if ours and terms and x.dim() == weight.dim() and self.is_pointwise() and multiplies(x, weight, terms):
+        plain = self.is_plain()
+        if plain and terms and x.dim() == weight.dim() and self.is_pointwise() and multiplies(x, weight, terms):
             y = product_by_places(weight.flatten(1), self.points(x), bias)
         else:
             y = self._conv_forward(x, weight, bias)
-        return y if changed else self.with_changes(y, x, bias, terms or [], self.inner, fresh=ours)
+        if changed or not terms:
+            return y
+        return self.with_changes(y, x, bias, terms, self.inner, fresh=plain)  # torch's own convolution keeps no y
+
+    def is_plain(self) -> bool:
+        """Whether `_conv_forward` is torch's own, neither a subclass's nor this layer's alone."""
+        own = self.adapts[0]._conv_forward  # type: ignore[attr-defined]
+        return "_conv_forward" not in self.__dict__ and type(self)._conv_forward is own
 
     def inner(self, x: Tensor, A: Tensor) -> Tensor:
         """A(x), (N, groups · rank, *places)."""
         A = A.to(x.dtype).reshape(-1, *self.weight.shape[1:])  # (rank, in/groups, *kernel)
-        if self.is_pointwise() and math.prod(x.shape[2:]) >= FEW:
-            return product_by_places(A.flatten(1), self.points(x))
+        points = self.points(x) if self.is_pointwise() else None
+        if points is not None and is_product(math.prod(points.shape[2:])):
+            return product_by_places(A.flatten(1), points)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0

@@ -69,11 +69,9 @@ class ConvTransposeHost(ConvTransposeMatrix):
             return applied(x, self.changed("weight", dropout=self.training), bias)
 
         def inner(x: Tensor, A: Tensor) -> Tensor:
-            """A(x), (N, groups · rank, *places)."""
-            kernel = (
-                A.to(x.dtype).reshape(len(A), -1, *self.weight.shape[2:]).transpose(0, 1)
-            )  # (in/groups, rank, *kernel)
-            return applied(x, kernel.repeat(self.groups, *(1,) * (kernel.ndim - 1)))
+            """A(x), (N, groups · rank, *places), by a weight (in/groups, rank, *kernel) for each group."""
+            weight = A.to(x.dtype).reshape(len(A), -1, *self.weight.shape[2:]).transpose(0, 1)
+            return applied(x, weight.repeat(self.groups, *(1,) * (weight.ndim - 1)))
 
         return self.with_changes(applied(x, self.weight, bias), x, bias, terms, inner, fresh=True)
 

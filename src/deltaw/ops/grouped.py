@@ -150,10 +150,9 @@ def adapted_parts(segments: Sequence[Segment], training: bool, x: Tensor) -> lis
     ]
 
 
-def grouped_again(ctx: Any) -> tuple[Tensor, list[Any]]:
+def grouped_again(ctx: Any, saved: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     """The plain twin of a call, for twice.py."""
-    saved = ctx.saved_tensors[: 3 + TENSORS * sum(len(plan) for *_, plan in ctx.spans)]
-    x, weight, bias, *tensors = apart(saved)
+    x, weight, bias, *tensors = apart(saved[: 3 + TENSORS * sum(len(plan) for *_, plan in ctx.spans)])
     y = grouped_plain(flat(x), weight, bias, unpack_spans(ctx.spans, tensors), ctx.frozen)
     return y.view(*x.shape[:-1], y.shape[1]), [None, None, x, weight, bias, *tensors]
 
@@ -179,9 +178,9 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @twice(grouped_again)
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, saved: Sequence[Any], *grads: Tensor) -> tuple[Any, ...]:
         """None for every input that needs no gradient."""
-        x, weight, _, *rest = ctx.saved_tensors
+        x, weight, _, *rest = saved
         segments = unpack_spans(ctx.spans, rest)
         count = sum(len(terms) for *_, terms in segments)
         products = iter(rest[TENSORS * count :])

@@ -191,21 +191,22 @@ class Call(NamedTuple):
     recipe: Recipe | None = None
 
 
-def saved(ctx: Any) -> tuple[Any, Any, Any, Any, list[Any]]:
-    """What `AdaptedLinear` keeps: y, x (made again where there is a recipe), W, b, and the packed terms before their h."""
-    kept, x, weight, bias, *rest = ctx.saved_tensors
+def restored(ctx: Any, saved: Sequence[Any]) -> tuple[Any, Any, Any, Any, list[Any]]:
+    """y, x, W, b, and the packed terms before their h, of what `AdaptedLinear` saved. Once in a backward: where x has a
+    recipe, its readers are counted."""
+    kept, x, weight, bias, *rest = saved
     if ctx.call.recipe is not None:
         x = ctx.call.recipe.take(rest[len(rest) - ctx.sources :])
         del rest[len(rest) - ctx.sources :]  # over compact saves (compact.py) these were made for x alone
     return kept, x, weight, bias, rest
 
 
-def plain_again(ctx: Any) -> tuple[Tensor, list[Any]] | None:
+def plain_again(ctx: Any, saved: Sequence[Any]) -> tuple[Tensor, list[Any]] | None:
     """The plain twin of a call, for twice.py; None where x was not kept."""
-    _, x, weight, bias, rest = saved(ctx)
-    if x is None:
-        return None
     call: Call = ctx.call
+    if not call.keep:
+        return None
+    _, x, weight, bias, rest = restored(ctx, saved)
     x, weight, bias, *tensors = apart([x, weight, bias, *rest[: TENSORS * len(call.plan)]])
     y = plain(x, weight, bias, unpack(call.plan, tensors), call.frozen)
     return y, [None, None, x, weight, bias, *tensors]
@@ -239,9 +240,9 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @twice(plain_again)
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, saved: Sequence[Any], *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
-        kept, x, weight, bias, rest = saved(ctx)
+        kept, x, weight, bias, rest = restored(ctx, saved)
         call: Call = ctx.call
         terms = unpack(call.plan, rest)
         products = rest[TENSORS * len(terms) :]

@@ -10,7 +10,8 @@ linear keeps what x's producer keeps already, and makes x again, one elementwise
     attention      x = o, heads side by side       to the bit (where that was a copy)
     LayerNorm      x = (z - mean) rstd γ + β      to a rounding or two: the kernel's order of operations is its own
 
-Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Left
+Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Under
+`create_graph=True` it is made by operations that can be differentiated. Left
 alone: graphs under saved-tensor hooks (checkpointing, offloading; not compact.py's), compilers (they decide themselves),
 small inputs, and an x that was written to since its producer made it, under `no_grad` too. (Not seen: such a write to the
 inner product of γ · (a · b), and any write that PyTorch does not count, through `.data` or NumPy.)
@@ -47,11 +48,12 @@ class Recipe:
         self.made: Tensor | None = None
 
     def take(self, tensors: Sequence[Tensor]) -> Tensor:
-        """x, made by the first reader, forgotten after the last."""
+        """x, made by the first reader, forgotten after the last; with a graph where one is asked for (twice.py)."""
         made = self.made
         if made is None:
-            made = self.make(*tensors).view(self.shape)
             self.left = self.readers
+        if made is None or (torch.is_grad_enabled() and not made.requires_grad):
+            made = self.make(*tensors).view(self.shape)
         self.left -= 1
         self.made = made if self.left > 0 else None
         return made

@@ -21,24 +21,25 @@ MESSAGE = (
 
 Gradients = tuple[Any, ...]
 
-Twin = Callable[[Any], tuple[Tensor, Sequence[Any]] | None]
-"""ctx -> y, made by differentiable operations of ctx's saved tensors, and the arguments of `forward` it was made of, None for
-what is no tensor; or None where something was not saved."""
+Twin = Callable[[Any, Sequence[Any]], tuple[Tensor, Sequence[Any]] | None]
+"""ctx and its saved tensors -> y, made of them by differentiable operations, and the arguments of `forward` it was made of,
+None for what is no tensor; or None where something was not saved."""
 
 
 def twice(twin: Twin) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
-    """Decorates `backward(ctx, *grads)` of a function with one output."""
+    """Decorates `backward(ctx, saved, *grads)` of a function with one output; `saved` are ctx's tensors, which a checkpointed
+    part gives out but once."""
 
     def decorated(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @functools.wraps(backward)
         def wrapped(ctx: Any, *grads: Tensor) -> Gradients:
-            again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            made = twin(ctx) if again else None
+            with_graph, saved = torch.is_grad_enabled() and not torch.compiler.is_compiling(), ctx.saved_tensors
+            made = twin(ctx, saved) if with_graph else None
             if made is not None:
                 return derivatives(*made, grads[0], ctx.needs_input_grad)
             with torch.no_grad():
-                found = backward(ctx, *grads)
-            return Refused.apply(found, *grads, *ctx.saved_tensors) if again else found  # type: ignore[no-any-return, no-untyped-call]
+                found = backward(ctx, saved, *grads)
+            return Refused.apply(found, *grads, *saved) if with_graph else found  # type: ignore[no-any-return, no-untyped-call]
 
         return wrapped
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import deltaw as dw
 from deltaw.layers.conv import ConvHost
@@ -134,7 +137,7 @@ def test_a_pointwise_convolution_by_products_is_the_dense_one(n, stride, bias, k
     dw.merge(merged)
     dense = merged.layer
     w = dense.weight.detach().clone().requires_grad_()
-    for shape in ((3, 6, *(side,) * n), (1, 6, *(3,) * n), (6, *(side,) * n)):
+    for shape in ((3, 6, *(side,) * n), (1, 6, *(3,) * n), (4, 6, *(1,) * n), (6, *(side,) * n)):
         x = torch.randn(*shape, dtype=torch.float64)
         if n == 2 and len(shape) == 4:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -152,6 +155,42 @@ def test_a_pointwise_convolution_by_products_is_the_dense_one(n, stride, bias, k
             torch.testing.assert_close(delta.B.grad, 1.5 * w.grad.flatten(1) @ delta.A.T)
         model.zero_grad()
         w.grad = None
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_conv_forward_of_a_layers_own_is_called_and_what_it_keeps_is_not_written_to(kernel_size):
+    layer = nn.Conv2d(3, 5, kernel_size)
+    layer._conv_forward = types.MethodType(lambda s, x, w, b: torch.exp(nn.functional.conv2d(x, w, b)), layer)
+    model = Wrapped(layer).double()
+    shaken(dw.attach(model, dw.LoRA(rank=2, alpha=3, dropout=0.1), targets=["layer"]))
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    delta = model.layer.deltas("default")["weight"]
+    change = 1.5 * (delta.B @ delta.A).view(layer.weight.shape)
+    model.eval()
+    if select.KERNEL < 0:  # by factors: the layer's own beside the change
+        expected = layer._conv_forward(x, layer.weight, layer.bias) + nn.functional.conv2d(x, change)
+    else:
+        expected = layer._conv_forward(x, layer.weight + change, layer.bias)
+    torch.testing.assert_close(model(x), expected)
+    model.train()
+    torch.autograd.gradcheck(lambda x: (torch.manual_seed(0), model(x))[1], (x,), fast_mode=True)
+
+
+def test_tracers_and_exporters_keep_the_number_of_samples_open():
+    model = nn.Sequential(nn.Conv2d(3, 300, 3, padding=1), nn.ReLU(True), nn.Conv2d(300, 300, 1), nn.Conv2d(300, 9, 3))
+    shaken(dw.attach(model, dw.LoRA(rank=4), targets=["0", "2", "3"]))
+    x, more = torch.randn(2, 3, 12, 12), torch.randn(5, 3, 12, 12)
+    with torch.no_grad():
+        model.eval()
+        expected = model(more)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        places = {2: torch.export.Dim("height", min=4, max=40), 3: torch.export.Dim("width", min=4, max=40)}
+        torch.export.export(model, (x,), dynamic_shapes=(places,))
+        for found in (exported(more), torch.jit.trace(model, x)(more)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(make_fx(model)(x)(x), model(x), rtol=1e-4, atol=1e-4)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert model(torch.empty(2, 3, 12, 12)).shape == (2, 9, 10, 10)
 
 
 def test_what_a_subclass_keeps_of_its_output_is_not_written_to():

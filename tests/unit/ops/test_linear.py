@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import deltaw as dw
 from deltaw.core.variant import LowRank
@@ -305,6 +306,22 @@ def test_second_derivatives_through_an_input_that_is_made_again(tied: bool, monk
         found.append((*firsts, *seconds))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_graph_of_gradients_in_a_checkpointed_part_where_x_is_not_kept() -> None:
+    """Which gives out what it saved but once."""
+    case = Case(bias=False)
+    x, weight, A, B = case.tensors
+    terms = [LowRank(A.detach(), B, 1.0)]
+
+    def part(x: Tensor) -> Tensor:
+        return adapted_linear(x, weight.detach(), None, terms, training=True)
+
+    found = [
+        torch.autograd.grad(y.square().sum(), (x, B), create_graph=True)
+        for y in (part(x), checkpoint(part, x, use_reentrant=False))
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_second_derivatives_are_refused_where_x_is_not_kept() -> None:

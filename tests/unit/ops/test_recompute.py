@@ -114,6 +114,22 @@ def test_second_derivatives_go_through_an_input_that_is_made_again(name: str) ->
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
 
 
+@pytest.mark.parametrize("name", ["gelu", "norm"])
+def test_a_look_at_one_readers_gradient_leaves_the_second_derivatives_of_the_others(name: str) -> None:
+    weight = torch.randn(24, 32, dtype=torch.float64)
+    start = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    results = []
+    for look in (True, False):
+        terms = factors()
+        x = PRODUCERS[name](start)
+        one, other = (adapted_linear(x, weight, None, [t], training=True).pow(3).mean() for t in terms[:2])
+        if look:
+            torch.autograd.grad(one, terms[0].A, retain_graph=True)
+        firsts = torch.autograd.grad(other, [start, terms[1].A], create_graph=True)
+        results.append([*firsts, *torch.autograd.grad(sum(f.square().sum() for f in firsts), [start, terms[1].A])])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize(
     "name", ["gelu", "silu", "gate", "rms norm", "norm", "attention", "attention with an idle reshape"]
 )
