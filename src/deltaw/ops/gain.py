@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.ops.matmul import readable
+
 BESIDE = 1 << 17
 """Numbers of the sums that `column_dots` keeps beside each other."""
 
@@ -19,7 +21,7 @@ SMALL_C = 2.0**-6
 def scale_and_shift_(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
     """y ⊙ (1 + gain) + shift in place, for y (T, out); computed in the wider of the precisions."""
     alike = gain is not None and shift is not None and y.dtype == gain.dtype == shift.dtype
-    if alike and not torch.compiler.is_compiling():  # a compiler makes one pass of two; torch.export knows no `out=`
+    if alike and readable():  # a compiler makes one pass of two; tracers know no `out=`
         assert gain is not None
         assert shift is not None
         torch.addcmul(shift, y, 1 + gain, out=y)

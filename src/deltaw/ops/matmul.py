@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 WORTH = 1 << 19
 """Multiplications below which oneDNN's longer call costs more than its kernel gains."""
@@ -90,6 +91,11 @@ def transformed() -> bool:
         return True
     stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     return stack is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def readable() -> bool:
+    """Whether numbers can be looked at to choose a kernel: not under a compiler, `transformed`, or a mode that traces or counts."""
+    return not torch.compiler.is_compiling() and not transformed() and _get_current_dispatch_mode() is None
 
 
 def library(tokens: int, rows_out: int, columns_in: int) -> str:

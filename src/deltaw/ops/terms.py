@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from deltaw.ops.dropout import Mask, draw_seed, keep_mask, rows_per_block
+from deltaw.ops.matmul import readable
 
 
 class Factors(Protocol):
@@ -112,10 +112,8 @@ def total_gain(terms: Sequence[Term]) -> Tensor | None:
 
 
 def moved(terms: Sequence[Term | Factors]) -> bool:
-    """Whether some adapter is known to have left its start, where B and gain are zero; tracers have no numbers to look at."""
-    if _get_current_dispatch_mode() is not None:
-        return False
-    return any(bool(z.any()) for t in terms for z in (t.B, t.gain) if z is not None)
+    """Whether some adapter is known to have left its start, where B and gain are zero."""
+    return readable() and any(bool(z.any()) for t in terms for z in (t.B, t.gain) if z is not None)
 
 
 def merged_weight(weight: Tensor, terms: Sequence[Term]) -> Tensor:

@@ -17,7 +17,7 @@ from deltaw.core.registry import variant
 from deltaw.core.variant import Delta, Dense, FrozenMatrix, LowRank, Site
 from deltaw.errors import AdapterError
 from deltaw.ops.dora import row_norms, row_squares
-from deltaw.ops.matmul import transformed
+from deltaw.ops.matmul import readable
 from deltaw.variants.lora import LoRA, LoRADelta
 
 
@@ -107,7 +107,7 @@ class DoRADelta(LoRADelta):
         """c = m / norm, (out,); 1 where the norm is zero."""
         norms = self.norms(frozen)
         alive = norms > 0
-        if norms.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed() and bool(alive.all()):
+        if norms.device.type == "cpu" and readable() and bool(alive.all()):
             return self.m / norms
         return torch.where(alive, self.m / torch.where(alive, norms, torch.ones_like(norms)), torch.ones_like(norms))
 

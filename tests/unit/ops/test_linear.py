@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -335,6 +337,20 @@ def test_second_derivatives_are_refused_where_x_is_not_kept() -> None:
                 torch.autograd.grad(firsts[1].sum(), x)
         else:
             torch.autograd.grad(firsts[1].sum(), x)
+
+
+@pytest.mark.parametrize("kind", [dw.LoRA, dw.DoRA])
+@pytest.mark.parametrize("bias", [False, True])
+def test_tracers_that_have_no_numbers_to_look_at(kind: Any, bias: bool) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(48, 40, bias=bias))
+    dw.attach(layer, kind(rank=2), targets=["0"])
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1)
+    x = torch.randn(6, 48)
+    torch.testing.assert_close(make_fx(layer)(x)(x), layer(x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty(6, 48)).shape == (6, 40)
 
 
 def test_sixteen_bit_base_with_adapters_in_32_bit() -> None:
