@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import resource
 import sys
 from pathlib import Path
@@ -40,8 +41,10 @@ def resident_bytes() -> int:
 def loaded_bytes(model: nn.Module) -> int:
     """The resident size with all of `model` in memory; from now on `peak_bytes` counts anew.
 
-    Weights that are mapped from their file come into memory where they are first read: one number of each page is.
+    Weights that are mapped from their file come into memory where they are first read: one number of each page is. The
+    compiler's modules, a hundred MiB of program that the first optimizer imports, are there before.
     """
+    importlib.import_module("torch._dynamo")
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             tensor.detach().view(-1)[:: PAGE // tensor.element_size()].clone()

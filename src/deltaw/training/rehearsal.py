@@ -59,6 +59,9 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     scored = [split for split in ("validation", "test") if split in task.splits] or ["train"]
     evaluations = [_evaluation(model, task, config, device, split) for split in scored]
     samples, (evaluated, rounds) = [trained, *(sample for sample, _ in evaluations)], evaluations[0]
+    may_record = config.cache_prefix and not task.augments and not all(p.requires_grad for p in model.parameters())
+    if prepared.trains and may_record:  # a frozen prefix, in batches of evaluation
+        samples.append(_evaluation(model, task, config, device, "train", most=1)[0])
     found = summary(model)
     grown = memory.peak_bytes() - loaded + sum(s.unseen for s in samples)
     grown = int(MORE * grown) + found.optimizer_bytes if device.type == "cpu" else 0
@@ -66,6 +69,7 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     steps = math.ceil(count / size) * config.epochs if prepared.trains else 0
     passes = math.ceil(count / config.batch_size) * config.epochs if prepared.trains else 0
     times = config.epochs * config.evaluations if prepared.trains else 1
+    at_the_end = sum(count * sample.seconds for sample, count in evaluations[1:])  # of the test part
     return {
         "notes": task.notes,
         "trainable": found.trainable,
@@ -77,7 +81,7 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
         "peak_bytes": max(grown, *(s.peak for s in samples)) + kept,
         "steps": steps,
         "seconds": round(passes * trained.seconds, 1),
-        "evaluation_seconds": round(times * rounds * evaluated.seconds, 1),
+        "evaluation_seconds": round(times * rounds * evaluated.seconds + at_the_end, 1),
         "samples": [
             task.render(task.example("train", i, generator("example", config.seed, 0, i) if task.augments else None))
             for i in range(min(SHOWN, count))
@@ -114,9 +118,9 @@ def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.dev
 
 @torch.no_grad()
 def _evaluation(
-    model: nn.Module, task: Task, config: RunConfig, device: torch.device, split: str
+    model: nn.Module, task: Task, config: RunConfig, device: torch.device, split: str, most: int = BATCHES
 ) -> tuple[Sample, int]:
-    """Evaluation batches of a split, and how many there are."""
+    """Evaluation batches of a split, `most` of them, and how many there are."""
     lengths = task.lengths(split) if config.bucket else None
     order = in_order(len(task.splits[split]), config.eval_batch_size, lengths)
     model.eval()
@@ -126,24 +130,30 @@ def _evaluation(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
             return task.loss(model, dict(batch))[0]
 
-    heaviest, seconds, unseen = _worked(evaluate, order, task.widths(split))
+    heaviest, seconds, unseen = _worked(evaluate, order, task.widths(split), most)
     return Sample(training_peak(model, measured(model, lambda: evaluate(heaviest))), seconds, unseen), len(order)
 
 
 def _worked(
-    work: Callable[[list[int]], object], order: Sequence[list[int]], widths: Sequence[int] | None
+    work: Callable[[list[int]], object], order: Sequence[list[int]], widths: Sequence[int] | None, most: int = BATCHES
 ) -> tuple[list[int], float, int]:
-    """`work` on the heaviest batch, then on others of all shapes: the heaviest, the median of seconds, the bytes unseen."""
+    """`work` on the heaviest batch, then on others of all sizes: the heaviest, the seconds of one of `order`, the bytes unseen.
+
+    Time goes by the size; the first call, which prepares kernels, counts only where it is the only one.
+    """
 
     def shape(some: list[int]) -> tuple[int, int]:
         return len(some), 1 if widths is None else max(widths[i] for i in some)
 
     ranked = sorted(order, key=lambda some: math.prod(shape(some)), reverse=True)
-    chosen = ranked[:: max(1, math.ceil(len(ranked) / BATCHES))]
-    seconds: list[float] = []
+    heaviest, *others = ranked[:: max(1, math.ceil(len(ranked) / most))]
+    mixed = [
+        others[i] for i in generator("rehearsal").permutation(len(others))
+    ]  # of all sizes, should time be up early
     shapes: list[tuple[int, int]] = []
+    seconds: list[float] = []
     first = 0
-    for some in [chosen[0], *chosen[1::2], *chosen[2::2]]:  # so that a few are of all shapes too
+    for some in (heaviest, *mixed):
         started = time.perf_counter()
         work(some)
         seconds.append(time.perf_counter() - started)
@@ -152,9 +162,10 @@ def _worked(
         if sum(seconds) > ENOUGH:
             break
     met = len(set(shapes))
-    each = (memory.peak_bytes() - first) / max(1, met - 1)
-    unseen = each * (len({shape(some) for some in order}) - met)
-    return chosen[0], statistics.median(seconds), int(unseen)
+    unseen = (memory.peak_bytes() - first) / max(1, met - 1) * (len({shape(some) for some in order}) - met)
+    counted = slice(1 if len(seconds) > 1 else 0, None)
+    each = sum(seconds[counted]) / sum(map(math.prod, shapes[counted]))
+    return heaviest, each * statistics.mean(math.prod(shape(some)) for some in order), int(unseen)
 
 
 def _loss(
