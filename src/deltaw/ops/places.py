@@ -54,7 +54,7 @@ def product_by_places(M: Tensor, x: Tensor, bias: Tensor | None = None) -> Tenso
     """M x + bias in every place: (r, in), (N, in, *places) and (r,) -> (N, r, *places)."""
     count, places = x.shape[0], x.shape[2:]
     if math.prod(places) == 1:
-        return F.linear(x.flatten(1), M, bias).view(count, -1, *places)
+        return F.linear(x.flatten(1), M, bias).view(count, M.shape[0], *places)
     each, rows = M.expand(count, *M.shape), x.flatten(2)
     h = torch.bmm(each, rows) if bias is None else torch.baddbmm(bias[:, None], each, rows)
     return torch.ops.aten._unsafe_view.default(h, (count, M.shape[0], *places))  # type: ignore[no-any-return]

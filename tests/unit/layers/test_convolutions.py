@@ -137,7 +137,7 @@ def test_a_pointwise_convolution_by_products_is_the_dense_one(n, stride, bias, k
     dw.merge(merged)
     dense = merged.layer
     w = dense.weight.detach().clone().requires_grad_()
-    for shape in ((3, 6, *(side,) * n), (1, 6, *(3,) * n), (4, 6, *(1,) * n), (6, *(side,) * n)):
+    for shape in ((3, 6, *(side,) * n), (1, 6, *(3,) * n), (4, 6, *(1,) * n), (0, 6, *(1,) * n), (6, *(side,) * n)):
         x = torch.randn(*shape, dtype=torch.float64)
         if n == 2 and len(shape) == 4:
             x = x.contiguous(memory_format=torch.channels_last)
