@@ -36,5 +36,5 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Ter
         if drop is None:
             y = torch.addmm(y, h, B.t(), alpha=t.scale)
         else:
-            y = torch.addcmul(y, h @ B.t(), drop, value=t.scale)
+            y = torch.addcmul(y, h @ B.t(), drop.rows(slice(None)), value=t.scale)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

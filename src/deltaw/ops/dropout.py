@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TAPE = 1 << 18
 """Number of places a window can start at. A power of two: a start is the low bits of a hash."""
@@ -68,6 +69,16 @@ def tape(length: int, p: float, dtype: torch.dtype, device: torch.device) -> Ten
         return decisions(torch.arange(length, dtype=torch.int32, device=device), p, dtype)
 
 
+@functools.lru_cache(maxsize=8)
+def bit_tape(length: int, p: float) -> Tensor:
+    """`tape` as bits, eight to a byte with the first one lowest, and some bytes more: thin.c reads four at a time."""
+    with torch.inference_mode(False), torch.no_grad():
+        kept = tape(length, p, torch.float32, torch.device("cpu")) != 0
+        weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8)
+        bytes_ = (F.pad(kept, (0, -length % 8)).view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        return F.pad(bytes_, (0, 8))
+
+
 class Mask:
     """The dropout mask of `seed`, (rows, columns): 1 / (1 - p) where kept, 0 where dropped; made a few rows at a time."""
 
@@ -78,9 +89,14 @@ class Mask:
         self.viewed = seed.device.type == "cpu" and not self.compiling
         self.first = int(seed) if self.viewed else 0
 
-    def tape(self) -> Tensor:
+    @property
+    def length(self) -> int:
         """All that a window can cover: one tape for all widths up to `BLOCK`."""
-        return tape(TAPE + max(BLOCK, self.columns), self.p, self.dtype, self.seed.device)
+        return TAPE + max(BLOCK, self.columns)
+
+    def tape(self) -> Tensor:
+        """The decisions that the windows are cut from."""
+        return tape(self.length, self.p, self.dtype, self.seed.device)
 
     def rows(self, part: slice) -> Tensor:
         """Those rows of the mask, not to be written to: on a CPU, inside one block, a view of the tape."""

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import ConfigError
+from deltaw.ops import cpu_thin
 from deltaw.ops.terms import flat
 
 LEVELS = 127.0
@@ -148,7 +149,9 @@ def product(x: Tensor, weight: Packed, columns: Tensor | None, bias: Tensor | No
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    if bias is None:
+    if cpu_thin.takes(y, *(() if bias is None else (bias,))):
+        cpu_thin.expand_(y, scales[:, :0], y.new_empty(0, n), 1.0, rowscale=scales, shift=bias)
+    elif bias is None:
         y.mul_(scales)
     else:
         torch.addcmul(bias, y, scales, out=y)
@@ -184,9 +187,11 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x ⊙ columns, (T, k), as unsigned codes (T, k) around 128 and one scale per row, (T, 1), fp32.
 
-    `ROUNDING` plus a number v of at most seven bits has v's nearest whole number, plus 128, in its lowest byte: one pass
+    Compiled (thin.c) or in torch's passes: `ROUNDING` plus a number v of at most seven bits has v's nearest whole number, plus 128, in its lowest byte: one pass
     scales and rounds, and one takes the bytes.
     """
+    if cpu_thin.takes(x, *(() if columns is None else (columns,))):
+        return cpu_thin.quantize_rows(x, columns)
     rows, width = x.shape
     codes = torch.empty((rows, width), dtype=torch.uint8)
     scales = torch.empty((rows, 1), dtype=torch.float32)

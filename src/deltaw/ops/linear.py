@@ -154,7 +154,7 @@ def plain(
         change = t.scale * F.linear(F.linear(inputs, A), B)
         drop = t.output_mask(flat(change))
         if drop is not None:
-            change = change * drop.view(change.shape)
+            change = change * drop.rows(slice(None)).view(change.shape)
         if t.gain is not None:
             change = change + t.gain * base
         y = y + change.to(y.dtype)

@@ -97,6 +97,18 @@ def is_stacked(rows_out: int, columns_in: int, tokens: int, rank: int, device: s
     return tokens <= (SHORT >> 4 if slow else SHORT) and rank * (rows_out + columns_in) <= THIN
 
 
+NARROW = 8
+"""Ranks that thin.c keeps in registers beside each other, with AVX-512."""
+
+
+def is_narrow(rank: int) -> bool:
+    """Whether a thin product x Aᵀ runs compiled (cpu_thin.py) without dropout too.
+
+    With dropout it does at every rank: torch's operations write drop(x) to memory first.
+    """
+    return rank <= NARROW and torch.backends.cpu.get_cpu_capability() == "AVX512" and not mkl_is_slow()
+
+
 KERNEL = 1 << 16
 """Numbers of a convolution's weight."""
 

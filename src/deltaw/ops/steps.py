@@ -8,6 +8,8 @@ adapter has at most one:
     backward_factors        u = out(g) B,  ∂A = s uᵀ in(x),  ∂B = s out(g)ᵀ h
     add_input_gradient_, first_input_gradient
                             ∂x += s in(u A);   or that first
+
+All of it is `times`, `plus_` and `outer`, on the compiled operations (cpu_thin.py) or on torch's.
 """
 
 from __future__ import annotations
@@ -18,19 +20,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaw.ops import cpu_thin
+from deltaw.ops.dropout import Mask
 from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin
+from deltaw.ops.select import is_narrow
 from deltaw.ops.terms import FrozenProduct, Term, blocks, flat, moved
 
 ALL = slice(None)
 
 
-def project(t: Term, x: Tensor) -> Tensor:
-    """h = in(x) Aᵀ, (T, r), of x (T, in)."""
-    A = t.A.to(x.dtype)
-    mask = t.input_mask(x)
+def times(x: Tensor, A: Tensor, mask: Mask | None = None) -> Tensor:
+    """drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
+    A = A.to(x.dtype)
+    if cpu_thin.takes(x, A) and (mask is not None or is_narrow(A.shape[0])):
+        return cpu_thin.shrink(x, A, mask)
     if mask is None:
         return thin(x, A)
     return joined([thin(x[part] * mask.rows(part), A) for part in blocks(x)])
+
+
+def plus_(y: Tensor, h: Tensor, B: Tensor, scale: float, mask: Mask | None = None) -> None:
+    """y += scale drop(h Bᵀ) in place, of y (T, n), h (T, r) and B (n, r)."""
+    B = B.to(y.dtype)
+    if mask is None:
+        y.addmm_(h, B.t(), alpha=scale)
+    elif cpu_thin.takes(y, h, B):
+        cpu_thin.expand_(y, h, B.t(), scale, mask=mask)
+    else:
+        for part in blocks(y):
+            y[part].addcmul_(linear(h[part], B), mask.rows(part), value=scale)
+
+
+def outer(u: Tensor, x: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
+    """scale uᵀ drop(x), (r, k), of u (T, r) and x (T, k)."""
+    if mask is None:
+        return linear(u.t(), x.t()).mul_(scale)
+    if cpu_thin.takes(x, u):
+        return cpu_thin.outer(u, x, scale, mask)
+    return scale * sum(linear(u[part].t(), (x[part] * mask.rows(part)).t()) for part in blocks(x))
+
+
+def project(t: Term, x: Tensor) -> Tensor:
+    """h = in(x) Aᵀ, (T, r), of x (T, in)."""
+    return times(x, t.A, t.input_mask(x))
 
 
 def base_values(
@@ -66,8 +98,12 @@ def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
 
 
 def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
-    """s h Bᵀ + b, (T, out), written once: b is one more column of s B, beside one more column of h, of ones."""
-    B = t.B.to(h.dtype).t() * t.scale
+    """s h Bᵀ + b, (T, out), written once; without a compiled operation b is one more column of s B, beside one more
+    column of h, of ones."""
+    B = t.B.to(h.dtype).t()
+    if cpu_thin.takes(h, B, *(() if bias is None else (bias,))):
+        return cpu_thin.expand_(h.new_empty(h.shape[0], B.shape[1]), h, B, t.scale, shift=bias, first=True)
+    B = B * t.scale
     if bias is None:
         return h @ B
     return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])
@@ -75,12 +111,7 @@ def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
 
 def add_(y: Tensor, h: Tensor, t: Term) -> None:
     """y += s out(h Bᵀ) in place, for h (T, r) and y (T, out)."""
-    B = t.B.to(y.dtype).t()
-    drop = t.output_mask(y)
-    if drop is None:
-        y.addmm_(h, B, alpha=t.scale)
-    else:
-        y.addcmul_(h @ B, drop, value=t.scale)
+    plus_(y, h, t.B, t.scale, t.output_mask(y))
 
 
 def backward_factors(
@@ -88,41 +119,30 @@ def backward_factors(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """∂A, ∂B and u = out(g) B, (T, r), of one term from g (T, out) and x (T, in); None for what is not needed."""
     drop = t.output_mask(g)
-    if drop is not None:
-        g = g * drop
     dA = dB = u = None
     if needs_B:
         h = project(t, x) if h is None else h.to(x.dtype)
-        dB = linear(h.t(), g.t()).t().to(t.B.dtype).contiguous().mul_(t.scale)
+        dB = outer(h, g, t.scale, drop).t().to(t.B.dtype).contiguous()
     if needs_A or needs_u:
-        u = thin(g, t.B.to(x.dtype).t())
+        u = times(g, t.B.t(), drop)
     if needs_A:
         assert u is not None
-        mask = t.input_mask(x)
-        if mask is None:
-            dA = linear(u.t(), x.t())
-        else:
-            dA = u.new_zeros(t.A.shape)
-            for part in blocks(x):
-                dA += linear(u[part].t(), (x[part] * mask.rows(part)).t())
-        dA = dA.to(t.A.dtype).mul_(t.scale)
+        dA = outer(u, x, t.scale, t.input_mask(x)).to(t.A.dtype)
     return dA, dB, u
 
 
 def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
     """dx += s in(u A) in place, for u (T, r) and dx (T, in)."""
-    A = t.A.to(dx.dtype)
-    mask = t.input_mask(dx)
-    if mask is None:
-        dx.addmm_(u, A, alpha=t.scale)
-        return
-    for part in blocks(dx):
-        dx[part].addcmul_(linear(u[part], A.t()), mask.rows(part), value=t.scale)
+    plus_(dx, u, t.A.t(), t.scale, t.input_mask(dx))
 
 
 def first_input_gradient(u: Tensor, t: Term) -> Tensor:
     """s in(u A), (T, in), for u (T, r)."""
-    dx = u @ (t.A.to(u.dtype) * t.scale)
+    A = t.A.to(u.dtype)
+    if cpu_thin.takes(u, A):
+        dx = u.new_empty(u.shape[0], A.shape[1])
+        return cpu_thin.expand_(dx, u, A, t.scale, mask=t.input_mask(dx), first=True)
+    dx = u @ (A * t.scale)
     mask = t.input_mask(dx)
     if mask is not None:
         for part in blocks(dx):

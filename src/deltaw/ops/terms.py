@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.ops.dropout import Mask, draw_seed, keep_mask, rows_per_block
+from deltaw.ops.dropout import Mask, draw_seed, rows_per_block
 from deltaw.ops.matmul import readable
 
 
@@ -73,11 +73,11 @@ class Term(NamedTuple):
             return None
         return Mask(self.seed, x.shape[0], x.shape[1], self.p, x.dtype)
 
-    def output_mask(self, y: Tensor) -> Tensor | None:
+    def output_mask(self, y: Tensor) -> Mask | None:
         """The dropout mask on the low-rank change, shaped as y (T, out), or None."""
         if self.seed is None or not self.at_output:
             return None
-        return keep_mask(self.seed, y.shape[0], y.shape[1], self.p, y.dtype)
+        return Mask(self.seed, y.shape[0], y.shape[1], self.p, y.dtype)
 
 
 TENSORS = 4

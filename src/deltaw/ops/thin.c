@@ -1,0 +1,337 @@
+/* The thin products of an adapter on a CPU, dropout made in registers, and the codes of 8-bit products: one pass over
+   memory each.
+
+       shrink          h = s drop(x) A^T              (T, k), (r, k) -> (T, r)
+       expand          y <- a c y + b + s drop(h B^T)   (T, r), (r, n) -> (T, n)   in place, or written first (no a c y)
+       outer           s u^T drop(x)                  (T, r), (T, k) -> (r, k)
+       quantize_rows   codes and scales of x * w      (T, k) -> (T, k), (T,)
+
+   Everything is 32 bit, rows contiguous. Why they are here: torch writes drop(x) and every other thing in between to
+   memory and reads it again, and these operations cost what they read and write. A row's result depends on no other row.
+
+   Two rows and up to V/2 ranks are in registers at a time, V numbers wide. The file is compiled once for each width that
+   processors have, and called from native.py, where the plain twins are named. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define V 16
+#else
+#define V 8
+#endif
+#define RANKS (V / 2)
+#define ROWS 32      /* rows that share what is read of A or B: they and a strip of it stay in the first-level cache */
+#define STRIP 512    /* columns of that strip */
+#define TILE 131072  /* numbers of x that `outer` reads several times: they stay in the second-level cache */
+
+typedef float vector __attribute__((vector_size(4 * V), aligned(4)));
+typedef int32_t bits __attribute__((vector_size(4 * V), aligned(4)));
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* ---- threads: the team of torch's own OpenMP, whichever it is, so that there is no second one ---- */
+
+typedef struct {
+    void (*parallel)(void (*task)(void *), void *data, unsigned threads, unsigned flags);
+    int (*thread)(void);
+    int (*size)(void); /* of the team that runs: there may be fewer threads than were asked for */
+    int64_t threads;
+} Team;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- dropout: mask[i, j] = tape[start(i / height) + (i mod height) columns + j], as in dropout.py; the tape in bits ---- */
+
+typedef struct {
+    const uint8_t *tape; /* NULL: nothing is dropped */
+    uint32_t seed, places;
+    int64_t height, columns;
+} Mask;
+
+INLINE uint32_t hashed(uint32_t k) {
+    k = (k ^ (k >> 16)) * 0x21F0AAADu;
+    k = (k ^ (k >> 15)) * 0x735A2D97u;
+    return k ^ (k >> 15);
+}
+
+/* The place on the tape of row t's first decision. */
+INLINE int64_t place(const Mask *m, int64_t t) {
+    int64_t block = m->tape ? t / m->height : 0;
+    return m->tape ? (hashed(m->seed + (uint32_t)block) & (m->places - 1)) + (t - block * m->height) * m->columns : 0;
+}
+
+/* x where the V decisions from `place` on keep it, else 0. */
+INLINE vector kept(vector x, const uint8_t *tape, int64_t place) {
+    static const bits one = {1, 2, 4, 8, 16, 32, 64, 128,
+#if V == 16
+        256, 512, 1024, 2048, 4096, 8192, 16384, 32768
+#endif
+    };
+    uint32_t word;
+    memcpy(&word, tape + (place >> 3), 4);
+    return (vector)((bits)x & ((((bits){0} + (int32_t)(word >> (place & 7))) & one) != 0));
+}
+
+/* ---- vectors ---- */
+
+INLINE vector load(const float *p) { return *(const vector *)p; }
+INLINE void store(float *p, vector v) { *(vector *)p = v; }
+INLINE vector all(float s) { return (vector){0} + s; }
+INLINE vector load_some(const float *p, int64_t n) { /* the first n < V, then zeros */
+    vector v = {0};
+    memcpy(&v, p, 4 * n);
+    return v;
+}
+
+/* The sums of V vectors, one beside the other: halves are added in turn. */
+#if V == 16
+#define HALVES(a, b, w) ((w) == 8 ? SWAP(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8) \
+    : (w) == 4 ? SWAP(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27, 4) \
+    : (w) == 2 ? SWAP(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29, 2) \
+    : SWAP(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30, 1))
+#define SWAP(a, b, i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, ia, ib, ic, id, ie, if_, w) \
+    (__builtin_shufflevector(a, b, i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, ia, ib, ic, id, ie, if_) + \
+     __builtin_shufflevector(a, b, i0 + w, i1 + w, i2 + w, i3 + w, i4 + w, i5 + w, i6 + w, i7 + w, i8 + w, i9 + w, \
+                             ia + w, ib + w, ic + w, id + w, ie + w, if_ + w))
+#else
+#define HALVES(a, b, w) ((w) == 4 ? SWAP(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 4) \
+    : (w) == 2 ? SWAP(a, b, 0, 1, 8, 9, 4, 5, 12, 13, 2) \
+    : SWAP(a, b, 0, 8, 2, 10, 4, 12, 6, 14, 1))
+#define SWAP(a, b, i0, i1, i2, i3, i4, i5, i6, i7, w) \
+    (__builtin_shufflevector(a, b, i0, i1, i2, i3, i4, i5, i6, i7) + \
+     __builtin_shufflevector(a, b, i0 + w, i1 + w, i2 + w, i3 + w, i4 + w, i5 + w, i6 + w, i7 + w))
+#endif
+
+INLINE vector sums(vector *a) {
+#if V == 16
+    UNROLL for (int i = 0; i < 8; i++) a[i] = HALVES(a[i], a[i + 8], 8);
+#endif
+    UNROLL for (int i = 0; i < 4; i++) a[i] = HALVES(a[i], a[i + 4], 4);
+    UNROLL for (int i = 0; i < 2; i++) a[i] = HALVES(a[i], a[i + 2], 2);
+    return HALVES(a[0], a[1], 1);
+}
+
+/* V numbers, or the first n < V of them where not `whole`. */
+INLINE vector take(const float *p, const int whole, int64_t n) { return whole ? load(p) : load_some(p, n); }
+INLINE void put(float *p, vector v, const int whole, int64_t n) {
+    if (whole) store(p, v);
+    else memcpy(p, &v, 4 * n);
+}
+
+/* ---- the operations ---- */
+
+typedef struct {
+    Team team;
+    Mask mask;
+    float scale;
+    int64_t rows, columns, rank;
+    const float *wide; /* x (rows, columns) */
+    int64_t stride;    /* of x's rows, or of y's */
+    const float *thin; /* h or u (rows, rank) */
+    const float *factor; /* A or B^T (rank, columns) */
+    const float *rowscale, *gain, *shift; /* a (rows,), c and b (columns,), or NULL */
+    int64_t first;     /* whether y is written first */
+    float *out;        /* h, y, or one (rank, columns) for each thread */
+    uint8_t *codes;
+} Job;
+
+/* The rows of the thread that asks: an even number each, so that pairs are the same ones in any team. */
+INLINE int64_t share(const Job *j, int64_t *stop) {
+    int64_t me = j->team.threads > 1 ? j->team.thread() : 0, size = j->team.threads > 1 ? j->team.size() : 1;
+    int64_t each = ((j->rows + size - 1) / size + 1) & ~(int64_t)1;
+    *stop = least((me + 1) * each, j->rows);
+    return least(me * each, j->rows);
+}
+
+static void run(void (*task)(void *), Job *j) {
+    if (j->team.threads > 1) j->team.parallel(task, j, (unsigned)j->team.threads, 0);
+    else task(j);
+}
+
+/* f(..., R, drop) with R of the next ranks, a constant, and with or without a mask: the compiler keeps R in registers. */
+#define WITH_MASK(f, R, ...) do { if (j->mask.tape) f(__VA_ARGS__, R, 1); else f(__VA_ARGS__, R, 0); } while (0)
+#if V == 16
+#define EIGHT(f, ...) if (left >= 8) { WITH_MASK(f, 8, __VA_ARGS__); r += 8; } else
+#else
+#define EIGHT(f, ...)
+#endif
+#define BY_RANKS(f, ...) for (int64_t r = 0; r < j->rank;) { int64_t left = j->rank - r; \
+    EIGHT(f, __VA_ARGS__) if (left >= 4) { WITH_MASK(f, 4, __VA_ARGS__); r += 4; } \
+    else if (left >= 2) { WITH_MASK(f, 2, __VA_ARGS__); r += 2; } else { WITH_MASK(f, 1, __VA_ARGS__); r += 1; } }
+
+INLINE void shrink_columns(const Job *j, const float *x, const float *x2, int64_t k, int64_t m, int64_t m2, const float *A, vector *a,
+                           const int R, const int drop, const int whole) {
+    const int64_t n = j->columns - k;
+    vector p = take(x + k, whole, n), p2 = take(x2 + k, whole, n);
+    if (drop) p = kept(p, j->mask.tape, m + k), p2 = kept(p2, j->mask.tape, m2 + k);
+    UNROLL for (int i = 0; i < R; i++) {
+        vector w = take(A + i * j->columns + k, whole, n);
+        a[i] += p * w;
+        a[RANKS + i] += p2 * w;
+    }
+}
+
+INLINE void shrink_rows(const Job *j, int64_t from, int64_t to, int64_t r, const int R, const int drop) {
+    const float *A = j->factor + r * j->columns;
+    for (int64_t t = from; t < to; t += 2) {
+        int64_t t2 = least(t + 1, to - 1), m = place(&j->mask, t), m2 = place(&j->mask, t2), k = 0;
+        const float *x = j->wide + t * j->stride, *x2 = j->wide + t2 * j->stride;
+        vector a[V];
+        UNROLL for (int i = 0; i < V; i++) a[i] = all(0);
+        for (; k + V <= j->columns; k += V) shrink_columns(j, x, x2, k, m, m2, A, a, R, drop, 1);
+        if (k < j->columns) shrink_columns(j, x, x2, k, m, m2, A, a, R, drop, 0);
+        vector h = sums(a) * j->scale;
+        memcpy(j->out + t2 * j->rank + r, (float *)&h + RANKS, 4 * R); /* if both are one row, the same twice */
+        memcpy(j->out + t * j->rank + r, &h, 4 * R);
+    }
+}
+
+static void shrink_task(void *data) {
+    const Job *j = data;
+    int64_t stop, t = share(j, &stop);
+    for (; t < stop; t += ROWS) {
+        int64_t to = least(t + ROWS, stop);
+        BY_RANKS(shrink_rows, j, t, to, r)
+    }
+}
+
+typedef struct {
+    float *y, *y2;
+    float a, a2;   /* what they are multiplied with */
+    int64_t m, m2; /* their places on the tape */
+} Pair;
+
+/* V columns from k on of the rows y and y2 (the last ones, n < V, where not `whole`). */
+INLINE void expand_columns(const Job *j, const Pair *p, const vector *h, const vector *h2, const float *B, int64_t k,
+                           const int R, const int drop, const int later, const int whole, int64_t n) {
+    vector v = all(0), v2 = all(0);
+    UNROLL for (int i = 0; i < R; i++) {
+        vector b = take(B + i * j->columns + k, whole, n);
+        v += h[i] * b;
+        v2 += h2[i] * b;
+    }
+    if (drop) v = kept(v, j->mask.tape, p->m + k), v2 = kept(v2, j->mask.tape, p->m2 + k);
+    if (j->shift && !later) {
+        vector b = take(j->shift + k, whole, n);
+        v += b, v2 += b;
+    }
+    if (later || !j->first) {
+        vector c = j->gain && !later ? take(j->gain + k, whole, n) : all(1);
+        v += p->a * c * take(p->y + k, whole, n);
+        v2 += p->a2 * c * take(p->y2 + k, whole, n);
+    }
+    put(p->y2 + k, v2, whole, n); /* if both are one row, the same twice */
+    put(p->y + k, v, whole, n);
+}
+
+INLINE void expand_strip(const Job *j, int64_t from, int64_t to, int64_t k0, int64_t k1, int64_t r, const int R, const int drop) {
+    const float *B = j->factor + r * j->columns;
+    const int later = r > 0; /* the first ranks have written y */
+    for (int64_t t = from; t < to; t += 2) {
+        int64_t t2 = least(t + 1, to - 1), k = k0;
+        Pair p = {j->out + t * j->stride, j->out + t2 * j->stride, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
+        if (j->rowscale && !later) p.a = j->rowscale[t], p.a2 = j->rowscale[t2];
+        vector h[RANKS], h2[RANKS];
+        UNROLL for (int i = 0; i < R; i++) {
+            h[i] = all(j->scale * j->thin[t * j->rank + r + i]);
+            h2[i] = all(j->scale * j->thin[t2 * j->rank + r + i]);
+        }
+        for (; k + V <= k1; k += V) expand_columns(j, &p, h, h2, B, k, R, drop, later, 1, V);
+        if (k < k1) expand_columns(j, &p, h, h2, B, k, R, drop, later, 0, k1 - k);
+    }
+}
+
+static void expand_task(void *data) {
+    const Job *j = data;
+    int64_t stop, t = share(j, &stop);
+    for (; t < stop; t += ROWS)
+        for (int64_t k = 0; k < j->columns; k += STRIP) {
+            int64_t to = least(t + ROWS, stop), k1 = least(k + STRIP, j->columns);
+            if (j->rank == 0) expand_strip(j, t, to, k, k1, 0, 0, 0);
+            BY_RANKS(expand_strip, j, t, to, k, k1, r)
+        }
+}
+
+/* Those columns from k on that fill n vectors (1 or 2), or are fewer than one (0). */
+INLINE void outer_columns(const Job *j, int64_t from, int64_t to, float *out, int64_t k, int64_t r, const int R, const int drop, const int n) {
+    const int64_t K = j->columns, some = K - k;
+    vector a[R], a2[R];
+    UNROLL for (int i = 0; i < R; i++) {
+        a[i] = n ? load(out + i * K + k) : load_some(out + i * K + k, some);
+        if (n == 2) a2[i] = load(out + i * K + k + V);
+    }
+    for (int64_t t = from; t < to; t++) {
+        const float *x = j->wide + t * j->stride + k, *u = j->thin + t * j->rank + r;
+        int64_t m = drop ? place(&j->mask, t) + k : 0;
+        vector p = n ? load(x) : load_some(x, some), p2 = n == 2 ? load(x + V) : p;
+        if (drop) p = kept(p, j->mask.tape, m), p2 = n == 2 ? kept(p2, j->mask.tape, m + V) : p;
+        UNROLL for (int i = 0; i < R; i++) {
+            a[i] += p * u[i];
+            if (n == 2) a2[i] += p2 * u[i];
+        }
+    }
+    UNROLL for (int i = 0; i < R; i++) {
+        if (n) store(out + i * K + k, a[i]);
+        else memcpy(out + i * K + k, &a[i], 4 * some);
+        if (n == 2) store(out + i * K + k + V, a2[i]);
+    }
+}
+
+INLINE void outer_rows(const Job *j, int64_t from, int64_t to, float *out, int64_t r, const int R, const int drop) {
+    int64_t k = 0;
+    out += r * j->columns;
+    for (; k + 2 * V <= j->columns; k += 2 * V) outer_columns(j, from, to, out, k, r, R, drop, 2);
+    for (; k + V <= j->columns; k += V) outer_columns(j, from, to, out, k, r, R, drop, 1);
+    if (k < j->columns) outer_columns(j, from, to, out, k, r, R, drop, 0);
+}
+
+static void outer_task(void *data) {
+    const Job *j = data;
+    int64_t stop, t = share(j, &stop), me = j->team.threads > 1 ? j->team.thread() : 0, size = j->rank * j->columns;
+    int64_t tile = TILE / j->columns > ROWS ? TILE / j->columns : ROWS;
+    float *out = j->out + me * size;
+    for (; t < stop; t += tile) {
+        int64_t to = least(t + tile, stop);
+        BY_RANKS(outer_rows, j, t, to, out, r)
+    }
+}
+
+INLINE int32_t as_bits(float v) { int32_t b; memcpy(&b, &v, 4); return b; }
+INLINE float as_float(int32_t b) { float v; memcpy(&v, &b, 4); return v; }
+
+/* One row's codes, around 128, and its scale. */
+INLINE float quantize(const float *restrict x, const float *restrict w, uint8_t *restrict codes, const int64_t columns, const int weighted) {
+    int32_t largest = 0; /* of the bits of |x|: their order is that of the numbers, and NaN's are above all */
+    for (int64_t k = 0; k < columns; k++) {
+        int32_t b = as_bits(weighted ? x[k] * w[k] : x[k]) & 0x7fffffff;
+        largest = largest > b ? largest : b;
+    }
+    const float top = as_float(largest) < 1e-35f ? 1e-35f : as_float(largest), inverse = 127.0f / top, rounding = 12582912.0f + 128.0f;
+    for (int64_t k = 0; k < columns; k++) codes[k] = (uint8_t)as_bits((weighted ? x[k] * w[k] : x[k]) * inverse + rounding);
+    return top / 127.0f;
+}
+
+static void quantize_task(void *data) {
+    const Job *j = data;
+    int64_t stop, t = share(j, &stop);
+    for (; t < stop; t++) {
+        const float *x = j->wide + t * j->stride;
+        uint8_t *codes = j->codes + t * j->columns;
+        j->out[t] = j->factor ? quantize(x, j->factor, codes, j->columns, 1) : quantize(x, x, codes, j->columns, 0);
+    }
+}
+
+void shrink(Job *j) { run(shrink_task, j); }
+void expand(Job *j) { run(expand_task, j); }
+void outer(Job *j) {
+    int64_t size = j->rank * j->columns;
+    memset(j->out, 0, 4 * size * j->team.threads);
+    run(outer_task, j);
+    for (int64_t i = 1; i < j->team.threads; i++)
+        for (int64_t k = 0; k < size; k++) j->out[k] += j->out[i * size + k];
+    for (int64_t k = 0; k < size; k++) j->out[k] *= j->scale;
+}
+void quantize_rows(Job *j) { run(quantize_task, j); }
