@@ -1,14 +1,16 @@
-"""The compiled operations of thin.c, on a processor with AVX2 or AVX-512: the thin products of an adapter with dropout made
-in registers, and the codes of 8-bit products.
+"""Sweeps of thin.c: the thin products of an adapter, with dropout made in registers, on a processor with AVX2 or AVX-512.
 
     shrink          h = drop(x) Aᵀ                       (T, k), (r, k) -> (T, r)     also u = g B, with Bᵀ as A
-    expand_         y ← a c ⊙ y + shift + s drop(h Bᵀ)   (T, r), (T, n) -> (T, n)     in place, or written first; takes Bᵀ
+    expand_         y ← a c ⊙ y + b + s drop(h Bᵀ)       (T, r), (r, n) -> (T, n)     in place, or written first; takes Bᵀ
     outer           s uᵀ drop(x)                         (T, r), (T, k) -> (r, k)     ∂A, and ∂Bᵀ = hᵀ g
-    quantize_rows   codes of x ⊙ columns, and scales     (T, k) -> (T, k), (T, 1)
+    dots            Σ_t x ⊙ (y - b)                      (T, k), (T, k) -> (k,)       ∂gain
+    quantize_rows   codes and scales of x ⊙ columns      (T, k) -> (T, k), (T, 1)     int8.py
 
-They read and write what torch's operations do, but once: a mask and the product with it are never in memory. The threads
-are those of torch's own OpenMP, so that there is no second team. What goes where is decided by `takes`; without a C compiler at installation,
-on other processors, or with DELTAW_COMPILED=0 nothing does, and torch's operations run (the twins, in steps.py and int8.py).
+A `Sweep` is told what is wanted and gives the tensors that will hold it; `run` fills them, all operations on a tile of rows
+before the next tile is read. Everything is fp32. The threads are those of torch's own OpenMP, so that there is no second team.
+
+`takes` decides. Without a C compiler at installation, on other processors, under a compiler or a tracer, or with
+DELTAW_COMPILED=0 the plain twin of a sweep runs, steps.Plain.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,19 +32,29 @@ from deltaw.ops.matmul import PLAIN, readable
 GRAIN = 1 << 15
 """Numbers that are worth a second thread."""
 
-Address = ctypes.c_void_p
-Count = ctypes.c_int64
+SHRINK, EXPAND, OUTER, DOTS, QUANTIZE = range(5)
+
+Address, Count, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Job(ctypes.Structure):
-    """As in thin.c; what a job does not name is zero."""
+    """One operation, as in thin.c; what is not named is zero, or absent."""
 
     _fields_ = (
-        ("parallel", Address), ("thread", Address), ("size", Address), ("threads", Count),
+        ("op", Count), ("columns", Count), ("rank", Count),
         ("tape", Address), ("seed", ctypes.c_uint32), ("places", ctypes.c_uint32), ("height", Count), ("width", Count),
-        ("scale", ctypes.c_float), ("rows", Count), ("columns", Count), ("rank", Count),
-        ("wide", Address), ("stride", Count), ("thin", Address), ("factor", Address),
-        ("rowscale", Address), ("gain", Address), ("shift", Address), ("first", Count), ("out", Address), ("codes", Address),
+        ("scale", Float), ("wide", Address), ("stride", Count), ("thin", Address), ("factor", Address),
+        ("rowscale", Address), ("gain", Address), ("shift", Address), ("other", Address), ("other_stride", Count),
+        ("first", Count), ("out", Address), ("sum", Address), ("transposed", Count), ("codes", Address),
+    )  # fmt: skip
+
+
+class Jobs(ctypes.Structure):
+    """`Sweep` of thin.c."""
+
+    _fields_ = (
+        ("parallel", Address), ("thread", Address), ("team", Address),
+        ("threads", Count), ("rows", Count), ("count", Count), ("jobs", ctypes.POINTER(Job)),
     )  # fmt: skip
 
 
@@ -48,8 +62,8 @@ LEVELS = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL, tuple[int, int, int]] | str:
-    """The compiled operations, and the addresses of OpenMP's `parallel`, thread number and team size; or why there are none."""
+def library() -> tuple[Any, tuple[int, int, int]] | str:
+    """The compiled `sweep`, and the addresses of OpenMP's `parallel`, thread number and team size; or why there are none."""
     if os.environ.get("DELTAW_COMPILED") == "0":
         return "DELTAW_COMPILED is 0"
     level = LEVELS.get(torch.backends.cpu.get_cpu_capability())
@@ -57,103 +71,120 @@ def library() -> tuple[ctypes.CDLL, tuple[int, int, int]] | str:
         return "this processor has neither AVX2 nor AVX-512"
     found = importlib.util.find_spec(f"deltaw.ops.thin_{level}")
     if found is None or found.origin is None:
-        return "they were not compiled when deltaw was installed (a C compiler on Linux, x86-64, makes them)"
+        return "deltaw was installed without a C compiler, or not on Linux (x86-64)"
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         team = [torch_cpu.GOMP_parallel, torch_cpu.omp_get_thread_num, torch_cpu.omp_get_num_threads]
-        loaded = ctypes.CDLL(found.origin)
+        sweep = ctypes.CDLL(found.origin).sweep
     except (OSError, AttributeError) as error:
-        return f"they cannot be loaded ({error})"
-    for name in ("shrink", "expand", "outer", "quantize_rows"):
-        operation = getattr(loaded, name)
-        operation.argtypes, operation.restype = [ctypes.POINTER(Job)], None
+        return f"it cannot be loaded: {error}"
+    sweep.argtypes, sweep.restype = [ctypes.POINTER(Jobs)], None
     parallel, thread, size = (ctypes.cast(function, Address).value or 0 for function in team)
-    return loaded, (parallel, thread, size)
+    return sweep, (parallel, thread, size)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether all of these are plain fp32 tensors on a CPU whose rows lie without gaps, and the compiled operations are there."""
+def takes(*rows: Tensor | None, factors: Sequence[Tensor | None] = ()) -> bool:
+    """Whether a sweep can run over `rows`, each (T, any) without gaps in a row, with these factors: all of them plain fp32
+    tensors on a CPU, not empty."""
     return (
         readable()
         and not isinstance(library(), str)
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in PLAIN for t in tensors)
-        and all(t.stride(-1) == 1 and t.numel() > 0 for t in tensors)
+        and all(t is None or t.stride(-1) == 1 for t in rows)
+        and all(
+            t is None or (t.dtype == torch.float32 and type(t) in PLAIN and t.device.type == "cpu" and t.numel() > 0)
+            for t in (*rows, *factors)
+        )
     )
 
 
-def job(x: Tensor, mask: Mask | None = None, scale: float = 1.0) -> Job:
-    """What is common to all: the shape of x (T, k), dropout, a factor, threads."""
-    rows, columns = x.shape
-    compiled = library()
-    assert not isinstance(compiled, str), compiled
-    work = Job(*compiled[1], torch.get_num_threads() if rows * columns > GRAIN else 1)
-    work.rows, work.columns, work.stride, work.scale = rows, columns, x.stride(0), scale
-    if mask is not None:
-        work.tape, work.seed, work.places = bit_tape(mask.length, mask.p).data_ptr(), mask.first & 0xFFFFFFFF, TAPE
-        work.height, work.width = mask.height, mask.columns
-        work.scale = scale / (1.0 - mask.p) if mask.p < 1.0 else 0.0
-    return work
+class Sweep:
+    """Operations over the same rows. What they return holds nothing before `run`."""
 
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.rows = self.numbers = 0
+        self.threads = torch.get_num_threads()
+        self.kept: list[Tensor] = []
+        """Tensors whose memory the jobs name."""
 
-def run(name: str, work: Job) -> None:
-    """One operation of thin.c."""
-    compiled = library()
-    assert not isinstance(compiled, str), compiled
-    getattr(compiled[0], name)(work)
+    def add(self, op: int, x: Tensor, scale: float = 1.0, mask: Mask | None = None, **fields: int) -> None:
+        """One more job over the rows of x (T, k)."""
+        job = Job(op=op, columns=x.shape[1], wide=x.data_ptr(), stride=x.stride(0), scale=scale, **fields)
+        if mask is not None:
+            job.tape, job.seed, job.places = bit_tape(mask.length, mask.p).data_ptr(), mask.first & 0xFFFFFFFF, TAPE
+            job.height, job.width = mask.height, mask.columns
+            job.scale = scale / (1.0 - mask.p) if mask.p < 1.0 else 0.0
+        self.rows = x.shape[0]
+        self.numbers += x.numel()
+        self.kept.append(x)
+        self.jobs.append(job)
 
+    def at(self, tensor: Tensor | None) -> int:
+        """The address of a tensor's numbers, without gaps, kept for the run; 0 of None."""
+        if tensor is None:
+            return 0
+        self.kept.append(tensor.contiguous())
+        return self.kept[-1].data_ptr()
 
-def shrink(x: Tensor, A: Tensor, mask: Mask | None = None) -> Tensor:
-    """h = drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
-    A = A.contiguous()
-    h = x.new_empty(x.shape[0], A.shape[0])
-    work = job(x, mask)
-    work.rank, work.wide, work.factor, work.out = A.shape[0], x.data_ptr(), A.data_ptr(), h.data_ptr()
-    run("shrink", work)
-    return h
+    def shrink(self, x: Tensor, A: Tensor, mask: Mask | None = None) -> Tensor:
+        """h = drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
+        h = x.new_empty(x.shape[0], A.shape[0])
+        self.add(SHRINK, x, 1.0, mask, rank=A.shape[0], factor=self.at(A), out=self.at(h))
+        return h
 
+    def expand_(
+        self,
+        y: Tensor,
+        h: Tensor,
+        Bt: Tensor,
+        scale: float,
+        mask: Mask | None = None,
+        *,
+        rowscale: Tensor | None = None,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+        first: bool = False,
+    ) -> Tensor:
+        """y ← rowscale ⊙ gain ⊙ y + shift + scale · drop(h Bt) in place, of y (T, n), h (T, r) and Bt (r, n).
 
-def expand_(
-    y: Tensor,
-    h: Tensor,
-    Bt: Tensor,
-    scale: float,
-    *,
-    mask: Mask | None = None,
-    rowscale: Tensor | None = None,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-    first: bool = False,
-) -> Tensor:
-    """y ← rowscale ⊙ gain ⊙ y + shift + scale · drop(h Bt) in place, of y (T, n), h (T, r) and Bt (r, n).
+        rowscale: (T, 1), one for each row. gain, shift: (n,). first: y holds nothing yet, and is not read.
+        """
+        more = {"rowscale": self.at(rowscale), "gain": self.at(gain), "shift": self.at(shift), "first": first}
+        self.add(EXPAND, y, scale, mask, rank=h.shape[1], thin=self.at(h), factor=self.at(Bt), out=y.data_ptr(), **more)
+        return y
 
-    rowscale: (T, 1), one for each row. gain, shift: (n,). first: y holds nothing yet, and is not read.
-    """
-    Bt, h = Bt.contiguous(), h.contiguous()
-    work = job(y, mask, scale)
-    work.rank, work.thin, work.factor, work.out, work.first = h.shape[1], h.data_ptr(), Bt.data_ptr(), y.data_ptr(), first
-    for name, tensor in (("rowscale", rowscale), ("gain", gain), ("shift", shift)):
-        if tensor is not None:
-            setattr(work, name, tensor.data_ptr())
-    run("expand", work)
-    return y
+    def outer(self, u: Tensor, x: Tensor, scale: float, mask: Mask | None = None, *, transposed: bool = False) -> Tensor:
+        """scale · uᵀ drop(x), (r, k) or transposed (k, r), of u (T, r) and x (T, k)."""
+        rank, columns = u.shape[1], x.shape[1]
+        out = x.new_empty((columns, rank) if transposed else (rank, columns))
+        sums = x.new_empty(self.threads, rank, columns)
+        memory = {"thin": self.at(u), "out": self.at(sums), "sum": self.at(out)}
+        self.add(OUTER, x, scale, mask, rank=rank, transposed=transposed, **memory)
+        return out
 
+    def dots(self, x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
+        """Σ_t x ⊙ (y - b), (k,), of x and y (T, k) and b (k,)."""
+        out, sums = x.new_empty(x.shape[1]), x.new_empty(self.threads, x.shape[1])
+        self.kept.append(y)
+        memory = {"other": y.data_ptr(), "out": self.at(sums), "sum": self.at(out)}
+        self.add(DOTS, x, shift=self.at(b), other_stride=y.stride(0), **memory)
+        return out
 
-def outer(u: Tensor, x: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
-    """scale · uᵀ drop(x), (r, k), of u (T, r) and x (T, k). The rows' sums depend on how many threads there are."""
-    u = u.contiguous()
-    work = job(x, mask, scale)
-    out = x.new_empty(work.threads, u.shape[1], x.shape[1])  # a sum for each thread
-    work.rank, work.thin, work.wide, work.out = u.shape[1], u.data_ptr(), x.data_ptr(), out.data_ptr()
-    run("outer", work)
-    return out[0].clone() if work.threads > 1 else out[0]
+    def quantize_rows(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x ⊙ columns, (T, k), as codes around 128, uint8 (T, k), and one scale for each row, (T, 1); see int8.py."""
+        codes, scales = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], 1)
+        memory = {"codes": self.at(codes), "out": self.at(scales), "factor": self.at(columns)}
+        self.add(QUANTIZE, x, **memory)
+        return codes, scales
 
-
-def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x ⊙ columns, (T, k), as codes around 128, uint8 (T, k), and one scale for each row, (T, 1); see int8.py."""
-    codes, scales = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], 1)
-    work = job(x)
-    work.wide, work.out, work.codes = x.data_ptr(), scales.data_ptr(), codes.data_ptr()
-    if columns is not None:
-        work.factor = columns.data_ptr()
-    run("quantize_rows", work)
-    return codes, scales
+    def run(self) -> None:
+        """All operations, in the order in which they were asked for."""
+        if not self.jobs:
+            return
+        compiled = library()
+        assert not isinstance(compiled, str), compiled
+        sweep, team = compiled
+        threads = self.threads if self.numbers > GRAIN else 1
+        sweep(Jobs(*team, threads, self.rows, len(self.jobs), (Job * len(self.jobs))(*self.jobs)))
+        self.jobs.clear()
+        self.kept.clear()

@@ -36,7 +36,7 @@ from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import as_autocast, plain
 from deltaw.ops.matmul import linear, thin, transformed
 from deltaw.ops.select import is_stacked
-from deltaw.ops.steps import add_, add_input_gradient_, backward_factors, base_values, first_product, project
+from deltaw.ops.steps import add_, add_input_gradient_, backward_factors, base_values, first_product, project, sweep_over
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
@@ -205,7 +205,9 @@ class GroupedLinear(torch.autograd.Function):
             for t in terms:
                 needs_A, needs_B, needs_gain, _ = next(needs_of)
                 own, h = rows[start:stop], next(products)
-                dA, dB, u = backward_factors(t, g[start:stop], own, h, needs_A, needs_B, needs_x)
+                sweep = sweep_over([t], own, g)
+                dA, dB, u = backward_factors(sweep, t, g[start:stop], own, h, needs_A, needs_B, needs_x)
+                sweep.run()
                 if dx is not None and u is not None:
                     add_input_gradient_(dx[start:stop], u, t)
                 dgain = None

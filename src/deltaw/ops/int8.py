@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import ConfigError
-from deltaw.ops import cpu_thin
+from deltaw.ops.cpu_thin import Sweep, takes
 from deltaw.ops.terms import flat
 
 LEVELS = 127.0
@@ -149,8 +149,10 @@ def product(x: Tensor, weight: Packed, columns: Tensor | None, bias: Tensor | No
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    if cpu_thin.takes(y, *(() if bias is None else (bias,))):
-        cpu_thin.expand_(y, scales[:, :0], y.new_empty(0, n), 1.0, rowscale=scales, shift=bias)
+    if takes(y, factors=(bias,)):
+        sweep = Sweep()
+        sweep.expand_(y, scales[:, :0], y.new_empty(0, n), 1.0, rowscale=scales, shift=bias)
+        sweep.run()
     elif bias is None:
         y.mul_(scales)
     else:
@@ -190,8 +192,11 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     Compiled (thin.c) or in torch's passes: `ROUNDING` plus a number v of at most seven bits has v's nearest whole number, plus 128, in its lowest byte: one pass
     scales and rounds, and one takes the bytes.
     """
-    if cpu_thin.takes(x, *(() if columns is None else (columns,))):
-        return cpu_thin.quantize_rows(x, columns)
+    if takes(x, factors=(columns,)):
+        sweep = Sweep()
+        found = sweep.quantize_rows(x, columns)
+        sweep.run()
+        return found
     rows, width = x.shape
     codes = torch.empty((rows, width), dtype=torch.uint8)
     scales = torch.empty((rows, 1), dtype=torch.float32)

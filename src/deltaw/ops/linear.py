@@ -56,6 +56,7 @@ from deltaw.ops.steps import (
     first_product,
     is_laid_first,
     project,
+    sweep_over,
 )
 from deltaw.ops.terms import (
     TENSORS,
@@ -258,20 +259,20 @@ class AdaptedLinear(torch.autograd.Function):
 
         dfactors: list[Tensor | None] = []
         projected: list[Tensor | None] = []  # g B of each term
-        shares: list[Tensor] = []  # Σ_r B ⊙ ∂B of each term, (out,)
+        sweep = sweep_over(terms, g, None if x is None else rows, None if kept is None else flat(kept))
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
             needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or from_y
-            dA, dB, u = backward_factors(t, g, rows, h, needs_A, needs_B, needs_x and not t.merged)
-            if from_y:
-                assert dB is not None
-                shares.append((t.B * dB).sum(1))
+            dA, dB, u = backward_factors(sweep, t, g, rows, h, needs_A, needs_B, needs_x and not t.merged)
             dfactors += [dA, dB]
             projected.append(u)
-        sums = g.sum(0) if needs_bias or (from_y and bias is not None) else None
+        total = sweep.dots(g, flat(kept), bias) if from_y else None
+        sweep.run()
         dgain = None
-        if from_y:
+        if total is not None:
             assert gain is not None
-            total = column_dots(g, flat(kept)) - (0 if bias is None else bias * sums) - sum(shares)
+            for t, dB in zip(terms, dfactors[1::2], strict=True):
+                assert dB is not None
+                total -= (t.B * dB).sum(1)
             dgain = gain_from_output(total, gain, g, functools.partial(base_values, rows, weight, call.frozen))
         elif needs_gain:
             dgain = column_dots(g, base_values(rows, weight, call.frozen))
@@ -298,7 +299,7 @@ class AdaptedLinear(torch.autograd.Function):
             for t, u in added:
                 add_input_gradient_(dx, u, t)
             dx = dx.view(*grads[0].shape[:-1], ctx.columns)
-        return None, None, dx, dweight, sums if needs_bias else None, *dterms
+        return None, None, dx, dweight, g.sum(0) if needs_bias else None, *dterms
 
 
 def adapted_values(

@@ -101,12 +101,11 @@ NARROW = 8
 """Ranks that thin.c keeps in registers beside each other, with AVX-512."""
 
 
-def is_narrow(rank: int) -> bool:
-    """Whether a thin product x Aᵀ runs compiled (cpu_thin.py) without dropout too.
-
-    With dropout it does at every rank: torch's operations write drop(x) to memory first.
-    """
-    return rank <= NARROW and torch.backends.cpu.get_cpu_capability() == "AVX512" and not mkl_is_slow()
+def is_narrow(rank: int, shared: bool = False) -> bool:
+    """Whether thin products without dropout run compiled (cpu_thin.py): where they are one sweep's that `shared` what it
+    reads, at twice the rank. With dropout they do at every rank: torch's operations write drop(x) to memory first."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and not mkl_is_slow()
+    return wide and rank <= (2 * NARROW if shared else NARROW)
 
 
 KERNEL = 1 << 16

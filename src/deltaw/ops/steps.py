@@ -9,7 +9,8 @@ adapter has at most one:
     add_input_gradient_, first_input_gradient
                             ∂x += s in(u A);   or that first
 
-All of it is `times`, `plus_` and `outer`, on the compiled operations (cpu_thin.py) or on torch's.
+They are made of four operations over rows, which run as one sweep where they are compiled (cpu_thin.py), else as torch's own
+(`Plain`, the twin).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.ops import cpu_thin
+from deltaw.ops.cpu_thin import Sweep, takes
 from deltaw.ops.dropout import Mask
+from deltaw.ops.gain import column_dots
 from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin
 from deltaw.ops.select import is_narrow
 from deltaw.ops.terms import FrozenProduct, Term, blocks, flat, moved
@@ -29,40 +31,57 @@ from deltaw.ops.terms import FrozenProduct, Term, blocks, flat, moved
 ALL = slice(None)
 
 
-def times(x: Tensor, A: Tensor, mask: Mask | None = None) -> Tensor:
-    """drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
-    A = A.to(x.dtype)
-    if cpu_thin.takes(x, A) and (mask is not None or is_narrow(A.shape[0])):
-        return cpu_thin.shrink(x, A, mask)
-    if mask is None:
-        return thin(x, A)
-    return joined([thin(x[part] * mask.rows(part), A) for part in blocks(x)])
+class Plain:
+    """The plain twin of `cpu_thin.Sweep`: each operation in torch's own, at once."""
 
+    def shrink(self, x: Tensor, A: Tensor, mask: Mask | None = None) -> Tensor:
+        """drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
+        A = A.to(x.dtype)
+        if mask is None:
+            return thin(x, A)
+        return joined([thin(x[part] * mask.rows(part), A) for part in blocks(x)])
 
-def plus_(y: Tensor, h: Tensor, B: Tensor, scale: float, mask: Mask | None = None) -> None:
-    """y += scale drop(h Bᵀ) in place, of y (T, n), h (T, r) and B (n, r)."""
-    B = B.to(y.dtype)
-    if mask is None:
-        y.addmm_(h, B.t(), alpha=scale)
-    elif cpu_thin.takes(y, h, B):
-        cpu_thin.expand_(y, h, B.t(), scale, mask=mask)
-    else:
+    def expand_(self, y: Tensor, h: Tensor, Bt: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
+        """y += scale drop(h Bᵀ) in place, of y (T, n), h (T, r) and Bᵀ (r, n)."""
+        Bt = Bt.to(y.dtype)
+        if mask is None:
+            return y.addmm_(h, Bt, alpha=scale)
         for part in blocks(y):
-            y[part].addcmul_(linear(h[part], B), mask.rows(part), value=scale)
+            y[part].addcmul_(linear(h[part], Bt.t()), mask.rows(part), value=scale)
+        return y
+
+    def outer(self, u: Tensor, x: Tensor, scale: float, mask: Mask | None = None, *, transposed: bool = False) -> Tensor:
+        """scale uᵀ drop(x), (r, k) or transposed (k, r), of u (T, r) and x (T, k)."""
+        u = u.to(x.dtype)
+        if mask is None:
+            out = linear(u.t(), x.t())
+        else:
+            out = sum(linear(u[part].t(), (x[part] * mask.rows(part)).t()) for part in blocks(x))  # type: ignore[assignment]
+        return (out.t().contiguous() if transposed else out).mul_(scale)
+
+    def dots(self, x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
+        """Σ_t x ⊙ (y - b), (k,), of x and y (T, k) and b (k,)."""
+        total = column_dots(x, y)
+        return total if b is None else total - b * x.sum(0)
+
+    def run(self) -> None:
+        """Nothing is left to do."""
 
 
-def outer(u: Tensor, x: Tensor, scale: float, mask: Mask | None = None) -> Tensor:
-    """scale uᵀ drop(x), (r, k), of u (T, r) and x (T, k)."""
-    if mask is None:
-        return linear(u.t(), x.t()).mul_(scale)
-    if cpu_thin.takes(x, u):
-        return cpu_thin.outer(u, x, scale, mask)
-    return scale * sum(linear(u[part].t(), (x[part] * mask.rows(part)).t()) for part in blocks(x))
+def sweep_over(terms: Sequence[Term], *rows: Tensor | None) -> Sweep | Plain:
+    """What runs the operations of these terms over all these rows, each (T, any)."""
+    compiled = takes(*rows, factors=[z for t in terms for z in (t.A, t.B)]) and all(
+        t.seed is not None or is_narrow(t.A.shape[0], shared=len(rows) > 1) for t in terms
+    )
+    return Sweep() if compiled else Plain()
 
 
 def project(t: Term, x: Tensor) -> Tensor:
     """h = in(x) Aᵀ, (T, r), of x (T, in)."""
-    return times(x, t.A, t.input_mask(x))
+    sweep = sweep_over([t], x)
+    h = sweep.shrink(x, t.A, t.input_mask(x))
+    sweep.run()
+    return h
 
 
 def base_values(
@@ -98,50 +117,71 @@ def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
 
 
 def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
-    """s h Bᵀ + b, (T, out), written once; without a compiled operation b is one more column of s B, beside one more
-    column of h, of ones."""
+    """s h Bᵀ + b, (T, out), written once."""
     B = t.B.to(h.dtype).t()
-    if cpu_thin.takes(h, B, *(() if bias is None else (bias,))):
-        return cpu_thin.expand_(h.new_empty(h.shape[0], B.shape[1]), h, B, t.scale, shift=bias, first=True)
+    if takes(h, factors=(B, bias)):
+        y = h.new_empty(h.shape[0], B.shape[1])
+        sweep = Sweep()
+        sweep.expand_(y, h, B, t.scale, shift=bias, first=True)
+        sweep.run()
+        return y
     B = B * t.scale
     if bias is None:
         return h @ B
-    return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])
+    return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])  # b is one more column of s B, beside one of ones in h
 
 
 def add_(y: Tensor, h: Tensor, t: Term) -> None:
     """y += s out(h Bᵀ) in place, for h (T, r) and y (T, out)."""
-    plus_(y, h, t.B, t.scale, t.output_mask(y))
+    plus_(y, h, t.B.t(), t.scale, t.output_mask(y))
+
+
+def plus_(y: Tensor, h: Tensor, Bt: Tensor, scale: float, mask: Mask | None) -> None:
+    """`expand_`, for which torch's is as fast where nothing is dropped."""
+    sweep = Sweep() if mask is not None and takes(y, h, factors=(Bt,)) else Plain()
+    sweep.expand_(y, h, Bt, scale, mask)
+    sweep.run()
 
 
 def backward_factors(
-    t: Term, g: Tensor, x: Tensor, h: Tensor | None, needs_A: bool, needs_B: bool, needs_u: bool
+    sweep: Sweep | Plain,
+    t: Term,
+    g: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    needs_A: bool,
+    needs_B: bool,
+    needs_u: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂A, ∂B and u = out(g) B, (T, r), of one term from g (T, out) and x (T, in); None for what is not needed."""
-    drop = t.output_mask(g)
+    """∂A, ∂B and u = out(g) B, (T, r), of one term from g (T, out) and x (T, in); None for what is not needed. They hold
+    it when `sweep` has run."""
+    mask, drop = t.input_mask(x), t.output_mask(g)
     dA = dB = u = None
     if needs_B:
-        h = project(t, x) if h is None else h.to(x.dtype)
-        dB = outer(h, g, t.scale, drop).t().to(t.B.dtype).contiguous()
+        h = sweep.shrink(x, t.A, mask) if h is None else h.to(x.dtype)
+        dB = sweep.outer(h, g, t.scale, drop, transposed=True).to(t.B.dtype)
     if needs_A or needs_u:
-        u = times(g, t.B.t(), drop)
+        u = sweep.shrink(g, t.B.t(), drop)
     if needs_A:
         assert u is not None
-        dA = outer(u, x, t.scale, t.input_mask(x)).to(t.A.dtype)
+        dA = sweep.outer(u, x, t.scale, mask).to(t.A.dtype)
     return dA, dB, u
 
 
 def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
     """dx += s in(u A) in place, for u (T, r) and dx (T, in)."""
-    plus_(dx, u, t.A.t(), t.scale, t.input_mask(dx))
+    plus_(dx, u, t.A, t.scale, t.input_mask(dx))
 
 
 def first_input_gradient(u: Tensor, t: Term) -> Tensor:
     """s in(u A), (T, in), for u (T, r)."""
     A = t.A.to(u.dtype)
-    if cpu_thin.takes(u, A):
+    if takes(u, factors=(A,)):
         dx = u.new_empty(u.shape[0], A.shape[1])
-        return cpu_thin.expand_(dx, u, A, t.scale, mask=t.input_mask(dx), first=True)
+        sweep = Sweep()
+        sweep.expand_(dx, u, A, t.scale, t.input_mask(dx), first=True)
+        sweep.run()
+        return dx
     dx = u @ (A * t.scale)
     mask = t.input_mask(dx)
     if mask is not None:

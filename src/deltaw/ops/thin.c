@@ -1,18 +1,18 @@
-/* The thin products of an adapter on a CPU, dropout made in registers, and the codes of 8-bit products: one pass over
-   memory each.
+/* The thin products of an adapter on a CPU, dropout made in registers, and the codes of 8-bit products.
 
-       shrink          h = s drop(x) A^T              (T, k), (r, k) -> (T, r)
-       expand          y <- a c y + b + s drop(h B^T)   (T, r), (r, n) -> (T, n)   in place, or written first (no a c y)
-       outer           s u^T drop(x)                  (T, r), (T, k) -> (r, k)
-       quantize_rows   codes and scales of x * w      (T, k) -> (T, k), (T,)
+       shrink      h = s drop(x) A^T                 (T, k), (r, k) -> (T, r)
+       expand      y <- a c y + b + s drop(h B^T)    (T, r), (r, n) -> (T, n)   in place, or written first (no a c y)
+       outer       s u^T drop(x)                     (T, r), (T, k) -> (r, k), or the transpose
+       dots        sum_t x (y - b)                   (T, k), (T, k) -> (k,)
+       quantize    codes and scales of x * w         (T, k) -> (T, k), (T,)
 
-   Everything is 32 bit, rows contiguous. Why they are here: torch writes drop(x) and every other thing in between to
-   memory and reads it again, and these operations cost what they read and write. A row's result depends on no other row.
+   All of it is 32 bit, rows without gaps. These operations cost what they read and write, so a *sweep* runs a list of them
+   over the same rows, tile by tile: what one has read or written is still in the cache for the next, which may build on
+   it (h of a tile, then outer(h, g) of that tile). torch's operations go through memory once each, and for drop(x) once
+   more. A row of h, y or the codes depends on no other row; sums over rows depend on the number of threads.
 
-   Two rows and up to V/2 ranks are in registers at a time, V numbers wide. The file is compiled once for each width that
-   processors have, and called from native.py, where the plain twins are named. */
+   The file is compiled once for each width that vectors have (setup.py) and called from cpu_thin.py. */
 
-#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -23,25 +23,13 @@
 #define V 8
 #endif
 #define RANKS (V / 2)
-#define ROWS 32      /* rows that share what is read of A or B: they and a strip of it stay in the first-level cache */
-#define STRIP 512    /* columns of that strip */
-#define TILE 131072  /* numbers of x that `outer` reads several times: they stay in the second-level cache */
+#define TILE 131072 /* numbers that a tile reads and writes, about: they stay in the second-level cache */
+#define STRIP 512   /* columns whose part of B^T stays in the first-level cache while a tile's rows pass */
 
 typedef float vector __attribute__((vector_size(4 * V), aligned(4)));
 typedef int32_t bits __attribute__((vector_size(4 * V), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-
-/* ---- threads: the team of torch's own OpenMP, whichever it is, so that there is no second one ---- */
-
-typedef struct {
-    void (*parallel)(void (*task)(void *), void *data, unsigned threads, unsigned flags);
-    int (*thread)(void);
-    int (*size)(void); /* of the team that runs: there may be fewer threads than were asked for */
-    int64_t threads;
-} Team;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- dropout: mask[i, j] = tape[start(i / height) + (i mod height) columns + j], as in dropout.py; the tape in bits ---- */
 
@@ -77,6 +65,7 @@ INLINE vector kept(vector x, const uint8_t *tape, int64_t place) {
 
 /* ---- vectors ---- */
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vector load(const float *p) { return *(const vector *)p; }
 INLINE void store(float *p, vector v) { *(vector *)p = v; }
 INLINE vector all(float s) { return (vector){0} + s; }
@@ -121,35 +110,27 @@ INLINE void put(float *p, vector v, const int whole, int64_t n) {
     else memcpy(p, &v, 4 * n);
 }
 
-/* ---- the operations ---- */
+/* ---- the operations, each on the rows from..to ---- */
+
+enum { SHRINK, EXPAND, OUTER, DOTS, QUANTIZE };
 
 typedef struct {
-    Team team;
+    int64_t op, columns, rank;
     Mask mask;
     float scale;
-    int64_t rows, columns, rank;
-    const float *wide; /* x (rows, columns) */
-    int64_t stride;    /* of x's rows, or of y's */
-    const float *thin; /* h or u (rows, rank) */
-    const float *factor; /* A or B^T (rank, columns) */
+    const float *wide;   /* x (rows, columns) */
+    int64_t stride;      /* of x's rows, or of y's */
+    const float *thin;   /* h or u (rows, rank) */
+    const float *factor; /* A or B^T (rank, columns), or w (columns,) or NULL */
     const float *rowscale, *gain, *shift; /* a (rows,), c and b (columns,), or NULL */
-    int64_t first;     /* whether y is written first */
-    float *out;        /* h, y, or one (rank, columns) for each thread */
+    const float *other;  /* dots: y (rows, columns) */
+    int64_t other_stride;
+    int64_t first;       /* expand: whether y is written first */
+    float *out;          /* h, y, scales; or for each thread its sums (rank, columns) */
+    float *sum;          /* outer, dots: the result */
+    int64_t transposed;  /* outer: whether that is (columns, rank) */
     uint8_t *codes;
 } Job;
-
-/* The rows of the thread that asks: an even number each, so that pairs are the same ones in any team. */
-INLINE int64_t share(const Job *j, int64_t *stop) {
-    int64_t me = j->team.threads > 1 ? j->team.thread() : 0, size = j->team.threads > 1 ? j->team.size() : 1;
-    int64_t each = ((j->rows + size - 1) / size + 1) & ~(int64_t)1;
-    *stop = least((me + 1) * each, j->rows);
-    return least(me * each, j->rows);
-}
-
-static void run(void (*task)(void *), Job *j) {
-    if (j->team.threads > 1) j->team.parallel(task, j, (unsigned)j->team.threads, 0);
-    else task(j);
-}
 
 /* f(..., R, drop) with R of the next ranks, a constant, and with or without a mask: the compiler keeps R in registers. */
 #define WITH_MASK(f, R, ...) do { if (j->mask.tape) f(__VA_ARGS__, R, 1); else f(__VA_ARGS__, R, 0); } while (0)
@@ -189,14 +170,7 @@ INLINE void shrink_rows(const Job *j, int64_t from, int64_t to, int64_t r, const
     }
 }
 
-static void shrink_task(void *data) {
-    const Job *j = data;
-    int64_t stop, t = share(j, &stop);
-    for (; t < stop; t += ROWS) {
-        int64_t to = least(t + ROWS, stop);
-        BY_RANKS(shrink_rows, j, t, to, r)
-    }
-}
+INLINE void shrink(const Job *j, int64_t from, int64_t to) { BY_RANKS(shrink_rows, j, from, to, r) }
 
 typedef struct {
     float *y, *y2;
@@ -244,25 +218,19 @@ INLINE void expand_strip(const Job *j, int64_t from, int64_t to, int64_t k0, int
     }
 }
 
-static void expand_task(void *data) {
-    const Job *j = data;
-    int64_t stop, t = share(j, &stop);
-    for (; t < stop; t += ROWS)
-        for (int64_t k = 0; k < j->columns; k += STRIP) {
-            int64_t to = least(t + ROWS, stop), k1 = least(k + STRIP, j->columns);
-            if (j->rank == 0) expand_strip(j, t, to, k, k1, 0, 0, 0);
-            BY_RANKS(expand_strip, j, t, to, k, k1, r)
-        }
+INLINE void expand(const Job *j, int64_t from, int64_t to) {
+    for (int64_t k = 0; k < j->columns; k += STRIP) {
+        int64_t k1 = least(k + STRIP, j->columns);
+        if (j->rank == 0) expand_strip(j, from, to, k, k1, 0, 0, 0);
+        BY_RANKS(expand_strip, j, from, to, k, k1, r)
+    }
 }
 
 /* Those columns from k on that fill n vectors (1 or 2), or are fewer than one (0). */
 INLINE void outer_columns(const Job *j, int64_t from, int64_t to, float *out, int64_t k, int64_t r, const int R, const int drop, const int n) {
     const int64_t K = j->columns, some = K - k;
-    vector a[R], a2[R];
-    UNROLL for (int i = 0; i < R; i++) {
-        a[i] = n ? load(out + i * K + k) : load_some(out + i * K + k, some);
-        if (n == 2) a2[i] = load(out + i * K + k + V);
-    }
+    vector a[R], a2[R]; /* a tile's sums are begun anew: two short chains of roundings instead of a long one */
+    UNROLL for (int i = 0; i < R; i++) a[i] = a2[i] = all(0);
     for (int64_t t = from; t < to; t++) {
         const float *x = j->wide + t * j->stride + k, *u = j->thin + t * j->rank + r;
         int64_t m = drop ? place(&j->mask, t) + k : 0;
@@ -274,9 +242,9 @@ INLINE void outer_columns(const Job *j, int64_t from, int64_t to, float *out, in
         }
     }
     UNROLL for (int i = 0; i < R; i++) {
-        if (n) store(out + i * K + k, a[i]);
-        else memcpy(out + i * K + k, &a[i], 4 * some);
-        if (n == 2) store(out + i * K + k + V, a2[i]);
+        float *o = out + i * K + k;
+        put(o, take(o, n, some) + a[i], n, some);
+        if (n == 2) store(o + V, load(o + V) + a2[i]);
     }
 }
 
@@ -288,22 +256,26 @@ INLINE void outer_rows(const Job *j, int64_t from, int64_t to, float *out, int64
     if (k < j->columns) outer_columns(j, from, to, out, k, r, R, drop, 0);
 }
 
-static void outer_task(void *data) {
-    const Job *j = data;
-    int64_t stop, t = share(j, &stop), me = j->team.threads > 1 ? j->team.thread() : 0, size = j->rank * j->columns;
-    int64_t tile = TILE / j->columns > ROWS ? TILE / j->columns : ROWS;
-    float *out = j->out + me * size;
-    for (; t < stop; t += tile) {
-        int64_t to = least(t + tile, stop);
-        BY_RANKS(outer_rows, j, t, to, out, r)
-    }
+INLINE void outer(const Job *j, int64_t from, int64_t to, float *out) { BY_RANKS(outer_rows, j, from, to, out, r) }
+
+INLINE void dots_columns(const Job *j, int64_t from, int64_t to, float *out, int64_t k, const int whole, int64_t n) {
+    vector sum = all(0), b = j->shift ? take(j->shift + k, whole, n) : all(0);
+    for (int64_t t = from; t < to; t++)
+        sum += take(j->wide + t * j->stride + k, whole, n) * (take(j->other + t * j->other_stride + k, whole, n) - b);
+    put(out + k, take(out + k, whole, n) + sum, whole, n);
+}
+
+INLINE void dots(const Job *j, int64_t from, int64_t to, float *out) {
+    int64_t k = 0;
+    for (; k + V <= j->columns; k += V) dots_columns(j, from, to, out, k, 1, V);
+    if (k < j->columns) dots_columns(j, from, to, out, k, 0, j->columns - k);
 }
 
 INLINE int32_t as_bits(float v) { int32_t b; memcpy(&b, &v, 4); return b; }
 INLINE float as_float(int32_t b) { float v; memcpy(&v, &b, 4); return v; }
 
 /* One row's codes, around 128, and its scale. */
-INLINE float quantize(const float *restrict x, const float *restrict w, uint8_t *restrict codes, const int64_t columns, const int weighted) {
+INLINE float quantized(const float *restrict x, const float *restrict w, uint8_t *restrict codes, const int64_t columns, const int weighted) {
     int32_t largest = 0; /* of the bits of |x|: their order is that of the numbers, and NaN's are above all */
     for (int64_t k = 0; k < columns; k++) {
         int32_t b = as_bits(weighted ? x[k] * w[k] : x[k]) & 0x7fffffff;
@@ -314,24 +286,56 @@ INLINE float quantize(const float *restrict x, const float *restrict w, uint8_t 
     return top / 127.0f;
 }
 
-static void quantize_task(void *data) {
-    const Job *j = data;
-    int64_t stop, t = share(j, &stop);
-    for (; t < stop; t++) {
+INLINE void quantize(const Job *j, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
         const float *x = j->wide + t * j->stride;
         uint8_t *codes = j->codes + t * j->columns;
-        j->out[t] = j->factor ? quantize(x, j->factor, codes, j->columns, 1) : quantize(x, x, codes, j->columns, 0);
+        j->out[t] = j->factor ? quantized(x, j->factor, codes, j->columns, 1) : quantized(x, x, codes, j->columns, 0);
     }
 }
 
-void shrink(Job *j) { run(shrink_task, j); }
-void expand(Job *j) { run(expand_task, j); }
-void outer(Job *j) {
-    int64_t size = j->rank * j->columns;
-    memset(j->out, 0, 4 * size * j->team.threads);
-    run(outer_task, j);
-    for (int64_t i = 1; i < j->team.threads; i++)
-        for (int64_t k = 0; k < size; k++) j->out[k] += j->out[i * size + k];
-    for (int64_t k = 0; k < size; k++) j->out[k] *= j->scale;
+/* ---- a sweep: the jobs one after the other on every tile, by the team of torch's own OpenMP, whichever it is ---- */
+
+typedef struct {
+    void (*parallel)(void (*task)(void *), void *data, unsigned threads, unsigned flags);
+    int (*thread)(void);
+    int (*team)(void); /* its size: there may be fewer threads than were asked for */
+    int64_t threads, rows, count;
+    Job *jobs;
+} Sweep;
+
+INLINE int64_t sums_of(const Job *j) { return j->op == OUTER ? j->rank * j->columns : j->op == DOTS ? j->columns : 0; }
+
+static void share(void *data) {
+    const Sweep *s = data;
+    int64_t me = s->threads > 1 ? s->thread() : 0, team = s->threads > 1 ? s->team() : 1, columns = 1;
+    int64_t each = ((s->rows + team - 1) / team + 1) & ~(int64_t)1; /* even: a row has the same neighbour in any team */
+    int64_t stop = least((me + 1) * each, s->rows);
+    for (int64_t i = 0; i < s->count; i++) columns += s->jobs[i].columns;
+    int64_t tile = (least(TILE / columns, 256) + 16) & ~(int64_t)1;
+    for (int64_t from = me * each; from < stop; from += tile)
+        for (int64_t i = 0, to = least(from + tile, stop); i < s->count; i++) {
+            const Job *j = s->jobs + i;
+            switch (j->op) {
+            case SHRINK: shrink(j, from, to); break;
+            case EXPAND: expand(j, from, to); break;
+            case OUTER: outer(j, from, to, j->out + me * sums_of(j)); break;
+            case DOTS: dots(j, from, to, j->out + me * sums_of(j)); break;
+            case QUANTIZE: quantize(j, from, to); break;
+            }
+        }
 }
-void quantize_rows(Job *j) { run(quantize_task, j); }
+
+void sweep(Sweep *s) {
+    for (int64_t i = 0; i < s->count; i++) memset(s->jobs[i].out, 0, 4 * s->threads * sums_of(s->jobs + i));
+    if (s->threads > 1) s->parallel(share, s, (unsigned)s->threads, 0);
+    else share(s);
+    for (int64_t i = 0; i < s->count; i++) {
+        const Job *j = s->jobs + i;
+        for (int64_t at = 0, size = sums_of(j); at < size; at++) {
+            float sum = 0;
+            for (int64_t thread = 0; thread < s->threads; thread++) sum += j->out[thread * size + at];
+            j->sum[j->transposed ? at % j->columns * j->rank + at / j->columns : at] = sum * j->scale;
+        }
+    }
+}
