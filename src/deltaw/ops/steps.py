@@ -157,11 +157,11 @@ def backward_factors(
     it when `sweep` has run."""
     mask, drop = t.input_mask(x), t.output_mask(g)
     dA = dB = u = None
+    if needs_A or needs_u:
+        u = sweep.shrink(g, t.B.t(), drop)
     if needs_B:
         h = sweep.shrink(x, t.A, mask) if h is None else h.to(x.dtype)
         dB = sweep.outer(h, g, t.scale, drop, transposed=True).to(t.B.dtype)
-    if needs_A or needs_u:
-        u = sweep.shrink(g, t.B.t(), drop)
     if needs_A:
         assert u is not None
         dA = sweep.outer(u, x, t.scale, mask).to(t.A.dtype)

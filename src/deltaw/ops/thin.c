@@ -147,6 +147,7 @@ INLINE void shrink_columns(const Job *j, const float *x, const float *x2, int64_
                            const int R, const int drop, const int whole) {
     const int64_t n = j->columns - k;
     vector p = take(x + k, whole, n), p2 = take(x2 + k, whole, n);
+    if (whole) __builtin_prefetch(x + 8 * j->stride + k), __builtin_prefetch(x2 + 8 * j->stride + k); /* the rows that come next */
     if (drop) p = kept(p, j->mask.tape, m + k), p2 = kept(p2, j->mask.tape, m2 + k);
     UNROLL for (int i = 0; i < R; i++) {
         vector w = take(A + i * j->columns + k, whole, n);
@@ -235,6 +236,7 @@ INLINE void outer_columns(const Job *j, int64_t from, int64_t to, float *out, in
         const float *x = j->wide + t * j->stride + k, *u = j->thin + t * j->rank + r;
         int64_t m = drop ? place(&j->mask, t) + k : 0;
         vector p = n ? load(x) : load_some(x, some), p2 = n == 2 ? load(x + V) : p;
+        if (n == 2) __builtin_prefetch(x + 2 * V), __builtin_prefetch(x + 3 * V); /* the columns that come next */
         if (drop) p = kept(p, j->mask.tape, m), p2 = n == 2 ? kept(p2, j->mask.tape, m + V) : p;
         UNROLL for (int i = 0; i < R; i++) {
             a[i] += p * u[i];
@@ -275,7 +277,9 @@ INLINE int32_t as_bits(float v) { int32_t b; memcpy(&b, &v, 4); return b; }
 INLINE float as_float(int32_t b) { float v; memcpy(&v, &b, 4); return v; }
 
 /* One row's codes, around 128, and its scale. */
-INLINE float quantized(const float *restrict x, const float *restrict w, uint8_t *restrict codes, const int64_t columns, const int weighted) {
+INLINE float quantized(const float *restrict x, const float *restrict w, uint8_t *restrict codes, const int64_t columns, const int64_t stride,
+                       const int weighted) {
+    for (int64_t k = 0; k < columns; k += 16) __builtin_prefetch(x + 8 * stride + k);
     int32_t largest = 0; /* of the bits of |x|: their order is that of the numbers, and NaN's are above all */
     for (int64_t k = 0; k < columns; k++) {
         int32_t b = as_bits(weighted ? x[k] * w[k] : x[k]) & 0x7fffffff;
@@ -290,7 +294,8 @@ INLINE void quantize(const Job *j, int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t++) {
         const float *x = j->wide + t * j->stride;
         uint8_t *codes = j->codes + t * j->columns;
-        j->out[t] = j->factor ? quantized(x, j->factor, codes, j->columns, 1) : quantized(x, x, codes, j->columns, 0);
+        j->out[t] = j->factor ? quantized(x, j->factor, codes, j->columns, j->stride, 1)
+                              : quantized(x, x, codes, j->columns, j->stride, 0);
     }
 }
 
