@@ -23,12 +23,13 @@ from deltaw.ops.int8 import (
     Int8Weight,
     int8_available,
     int8_matmul,
-    int8_matmul_grad,
     kernels_of,
     quantize_outputs,
+    unscaled,
 )
 from deltaw.ops.matmul import linear
-from deltaw.ops.terms import flat
+from deltaw.ops.steps import finish_
+from deltaw.ops.terms import by_rows, flat
 
 COARSE = 0.05
 """Σ|rounding| / Σ|W| of a weight that 8 bit cannot hold. Normally distributed weights have .008."""
@@ -75,30 +76,44 @@ class Int8FrozenWeight(FrozenWeight):
             self.packed = state, kernels_of(self.codes, self.scales)
         return self.packed[1]
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def by_rows(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """x Wᵀ, or as `gradient` x W, as rows (T, n), and what they have still to be multiplied with, (T, 1)."""
+        columns = self.scales if gradient else None
+
         def wide(rows: Tensor) -> Tensor:
-            return linear(flat(rows), self.dense().to(rows.dtype)).view(rows.shape[:-1] + self.shape[:1])
+            dense = self.dense().to(rows.dtype)
+            return linear(flat(rows), dense.t() if gradient else dense)
 
         packed = self.kernels(x)
         if packed is None:
-            return wide(x)
-        return self.choices.product(self.name, "forward", self.shape, x, lambda rows: int8_matmul(rows, packed), wide)
+            return wide(x), None
+
+        def narrow(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return unscaled(rows, packed.backward if gradient else packed.forward, columns)
+
+        y, scales = self.choices.product(
+            self.name, "gradient" if gradient else "forward", self.shape, x, narrow, wide, columns
+        )
+        if scales is None or x.dtype == torch.float32:
+            return y, scales
+        return y.mul_(scales).to(x.dtype), None
+
+    def product(self, x: Tensor, gradient: bool) -> Tensor:
+        """The same, complete and shaped as x."""
+        y, scales = by_rows(self, x, gradient)
+        finish_(y, scales, None, None, ())
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.product(x, False)
+
+    def matmul_grad(self, g: Tensor) -> Tensor:
+        return self.product(g, True)
 
     def factor_matmul(self, A: Tensor) -> Tensor:
         """In 8 bit too, and by that decides nothing about the layer's inputs."""
         packed = self.kernels(A)
         return self.matmul(A) if packed is None else int8_matmul(A, packed)
-
-    def matmul_grad(self, g: Tensor) -> Tensor:
-        def wide(rows: Tensor) -> Tensor:
-            return linear(flat(rows), self.dense().to(rows.dtype).t()).view(rows.shape[:-1] + self.shape[1:])
-
-        packed = self.kernels(g)
-        if packed is None:
-            return wide(g)
-        return self.choices.product(
-            self.name, "gradient", self.shape, g, lambda rows: int8_matmul_grad(rows, packed), wide, self.scales
-        )
 
     def dense(self) -> Tensor:
         return (self.codes.float() * self.scales[:, None]).to(self.dtype)

@@ -114,11 +114,12 @@ class Choices:
         side: Side,
         shape: tuple[int, ...],
         x: Tensor,
-        narrow: Callable[[Tensor], Tensor],
+        narrow: Callable[[Tensor], tuple[Tensor, Tensor]],
         wide: Callable[[Tensor], Tensor],
         columns: Tensor | None = None,
-    ) -> Tensor:
-        """`narrow(x)`, or `wide(x)` where that is faster or outliers ask for it.
+    ) -> tuple[Tensor, Tensor | None]:
+        """`narrow(x)`, a product (T, n) and what its rows have still to be multiplied with, or `wide(x)` and None where that is
+        faster or outliers ask for it.
 
         name, shape: of the weight (out, in). columns: what x is multiplied with before it is quantised, (k,).
         """
@@ -126,18 +127,18 @@ class Choices:
         key = f"{name} {side}"
         look = self.looks.get(key)
         if (look is not None and look.dense) or not self.choose(shape[0], shape[1], tokens)[SIDES.index(side)]:
-            return wide(x)
-        y = narrow(x)
+            return wide(x), None
+        y, scales = narrow(x)
         if tokens == 0:
-            return y
+            return y, scales
         look = self.looks.setdefault(key, Look())
         look.calls += 1
         if look.calls & (look.calls - 1) and look.calls % EVERY:  # no power of two
-            return y
+            return y, scales
         some = sample(tokens, look.calls)
-        error = error_beside_outliers(flat(y)[some], flat(x)[some], wide, columns)
+        error = error_beside_outliers(y[some] * scales[some], flat(x)[some], wide, columns)
         if error <= LIMIT:
-            return y
+            return y, scales
         look.dense = True
         what = "outputs" if side == "forward" else "input gradients"
         warnings.warn(
@@ -145,7 +146,7 @@ class Choices:
             OutlierWarning,
             stacklevel=2,
         )
-        return wide(x)
+        return wide(x), None
 
     def lines(self) -> list[str]:
         """What was decided, for people."""

@@ -86,15 +86,17 @@ def library() -> tuple[Any, tuple[int, int, int]] | str:
 def takes(*rows: Tensor | None, factors: Sequence[Tensor | None] = ()) -> bool:
     """Whether a sweep can run over `rows`, each (T, any) without gaps in a row, with these factors: all of them plain fp32
     tensors on a CPU, not empty."""
-    return (
-        readable()
-        and not isinstance(library(), str)
-        and all(t is None or t.stride(-1) == 1 for t in rows)
-        and all(
-            t is None or (t.dtype == torch.float32 and type(t) in PLAIN and t.device.type == "cpu" and t.numel() > 0)
-            for t in (*rows, *factors)
-        )
-    )
+    if not readable() or isinstance(library(), str):
+        return False
+    for t in rows:
+        if t is not None and (t.stride(-1) != 1 or not is_plain(t)):
+            return False
+    return all(t is None or is_plain(t) for t in factors)
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether these are numbers of 32 bit on a CPU, one at least."""
+    return t.dtype == torch.float32 and type(t) in PLAIN and t.is_cpu and t.numel() > 0
 
 
 class Sweep:
@@ -107,7 +109,7 @@ class Sweep:
         self.kept: list[Tensor] = []
         """Tensors whose memory the jobs name."""
 
-    def add(self, op: int, x: Tensor, scale: float = 1.0, mask: Mask | None = None, **fields: int) -> None:
+    def add(self, op: int, x: Tensor, scale: float, mask: Mask | None, fields: dict[str, int]) -> None:
         """One more job over the rows of x (T, k)."""
         job = Job(op=op, columns=x.shape[1], wide=x.data_ptr(), stride=x.stride(0), scale=scale, **fields)
         if mask is not None:
@@ -129,7 +131,7 @@ class Sweep:
     def shrink(self, x: Tensor, A: Tensor, mask: Mask | None = None) -> Tensor:
         """h = drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
         h = x.new_empty(x.shape[0], A.shape[0])
-        self.add(SHRINK, x, 1.0, mask, rank=A.shape[0], factor=self.at(A), out=self.at(h))
+        self.add(SHRINK, x, 1.0, mask, {"rank": A.shape[0], "factor": self.at(A), "out": self.at(h)})
         return h
 
     def expand_(
@@ -149,17 +151,20 @@ class Sweep:
 
         rowscale: (T, 1), one for each row. gain, shift: (n,). first: y holds nothing yet, and is not read.
         """
-        more = {"rowscale": self.at(rowscale), "gain": self.at(gain), "shift": self.at(shift), "first": first}
-        self.add(EXPAND, y, scale, mask, rank=h.shape[1], thin=self.at(h), factor=self.at(Bt), out=y.data_ptr(), **more)
+        memory = {"rowscale": self.at(rowscale), "gain": self.at(gain), "shift": self.at(shift), "out": y.data_ptr()}
+        memory |= {"rank": h.shape[1], "thin": self.at(h), "factor": self.at(Bt), "first": first}
+        self.add(EXPAND, y, scale, mask, memory)
         return y
 
-    def outer(self, u: Tensor, x: Tensor, scale: float, mask: Mask | None = None, *, transposed: bool = False) -> Tensor:
+    def outer(
+        self, u: Tensor, x: Tensor, scale: float, mask: Mask | None = None, *, transposed: bool = False
+    ) -> Tensor:
         """scale · uᵀ drop(x), (r, k) or transposed (k, r), of u (T, r) and x (T, k)."""
         rank, columns = u.shape[1], x.shape[1]
         out = x.new_empty((columns, rank) if transposed else (rank, columns))
         sums = x.new_empty(self.threads, rank, columns)
         memory = {"thin": self.at(u), "out": self.at(sums), "sum": self.at(out)}
-        self.add(OUTER, x, scale, mask, rank=rank, transposed=transposed, **memory)
+        self.add(OUTER, x, scale, mask, {**memory, "rank": rank, "transposed": transposed})
         return out
 
     def dots(self, x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
@@ -167,14 +172,14 @@ class Sweep:
         out, sums = x.new_empty(x.shape[1]), x.new_empty(self.threads, x.shape[1])
         self.kept.append(y)
         memory = {"other": y.data_ptr(), "out": self.at(sums), "sum": self.at(out)}
-        self.add(DOTS, x, shift=self.at(b), other_stride=y.stride(0), **memory)
+        self.add(DOTS, x, 1.0, None, {**memory, "shift": self.at(b), "other_stride": y.stride(0)})
         return out
 
     def quantize_rows(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x ⊙ columns, (T, k), as codes around 128, uint8 (T, k), and one scale for each row, (T, 1); see int8.py."""
         codes, scales = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], 1)
         memory = {"codes": self.at(codes), "out": self.at(scales), "factor": self.at(columns)}
-        self.add(QUANTIZE, x, **memory)
+        self.add(QUANTIZE, x, 1.0, None, memory)
         return codes, scales
 
     def run(self) -> None:

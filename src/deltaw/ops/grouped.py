@@ -36,13 +36,23 @@ from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import as_autocast, plain
 from deltaw.ops.matmul import linear, thin, transformed
 from deltaw.ops.select import is_stacked
-from deltaw.ops.steps import add_, add_input_gradient_, backward_factors, base_values, first_product, project, sweep_over
+from deltaw.ops.steps import (
+    backward_factors,
+    base_values,
+    change,
+    finish_,
+    first_product,
+    input_gradient,
+    project,
+    sweep_over,
+)
 from deltaw.ops.terms import (
     TENSORS,
     Factors,
     FrozenProduct,
     Plan,
     Term,
+    by_rows,
     flat,
     in_force,
     pack,
@@ -198,7 +208,7 @@ class GroupedLinear(torch.autograd.Function):
                     scaled[start:stop].mul_(1 + gain)
         dx: Tensor | None = None
         if needs_x:
-            dx = ctx.frozen.matmul_grad(scaled) if weight is None else linear(scaled, weight.t())
+            dx = flat(ctx.frozen.matmul_grad(scaled)) if weight is None else linear(scaled, weight.t())
         out: list[Tensor | None] = []
         for start, stop, terms in segments:
             base: Tensor | None = None
@@ -209,7 +219,8 @@ class GroupedLinear(torch.autograd.Function):
                 dA, dB, u = backward_factors(sweep, t, g[start:stop], own, h, needs_A, needs_B, needs_x)
                 sweep.run()
                 if dx is not None and u is not None:
-                    add_input_gradient_(dx[start:stop], u, t)
+                    part = dx[start:stop]
+                    finish_(part, None, None, None, [input_gradient(u, t, part)])
                 dgain = None
                 if needs_gain and t.gain is not None:
                     if base is None:
@@ -233,9 +244,8 @@ def grouped_values(
     rows, products = flat(x), list[Tensor]()
     if weight is None:
         assert frozen is not None
-        y = flat(frozen.matmul(x))
-        if bias is not None:
-            y.add_(bias)
+        y, scales = by_rows(frozen, x)
+        finish_(y, scales, None, bias, ())
     else:
         y = flat(first_product(x, weight, bias, [t for _, _, terms in segments for t in terms]))
     for run in [[s] for s in segments] if keep else runs(segments, y.dtype):
@@ -252,7 +262,7 @@ def grouped_values(
                 part.addmm_(thin(own, t.A), t.B.t(), alpha=t.scale)
                 continue
             h = project(t, own)
-            add_(part, h, t)
+            finish_(part, None, None, None, [change(h, t, part)])
             if keep:
                 products.append(h)
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products

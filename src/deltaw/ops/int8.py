@@ -18,6 +18,7 @@ The plain twins are `int8_matmul_reference` and `int8_matmul_grad_reference`.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from deltaw.errors import ConfigError
 from deltaw.ops.cpu_thin import Sweep, takes
+from deltaw.ops.steps import finish_
 from deltaw.ops.terms import flat
 
 LEVELS = 127.0
@@ -142,22 +144,22 @@ def int8_matmul_grad(g: Tensor, weight: Int8Weight) -> Tensor:
 
 def product(x: Tensor, weight: Packed, columns: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x ⊙ columns) Qᵀ ⊙ channels + b for the packed codes Q (n, k): (..., k) -> (..., n)."""
+    y, scales = unscaled(x, weight, columns)
+    finish_(y, scales, None, bias, ())
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+
+def unscaled(x: Tensor, weight: Packed, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same product of whole numbers, fp32 (T, n), and the scale that each of its rows is still to be multiplied with, (T, 1)."""
     n = weight.channels.shape[0]
     if x.numel() == 0:
-        return x.new_zeros((*x.shape[:-1], n))
+        rows = math.prod(x.shape[:-1])
+        return x.new_zeros(rows, n, dtype=torch.float32), x.new_zeros(rows, 1, dtype=torch.float32)
     codes, scales = codes_of(x) if columns is None else quantize_rows(flat(x), columns)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    if takes(y, factors=(bias,)):
-        sweep = Sweep()
-        sweep.expand_(y, scales[:, :0], y.new_empty(0, n), 1.0, rowscale=scales, shift=bias)
-        sweep.run()
-    elif bias is None:
-        y.mul_(scales)
-    else:
-        torch.addcmul(bias, y, scales, out=y)
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+    return y, scales
 
 
 _last = threading.local()

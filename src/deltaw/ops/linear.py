@@ -41,19 +41,20 @@ from torch.nn import functional as F
 
 from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
-from deltaw.ops.gain import alias, column_dots, gain_from_output, scale_and_shift_
+from deltaw.ops.gain import alias, column_dots, gain_from_output
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import adds_in_place, linear, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.steps import (
-    add_,
-    add_input_gradient_,
     backward_factors,
     base_values,
+    change,
+    finish_,
     first_change,
     first_input_gradient,
     first_product,
+    input_gradient,
     is_laid_first,
     project,
     sweep_over,
@@ -64,6 +65,7 @@ from deltaw.ops.terms import (
     FrozenProduct,
     Plan,
     Term,
+    by_rows,
     flat,
     in_force,
     merged_weight,
@@ -286,9 +288,10 @@ class AdaptedLinear(torch.autograd.Function):
         dx: Tensor | None = None
         if needs_x:
             added = [(t, u) for t, u in zip(terms, projected, strict=True) if u is not None and not t.merged]
+            scales = None
             if weight is None:
                 assert call.frozen is not None
-                dx = call.frozen.matmul_grad(scaled)
+                dx, scales = by_rows(call.frozen, scaled, gradient=True)
             else:
                 over, used = (g, merged_weight(weight, terms)) if call.merge else (scaled, weight)
                 if added and adds_in_place(over, used):
@@ -296,8 +299,7 @@ class AdaptedLinear(torch.autograd.Function):
                     dx = first_input_gradient(u, t).addmm_(over, used)
                 else:
                     dx = linear(over, used.t())
-            for t, u in added:
-                add_input_gradient_(dx, u, t)
+            finish_(dx, scales, None, None, [input_gradient(u, t, dx) for t, u in added])
             dx = dx.view(*grads[0].shape[:-1], ctx.columns)
         return None, None, dx, dweight, g.sum(0) if needs_bias else None, *dterms
 
@@ -316,19 +318,19 @@ def adapted_values(
     used = merged_weight(weight, terms) if weight is not None and merge else weight
     products = [project(t, rows) if not t.merged or (not keep and t.B.requires_grad) else None for t in terms]
     added = [(t, h) for t, h in zip(terms, products, strict=True) if h is not None and not t.merged]
+    scales = shift = None
     if used is None:
         assert frozen is not None
-        y = flat(frozen.matmul(x))
-        scale_and_shift_(y, gain, bias)
+        y, scales = by_rows(frozen, x)
+        shift = bias
     elif added and gain is None and is_laid_first(x, used, bias, terms):
         t, h = added.pop(0)
         y = first_change(h, t, bias).addmm_(rows, used.t())
     else:
         y = flat(first_product(x, used, bias, terms))
-        if gain is not None:  # c z + b from z + b: exact where gain is 0
-            scale_and_shift_(y, gain, None if bias is None else -gain * bias)
-    for t, h in added:
-        add_(y, h, t)
+        if gain is not None and bias is not None:  # c z + b from z + b: exact where gain is 0
+            shift = -gain * bias
+    finish_(y, scales, gain, shift, [change(h, t, y) for t, h in added])
     shape = [*x.shape[:-1], y.shape[1]]
     return torch.ops.aten._unsafe_view.default(y, shape), products  # no view to autograd: `relu_(y)` is allowed
 

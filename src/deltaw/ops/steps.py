@@ -4,10 +4,11 @@ In the terms of linear.py's header, with in(·) the dropout on A's input and out
 adapter has at most one:
 
     project                 h = in(x) Aᵀ
-    add_, first_change      y += s out(h Bᵀ);  or that first, and the base product added to it
+    change, first_change    s out(h Bᵀ), for y;   or that first, and the base product added to it
     backward_factors        u = out(g) B,  ∂A = s uᵀ in(x),  ∂B = s out(g)ᵀ h
-    add_input_gradient_, first_input_gradient
-                            ∂x += s in(u A);   or that first
+    input_gradient, first_input_gradient
+                            s in(u A), for ∂x;    or that first
+    finish_                 all changes into y or ∂x, with whatever else is to be done to it
 
 They are made of four operations over rows, which run as one sweep where they are compiled (cpu_thin.py), else as torch's own
 (`Plain`, the twin).
@@ -16,6 +17,7 @@ They are made of four operations over rows, which run as one sweep where they ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 
 from deltaw.ops.cpu_thin import Sweep, takes
 from deltaw.ops.dropout import Mask
-from deltaw.ops.gain import column_dots
+from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin
 from deltaw.ops.select import is_narrow
 from deltaw.ops.terms import FrozenProduct, Term, blocks, flat, moved
@@ -50,7 +52,9 @@ class Plain:
             y[part].addcmul_(linear(h[part], Bt.t()), mask.rows(part), value=scale)
         return y
 
-    def outer(self, u: Tensor, x: Tensor, scale: float, mask: Mask | None = None, *, transposed: bool = False) -> Tensor:
+    def outer(
+        self, u: Tensor, x: Tensor, scale: float, mask: Mask | None = None, *, transposed: bool = False
+    ) -> Tensor:
         """scale uᵀ drop(x), (r, k) or transposed (k, r), of u (T, r) and x (T, k)."""
         u = u.to(x.dtype)
         if mask is None:
@@ -128,18 +132,49 @@ def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
     B = B * t.scale
     if bias is None:
         return h @ B
-    return F.pad(h, (0, 1), value=1.0) @ torch.cat([B, bias[None]])  # b is one more column of s B, beside one of ones in h
+    return F.pad(h, (0, 1), value=1.0) @ torch.cat(
+        [B, bias[None]]
+    )  # b is one more column of s B, beside one of ones in h
 
 
-def add_(y: Tensor, h: Tensor, t: Term) -> None:
-    """y += s out(h Bᵀ) in place, for h (T, r) and y (T, out)."""
-    plus_(y, h, t.B.t(), t.scale, t.output_mask(y))
+class Change(NamedTuple):
+    """scale · drop(h Bt), (T, n): what one adapter adds. h (T, r), Bt (r, n)."""
+
+    h: Tensor
+    Bt: Tensor
+    scale: float
+    mask: Mask | None
 
 
-def plus_(y: Tensor, h: Tensor, Bt: Tensor, scale: float, mask: Mask | None) -> None:
-    """`expand_`, for which torch's is as fast where nothing is dropped."""
-    sweep = Sweep() if mask is not None and takes(y, h, factors=(Bt,)) else Plain()
-    sweep.expand_(y, h, Bt, scale, mask)
+def change(h: Tensor, t: Term, y: Tensor) -> Change:
+    """s out(h Bᵀ), which is added to y (T, out)."""
+    return Change(h, t.B.t(), t.scale, t.output_mask(y))
+
+
+def input_gradient(u: Tensor, t: Term, dx: Tensor) -> Change:
+    """s in(u A), which is added to ∂x (T, in)."""
+    return Change(u, t.A, t.scale, t.input_mask(dx))
+
+
+def finish_(
+    y: Tensor, scales: Tensor | None, gain: Tensor | None, shift: Tensor | None, changes: Sequence[Change]
+) -> None:
+    """y ← scales ⊙ (1 + gain) ⊙ y + shift + Σ changes in place, of y (T, n), scales (T, 1), gain and shift (n,)."""
+    small = [z for c in changes for z in (c.h, c.Bt)]
+    sweep = Sweep() if takes(y, factors=(gain, shift, *small)) else None
+    if sweep is None or (scales is None and all(c.mask is None for c in changes)):  # as fast by torch's own
+        if scales is not None:
+            y.mul_(scales)
+        scale_and_shift_(y, gain, shift)
+        for c in changes:
+            Plain().expand_(y, *c)
+        return
+    if not changes:
+        changes = [Change(y[:, :0], y[:0], 1.0, None)]
+    first, *others = changes
+    sweep.expand_(y, *first, rowscale=scales, gain=None if gain is None else 1 + gain, shift=shift)
+    for c in others:
+        sweep.expand_(y, *c)
     sweep.run()
 
 
@@ -166,11 +201,6 @@ def backward_factors(
         assert u is not None
         dA = sweep.outer(u, x, t.scale, mask).to(t.A.dtype)
     return dA, dB, u
-
-
-def add_input_gradient_(dx: Tensor, u: Tensor, t: Term) -> None:
-    """dx += s in(u A) in place, for u (T, r) and dx (T, in)."""
-    plus_(dx, u, t.A, t.scale, t.input_mask(dx))
 
 
 def first_input_gradient(u: Tensor, t: Term) -> Tensor:

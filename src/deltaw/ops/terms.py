@@ -42,13 +42,25 @@ class Factors(Protocol):
 
 
 class FrozenProduct(Protocol):
-    """A frozen weight W (out, in) kept in some other form, that knows its two products."""
+    """A frozen weight W (out, in) kept in some other form, that knows its two products.
+
+    It may have a method `by_rows(x, gradient)` too, which is what the function of that name gives.
+    """
 
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ: (..., in) -> (..., out). A fresh tensor."""
 
     def matmul_grad(self, g: Tensor) -> Tensor:
         """g W: (..., out) -> (..., in). A fresh tensor."""
+
+
+def by_rows(frozen: FrozenProduct, x: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    """x Wᵀ, or as `gradient` x W, as a fresh (T, n), and the numbers (T, 1) that its rows have still to be multiplied with, if
+    any: whoever passes over it anyway does that on the way."""
+    own = getattr(frozen, "by_rows", None)
+    if own is not None:
+        return own(x, gradient)  # type: ignore[no-any-return]
+    return flat(frozen.matmul_grad(x) if gradient else frozen.matmul(x)), None
 
 
 class Term(NamedTuple):
