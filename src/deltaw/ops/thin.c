@@ -193,6 +193,7 @@ INLINE void expand_columns(const Job *j, const Pair *p, const vector *h, const v
         vector b = take(j->shift + k, whole, n);
         v += b, v2 += b;
     }
+    if (whole) __builtin_prefetch(p->y + 4 * j->stride + k, 1), __builtin_prefetch(p->y2 + 4 * j->stride + k, 1);
     if (later || !j->first) {
         vector c = j->gain && !later ? take(j->gain + k, whole, n) : all(1);
         v += p->a * c * take(p->y + k, whole, n);
