@@ -1,6 +1,7 @@
 """Which kernels a shape runs on, by which rule, and how long each takes here: what `deltaw ops` prints.
 
-The rules are those that run: select.py (composed, merged or added), matmul.py (oneDNN or MKL), choices.py (8 bit or dense).
+The rules are those that run: select.py (composed, merged or added), matmul.py (oneDNN or MKL), cpu_thin.py
+(compiled or torch's), choices.py (8 bit or dense).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from deltaw.ops.choices import Choices
 from deltaw.ops.composed import composed
+from deltaw.ops.cpu_thin import library as library_of_sweeps
 from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
 from deltaw.ops.linear import AdaptedLinear, Call
 from deltaw.ops.matmul import library, linear
-from deltaw.ops.select import Explanation, explain, is_formed, is_small
+from deltaw.ops.select import Explanation, explain, is_formed, is_narrow, is_small
 from deltaw.ops.terms import FrozenProduct, Term, pack
 
 DROPOUT = 0.05
@@ -55,6 +57,7 @@ class Kernels:
 
     shape: Shape
     products: str
+    thin: str
     adapter: Explanation
     dropped: Explanation
     int8: tuple[bool, bool]
@@ -65,6 +68,7 @@ class Kernels:
         return [
             f"{self.shape}",
             f"  fp32 products     {self.products}",
+            f"  thin products     {self.thin}",
             f"  adapter           {self.adapter}",
             f"  with dropout      {self.dropped}",
             f"  on an int8 base   forward {words[0]}, input gradient {words[1]}",
@@ -77,10 +81,23 @@ def kernels(shape: Shape, choices: Choices) -> Kernels:
     return Kernels(
         shape,
         "torch's own choice" if is_small(rows_out, columns_in, tokens) else library(tokens, rows_out, columns_in),
+        thin_products(rank),
         explain(rows_out, columns_in, tokens, rank),
         explain(rows_out, columns_in, tokens, rank, dropout=DROPOUT),
         (False, False) if is_formed(rows_out, columns_in) else choices.choose(rows_out, columns_in, tokens),
     )
+
+
+def thin_products(rank: int) -> str:
+    """Where an adapter's own products run, of fp32 on a CPU, and why."""
+    compiled = library_of_sweeps()
+    if isinstance(compiled, str):
+        return f"torch's own: {compiled}"
+    if is_narrow(rank):
+        return "compiled"
+    if is_narrow(rank, shared=True):
+        return "compiled in backward and with dropout, else torch's own (rank, processor)"
+    return "compiled with dropout, else torch's own (rank, processor)"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,253 @@
+"""The compiled sweeps beside their plain twin and float64: awkward shapes, dropout, threads, both widths, and none at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import deltaw as dw
+from deltaw.core.variant import LowRank
+from deltaw.ops import adapted_linear, adapted_linear_reference, cpu_thin, int8, kernels
+from deltaw.ops.choices import Choices
+from deltaw.ops.cpu_thin import Sweep, takes
+from deltaw.ops.dropout import Mask, bit_tape, tape
+from deltaw.ops.steps import Change, Plain, finish_
+
+pytestmark = pytest.mark.skipif(
+    isinstance(cpu_thin.library(), str), reason=f"no compiled operations here: {cpu_thin.library()}"
+)
+
+SHAPES = [(1, 1), (1, 17), (2, 16), (3, 5), (7, 31), (41, 341), (130, 33), (9, 4231), (300, 640)]
+RANKS = [1, 2, 3, 4, 7, 8, 9, 17]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """So many threads, for jobs of any size."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cpu_thin, "GRAIN", 0)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def mask_of(x: Tensor, p: float, dtype: torch.dtype = torch.float32) -> Mask | None:
+    return Mask(torch.tensor(-7, dtype=torch.int32), x.shape[0], x.shape[1], p, dtype) if p else None
+
+
+def close(found: Tensor, exact: Tensor, terms: int) -> None:
+    """As near to float64 as sums of so many products of numbers of size 1 are."""
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=2e-6 * max(terms, 4) ** 0.5 * 4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_every_operation_against_float64(rows: int, columns: int, rank: int, p: float, threads: int) -> None:
+    x, A, h, b, gain = (
+        numbers(rows, columns),
+        numbers(rank, columns),
+        numbers(rows, rank),
+        numbers(columns),
+        numbers(columns, seed=1),
+    )
+    scales, y = numbers(rows, 1), numbers(rows, columns, seed=2)
+    mask, exact = mask_of(x, p), mask_of(x, p, torch.float64)
+    sweep, twin = Sweep(), Plain()
+    product = sweep.shrink(x, A, mask)
+    outer, across = sweep.outer(h, x, 1.5, mask), sweep.outer(h, x, 1.5, mask, transposed=True)
+    built = sweep.outer(product, x, 1.0)  # on what the same sweep makes
+    dots, plain_dots = sweep.dots(x, y, b), sweep.dots(x, y)
+    full = sweep.expand_(y.clone(), h, A, 1.5, mask, rowscale=scales, gain=gain, shift=b)
+    added, first = (
+        sweep.expand_(y.clone(), h, A, 1.5, mask),
+        sweep.expand_(torch.empty_like(y), h, A, 1.5, mask, shift=b, first=True),
+    )
+    sweep.run()
+    X, H, Y, wide_A = x.double(), h.double(), y.double(), A.double()
+    truth = twin.shrink(X, wide_A, exact)
+    change = twin.expand_(torch.zeros_like(Y), H, wide_A, 1.5, exact)
+    spread = 1.0 if p in (0.0, 1.0) else 1.0 / (1.0 - p)
+    close(product, truth, int(columns * spread**2))
+    close(outer, twin.outer(H, X, 1.5, exact), int(4 * rows * spread**2))
+    assert torch.equal(across, outer.t())
+    torch.testing.assert_close(built.double(), truth.t() @ X, rtol=1e-5, atol=1e-4 * (rows * columns) ** 0.5)
+    close(dots, (X * (Y - b.double())).sum(0), 4 * rows)
+    close(plain_dots, (X * Y).sum(0), rows)
+    close(added, Y + change, int(4 * rank * spread**2))
+    close(first, b.double() + change, int(4 * rank * spread**2))
+    close(full, scales.double() * gain.double() * Y + b.double() + change, int(8 * rank * spread**2))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_codes_are_those_of_torchs_passes(
+    rows: int, columns: int, weighted: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = numbers(rows, columns), numbers(columns) if weighted else None
+    x[rows // 2] = 0.0
+    codes, scales = int8.quantize_rows(x, w)
+    monkeypatch.setattr(cpu_thin, "library", lambda: "the twin")
+    plain, plain_scales = int8.quantize_rows(x, w)
+    torch.testing.assert_close(scales, plain_scales, rtol=1e-6, atol=0)
+    assert (codes.int() - plain.int()).abs().max() <= 1, "a product with a reciprocal that is rounded otherwise"
+    assert (codes != plain).float().mean() <= 0.02
+    assert (codes[rows // 2] == 128).all()
+
+
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    x, A = numbers(9, 40), numbers(3, 40)
+    clean = int8.quantize_rows(x)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoiled = x.clone()
+        spoiled[4, 7] = bad
+        codes, scales = int8.quantize_rows(spoiled)
+        keep = torch.arange(9) != 4
+        assert not scales[4].isfinite()
+        assert torch.equal(codes[keep], clean[0][keep])
+        assert torch.equal(scales[keep], clean[1][keep])
+        sweep = Sweep()
+        h = sweep.shrink(spoiled, A)
+        sweep.run()
+        assert not h[4].isfinite().any()
+        assert h[keep].isfinite().all()
+
+
+def test_a_row_depends_on_no_other_and_on_no_team(threads: int) -> None:
+    x, A, B = numbers(101, 77), numbers(5, 77), numbers(5, 50)
+
+    def both(rows: Tensor) -> tuple[Tensor, Tensor]:
+        sweep = Sweep()
+        h = sweep.shrink(rows, A)
+        y = sweep.expand_(rows.new_empty(len(rows), 50), h, B, 2.0, first=True)
+        sweep.run()
+        return h, y
+
+    whole = both(x)
+    for some in (slice(0, 1), slice(3, 4), slice(10, 55), slice(64, 101)):
+        for all_rows, own in zip(whole, both(x[some].clone()), strict=True):
+            assert torch.equal(all_rows[some], own)
+
+
+def test_the_same_decisions_as_the_mask() -> None:
+    assert torch.equal(
+        torch.tensor([bit_tape(4096, 0.3)[k // 8] >> (k % 8) & 1 for k in range(500)]).bool(),
+        tape(4096, 0.3, torch.float32, torch.device("cpu"))[:500] != 0,
+    )
+    x = torch.ones(2000, 600)  # three blocks of the mask
+    mask = mask_of(x, 0.25)
+    assert mask is not None
+    sweep = Sweep()
+    y = sweep.expand_(torch.empty_like(x), torch.ones(2000, 1), torch.ones(1, 600), 1.0, mask, first=True)
+    sweep.run()
+    assert torch.equal(y != 0, mask.rows(slice(None)) != 0)
+
+
+def test_rows_with_gaps_between_them_and_factors_in_any_order(threads: int) -> None:
+    wide, A = numbers(30, 90), numbers(50, 6)
+    x, y = wide[:, 20:70], wide.clone()[:, 20:70]
+    sweep = Sweep()
+    h = sweep.shrink(x, A.t())
+    sweep.expand_(y, h, A.t(), 0.5)
+    sweep.run()
+    close(h, x.double() @ A.double(), 50)
+    torch.testing.assert_close(y, x + 0.5 * h @ A.t(), rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_left_to_torch() -> None:
+    x = numbers(6, 8)
+    assert takes(x, factors=(x, None))
+    for other in (x.double(), x.bfloat16(), x[:, ::2], x[:0], x.to("meta")):
+        assert not takes(other)
+    with torch.autograd.forward_ad.dual_level():
+        assert not takes(x)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("at", ["input", "output"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "rank"), [(300, 3), (300, 12), (1000, 40), (1, 2)])
+def test_the_operation_against_float64(rows: int, rank: int, p: float, at: str, gain: bool, threads: int) -> None:
+    shapes = ((rows, 41), (57, 41), (57,), (rank, 41), (57, rank), (57,))
+    tensors = [numbers(*s, seed=i).mul_(0.5).requires_grad_() for i, s in enumerate(shapes)]
+    found = []
+    for op, dtype in ((adapted_linear, torch.float32), (adapted_linear_reference, torch.float64)):
+        torch.manual_seed(3)
+        x, weight, bias, A, B, c = (t.to(dtype) for t in tensors)
+        terms = [LowRank(A, B, 1.5, c if gain else None, p, at), LowRank(A * 2, B * 0.5, 0.5, None, 0.0)]
+        y = op(x, weight, bias, terms, training=True)
+        found.append([y, *torch.autograd.grad(y.square().sum(), tensors[: 6 if gain else 5])])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_finishing_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, scales, gain, shift = numbers(20, 33), numbers(20, 1), numbers(33), numbers(33, seed=3)
+    changes = [Change(numbers(20, r, seed=r), numbers(r, 33), 0.5, mask_of(y, p)) for r, p in ((2, 0.0), (5, 0.2))]
+    for given in ((None, None, None), (scales, None, shift), (scales, gain, shift), (None, gain, None)):
+        for some in (changes, changes[:1], changes[1:], []):
+            compiled, plain = y.clone(), y.clone()
+            finish_(compiled, *given, some)
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu_thin, "library", lambda: "the twin")
+                finish_(plain, *given, some)
+            torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_adapter_over_a_form_changes_no_bit() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(384, 512), torch.nn.Linear(512, 384, bias=False))
+    dw.quantize(model, dw.Int8())
+    x = numbers(70, 384)
+    before = model(x)
+    for method in (dw.LoRA(rank=4, dropout=0.1), dw.DoRA(rank=4)):
+        dw.attach(model, method, targets=["0", "1"])
+        model.train()
+        assert torch.equal(model(x), before)
+        dw.detach(model)
+
+
+CHECK = """
+import torch
+from deltaw.core.variant import LowRank
+from deltaw.ops import adapted_linear, adapted_linear_reference, cpu_thin
+print(cpu_thin.library() if isinstance(cpu_thin.library(), str) else "compiled")
+torch.manual_seed(0)
+tensors = [torch.randn(s).requires_grad_() for s in ((400, 90), (70, 90), (70,), (6, 90), (70, 6))]
+found = []
+for op in (adapted_linear, adapted_linear_reference):
+    torch.manual_seed(1)
+    x, W, b, A, B = tensors
+    y = op(x, W, b, [LowRank(A, B, 0.5, None, 0.1)], training=True)
+    found.append(torch.autograd.grad(y.square().sum(), tensors))
+for ours, plain in zip(*found):
+    assert (ours - plain).norm() <= 1e-5 * plain.norm()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, "compiled"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "this processor"),
+        ({"DELTAW_COMPILED": "0"}, "DELTAW_COMPILED is 0"),
+    ],
+)
+def test_in_a_process_with_less(setting: dict[str, str], says: str) -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK], env={**os.environ, **setting}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(says)
+
+
+def test_deltaw_ops_names_them() -> None:
+    lines = kernels.kernels(kernels.TYPICAL[1], Choices()).lines()
+    assert any("thin products" in line and "compiled" in line for line in lines)
