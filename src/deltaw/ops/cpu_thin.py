@@ -83,6 +83,11 @@ def library() -> tuple[Any, tuple[int, int, int]] | str:
     return sweep, (parallel, thread, size)
 
 
+def level() -> str:
+    """What sweeps run on here, in a word; bits depend on it."""
+    return "torch" if isinstance(library(), str) else LEVELS[torch.backends.cpu.get_cpu_capability()]
+
+
 def takes(*rows: Tensor | None, factors: Sequence[Tensor | None] = ()) -> bool:
     """Whether a sweep can run over `rows`, each (T, any) without gaps in a row, with these factors: all of them plain fp32
     tensors on a CPU, not empty."""
@@ -95,8 +100,8 @@ def takes(*rows: Tensor | None, factors: Sequence[Tensor | None] = ()) -> bool:
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether these are numbers of 32 bit on a CPU, one at least."""
-    return t.dtype == torch.float32 and type(t) in PLAIN and t.is_cpu and t.numel() > 0
+    """Whether these are numbers of 32 bit that lie in memory as they are, one at least (empty or freed memory has no address)."""
+    return t.dtype == torch.float32 and type(t) in PLAIN and t.is_cpu and t.data_ptr() != 0 and not t.is_neg()
 
 
 class Sweep:
@@ -145,14 +150,19 @@ class Sweep:
         rowscale: Tensor | None = None,
         gain: Tensor | None = None,
         shift: Tensor | None = None,
+        source: Tensor | None = None,
         first: bool = False,
     ) -> Tensor:
         """y ← rowscale ⊙ gain ⊙ y + shift + scale · drop(h Bt) in place, of y (T, n), h (T, r) and Bt (r, n).
 
-        rowscale: (T, 1), one for each row. gain, shift: (n,). first: y holds nothing yet, and is not read.
+        rowscale: (T, 1), one for each row. gain, shift: (n,). source: what stands on the right in y's place, (T, n), if y holds
+        nothing yet. first: y holds nothing yet, and nothing stands there.
         """
         memory = {"rowscale": self.at(rowscale), "gain": self.at(gain), "shift": self.at(shift), "out": y.data_ptr()}
         memory |= {"rank": h.shape[1], "thin": self.at(h), "factor": self.at(Bt), "first": first}
+        if source is not None:
+            self.kept.append(source)
+            memory |= {"other": source.data_ptr(), "other_stride": source.stride(0)}
         self.add(EXPAND, y, scale, mask, memory)
         return y
 

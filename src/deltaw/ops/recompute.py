@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.ops.compact import are_compact, hooks_in_force
+from deltaw.ops.cpu_thin import Sweep, takes
 from deltaw.ops.narrow import Narrow
+from deltaw.ops.terms import flat
 
 WORTH = 1 << 14
 """Below so many numbers x is simply kept."""
@@ -125,8 +127,10 @@ def layer_norm(node: Any) -> Found:
             eps = (rstd**-2 - variance).detach()
             x = (z - mean) * (variance + eps).rsqrt() * known.get("gamma", 1) + known.get("beta", 0)
             return x.to(z.dtype)
-        wide = torch.addcmul(-mean * rstd, z, rstd)
         gamma, beta = known.get("gamma"), known.get("beta")
+        if len(last) == 1 and takes(z, factors=(mean, rstd, gamma, beta)):
+            return normalised(z, mean, rstd, gamma, beta)
+        wide = torch.addcmul(-mean * rstd, z, rstd)
         if gamma is not None and beta is not None:
             wide = torch.addcmul(beta, wide, gamma, out=wide)
         elif gamma is not None:
@@ -136,6 +140,17 @@ def layer_norm(node: Any) -> Found:
         return wide.to(z.dtype)
 
     return tensors, make
+
+
+def normalised(z: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """(z - mean) rstd γ + β in one pass: z's rows times rstd and γ, with a change of rank 1, -mean rstd times γ."""
+    rows = flat(z)
+    x, change = torch.empty_like(rows), (-mean * rstd).view(-1, 1)
+    Bt = (rows.new_ones(rows.shape[1]) if gamma is None else gamma).unsqueeze(0)
+    sweep = Sweep()
+    sweep.expand_(x, change, Bt, 1.0, rowscale=rstd, gain=gamma, shift=beta, source=rows)
+    sweep.run()
+    return x
 
 
 def attention(node: Any) -> Found:

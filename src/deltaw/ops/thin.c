@@ -123,7 +123,7 @@ typedef struct {
     const float *thin;   /* h or u (rows, rank) */
     const float *factor; /* A or B^T (rank, columns), or w (columns,) or NULL */
     const float *rowscale, *gain, *shift; /* a (rows,), c and b (columns,), or NULL */
-    const float *other;  /* dots: y (rows, columns) */
+    const float *other;  /* dots: y (rows, columns); expand: what is read in y's place, or NULL */
     int64_t other_stride;
     int64_t first;       /* expand: whether y is written first */
     float *out;          /* h, y, scales; or for each thread its sums (rank, columns) */
@@ -175,11 +175,13 @@ INLINE void shrink(const Job *j, int64_t from, int64_t to) { BY_RANKS(shrink_row
 
 typedef struct {
     float *y, *y2;
-    float a, a2;   /* what they are multiplied with */
+    const float *z, *z2; /* what is read: themselves, or the source's rows */
+    int64_t ahead;
+    float a, a2;   /* what that is multiplied with */
     int64_t m, m2; /* their places on the tape */
 } Pair;
 
-/* V columns from k on of the rows y and y2 (the last ones, n < V, where not `whole`). */
+/* V columns from k on of two rows (the last ones, n < V, where not `whole`). */
 INLINE void expand_columns(const Job *j, const Pair *p, const vector *h, const vector *h2, const float *B, int64_t k,
                            const int R, const int drop, const int later, const int whole, int64_t n) {
     vector v = all(0), v2 = all(0);
@@ -193,11 +195,11 @@ INLINE void expand_columns(const Job *j, const Pair *p, const vector *h, const v
         vector b = take(j->shift + k, whole, n);
         v += b, v2 += b;
     }
-    if (whole) __builtin_prefetch(p->y + 4 * j->stride + k, 1), __builtin_prefetch(p->y2 + 4 * j->stride + k, 1);
+    if (whole) __builtin_prefetch(p->z + p->ahead + k, 1), __builtin_prefetch(p->z2 + p->ahead + k, 1);
     if (later || !j->first) {
         vector c = j->gain && !later ? take(j->gain + k, whole, n) : all(1);
-        v += p->a * c * take(p->y + k, whole, n);
-        v2 += p->a2 * c * take(p->y2 + k, whole, n);
+        v += p->a * c * take(p->z + k, whole, n);
+        v2 += p->a2 * c * take(p->z2 + k, whole, n);
     }
     put(p->y2 + k, v2, whole, n); /* if both are one row, the same twice */
     put(p->y + k, v, whole, n);
@@ -208,7 +210,9 @@ INLINE void expand_strip(const Job *j, int64_t from, int64_t to, int64_t k0, int
     const int later = r > 0; /* the first ranks have written y */
     for (int64_t t = from; t < to; t += 2) {
         int64_t t2 = least(t + 1, to - 1), k = k0;
-        Pair p = {j->out + t * j->stride, j->out + t2 * j->stride, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
+        float *y = j->out + t * j->stride, *y2 = j->out + t2 * j->stride;
+        Pair p = {y, y2, y, y2, 4 * j->stride, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
+        if (j->other && !later) p.z = j->other + t * j->other_stride, p.z2 = j->other + t2 * j->other_stride, p.ahead = 4 * j->other_stride;
         if (j->rowscale && !later) p.a = j->rowscale[t], p.a2 = j->rowscale[t2];
         vector h[RANKS], h2[RANKS];
         UNROLL for (int i = 0; i < R; i++) {

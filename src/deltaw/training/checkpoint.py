@@ -30,6 +30,7 @@ from torch import Tensor
 
 from deltaw.errors import DataError
 from deltaw.io import tensor_file
+from deltaw.ops import cpu_thin
 
 MANIFEST = "MANIFEST.json"
 
@@ -128,7 +129,12 @@ def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """What bit identity depends on besides the machine."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "deltaw": version("deltaw")}
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "deltaw": version("deltaw"),
+        "sweeps": cpu_thin.level(),
+    }
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

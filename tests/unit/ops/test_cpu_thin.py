@@ -17,6 +17,7 @@ from deltaw.ops import adapted_linear, adapted_linear_reference, cpu_thin, int8,
 from deltaw.ops.choices import Choices
 from deltaw.ops.cpu_thin import Sweep, takes
 from deltaw.ops.dropout import Mask, bit_tape, tape
+from deltaw.ops.recompute import normalised
 from deltaw.ops.steps import Change, Plain, finish_
 
 pytestmark = pytest.mark.skipif(
@@ -251,3 +252,16 @@ def test_in_a_process_with_less(setting: dict[str, str], says: str) -> None:
 def test_deltaw_ops_names_them() -> None:
     lines = kernels.kernels(kernels.TYPICAL[1], Choices()).lines()
     assert any("thin products" in line and "compiled" in line for line in lines)
+
+
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 17), (41, 341), (6, 4231)])
+def test_a_layer_norm_made_again(rows: int, columns: int, affine: tuple[bool, bool], threads: int) -> None:
+    z = 3 * numbers(2, rows, columns) + 1
+    gamma, beta = (numbers(columns, seed=i) if there else None for i, there in enumerate(affine))
+    _, mean, rstd = torch.native_layer_norm(z, [columns], gamma, beta, 1e-5)
+    wide = [None if t is None else t.double() for t in (gamma, beta)]
+    exact = torch.nn.functional.layer_norm(z.double(), [columns], *wide, 1e-5)
+    torch.testing.assert_close(
+        normalised(z, mean, rstd, gamma, beta).view(z.shape).double(), exact, rtol=1e-5, atol=1e-5
+    )
