@@ -26,8 +26,8 @@
 #define TILE 131072 /* numbers that a tile reads and writes, about: they stay in the second-level cache */
 #define STRIP 512   /* columns whose part of B^T stays in the first-level cache while a tile's rows pass */
 
-typedef float vector __attribute__((vector_size(4 * V), aligned(4)));
-typedef int32_t bits __attribute__((vector_size(4 * V), aligned(4)));
+typedef float vector __attribute__((vector_size(4 * V), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(4 * V), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -132,7 +132,8 @@ typedef struct {
     uint8_t *codes;
 } Job;
 
-/* f(..., R, drop) with R of the next ranks, a constant, and with or without a mask: the compiler keeps R in registers. */
+/* f(..., R, drop) for all ranks, R of them at a time, which is a constant there, as is whether there is a mask. Two rows times
+   RANKS ranks are V vectors of sums: half of the processor's registers. */
 #define WITH_MASK(f, R, ...) do { if (j->mask.tape) f(__VA_ARGS__, R, 1); else f(__VA_ARGS__, R, 0); } while (0)
 #if V == 16
 #define EIGHT(f, ...) if (left >= 8) { WITH_MASK(f, 8, __VA_ARGS__); r += 8; } else
@@ -143,6 +144,7 @@ typedef struct {
     EIGHT(f, __VA_ARGS__) if (left >= 4) { WITH_MASK(f, 4, __VA_ARGS__); r += 4; } \
     else if (left >= 2) { WITH_MASK(f, 2, __VA_ARGS__); r += 2; } else { WITH_MASK(f, 1, __VA_ARGS__); r += 1; } }
 
+/* The sums a of two rows, R ranks each, over V columns from k on. m, m2: the rows' places on the tape. */
 INLINE void shrink_columns(const Job *j, const float *x, const float *x2, int64_t k, int64_t m, int64_t m2, const float *A, vector *a,
                            const int R, const int drop, const int whole) {
     const int64_t n = j->columns - k;
