@@ -189,7 +189,7 @@ def test_the_operation_against_float64(rows: int, rank: int, p: float, at: str, 
         y = op(x, weight, bias, terms, training=True)
         found.append([y, *torch.autograd.grad(y.square().sum(), tensors[: 6 if gain else 5])])
     for ours, exact in zip(*found, strict=True):
-        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+        assert (ours - exact).norm() <= 3e-5 * exact.norm()  # ∂gain is a difference of sums ten times as large
 
 
 def test_finishing_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
