@@ -118,7 +118,7 @@ class Sweep:
         """One more job over the rows of x (T, k)."""
         job = Job(op=op, columns=x.shape[1], wide=x.data_ptr(), stride=x.stride(0), scale=scale, **fields)
         if mask is not None:
-            job.tape, job.seed, job.places = bit_tape(mask.length, mask.p).data_ptr(), mask.first & 0xFFFFFFFF, TAPE
+            job.tape, job.seed, job.places = self.at(bit_tape(mask.length, mask.p)), mask.first & 0xFFFFFFFF, TAPE
             job.height, job.width = mask.height, mask.columns
             job.scale = scale / (1.0 - mask.p) if mask.p < 1.0 else 0.0
         self.rows = x.shape[0]

@@ -261,7 +261,8 @@ class AdaptedLinear(torch.autograd.Function):
 
         dfactors: list[Tensor | None] = []
         projected: list[Tensor | None] = []  # g B of each term
-        sweep = sweep_over(terms, g, None if x is None else rows, None if kept is None else flat(kept))
+        read = (flat(kept), bias) if from_y else ()
+        sweep = sweep_over(terms, g, None if x is None else rows, *read)
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
             needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or from_y
             dA, dB, u = backward_factors(sweep, t, g, rows, h, needs_A, needs_B, needs_x and not t.merged)

@@ -132,9 +132,8 @@ def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
     B = B * t.scale
     if bias is None:
         return h @ B
-    return F.pad(h, (0, 1), value=1.0) @ torch.cat(
-        [B, bias[None]]
-    )  # b is one more column of s B, beside one of ones in h
+    ones = F.pad(h, (0, 1), value=1.0)  # b is one more column of s B, beside one of ones in h
+    return ones @ torch.cat([B, bias[None]])
 
 
 class Change(NamedTuple):

@@ -265,3 +265,13 @@ def test_a_layer_norm_made_again(rows: int, columns: int, affine: tuple[bool, bo
     torch.testing.assert_close(
         normalised(z, mean, rstd, gamma, beta).view(z.shape).double(), exact, rtol=1e-5, atol=1e-5
     )
+
+
+def test_more_kinds_of_dropout_than_tapes_are_kept() -> None:
+    x, A = numbers(50, 60), numbers(3, 60)
+    masks = [mask_of(x, 0.02 + 0.03 * i) for i in range(12)]
+    sweep = Sweep()
+    found = [sweep.shrink(x, A, mask) for mask in masks]
+    sweep.run()
+    for h, mask in zip(found, masks, strict=True):
+        torch.testing.assert_close(h, Plain().shrink(x, A, mask), rtol=1e-4, atol=1e-4)
