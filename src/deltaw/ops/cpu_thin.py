@@ -109,7 +109,7 @@ class Sweep:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
-        self.rows = self.numbers = 0
+        self.rows = 0
         self.threads = torch.get_num_threads()
         self.kept: list[Tensor] = []
         """Tensors whose memory the jobs name."""
@@ -122,7 +122,6 @@ class Sweep:
             job.height, job.width = mask.height, mask.columns
             job.scale = scale / (1.0 - mask.p) if mask.p < 1.0 else 0.0
         self.rows = x.shape[0]
-        self.numbers += x.numel()
         self.kept.append(x)
         self.jobs.append(job)
 
@@ -199,7 +198,7 @@ class Sweep:
         compiled = library()
         assert not isinstance(compiled, str), compiled
         sweep, team = compiled
-        threads = self.threads if self.numbers > GRAIN else 1
+        threads = self.threads if self.rows * sum(job.columns for job in self.jobs) > GRAIN else 1
         sweep(Jobs(*team, threads, self.rows, len(self.jobs), (Job * len(self.jobs))(*self.jobs)))
         self.jobs.clear()
         self.kept.clear()

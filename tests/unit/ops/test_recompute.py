@@ -80,10 +80,14 @@ def factors(dtype: torch.dtype = torch.float64) -> list[LowRank]:
     ]
 
 
+def weight_and_start() -> tuple[torch.Tensor, torch.Tensor]:
+    """W (24, 32), and what a producer makes x from."""
+    return torch.randn(24, 32, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+
+
 @pytest.mark.parametrize("name", PRODUCERS)
 def test_the_gradients_are_those_of_a_kept_input(name: str) -> None:
-    weight = torch.randn(24, 32, dtype=torch.float64)
-    start = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    weight, start = weight_and_start()
     results = []
     for op in (adapted_linear, adapted_linear_reference):
         terms = factors()
@@ -100,8 +104,7 @@ def test_the_gradients_are_those_of_a_kept_input(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in PRODUCERS if not n.startswith(("attention", "kept"))])
 def test_second_derivatives_go_through_an_input_that_is_made_again(name: str) -> None:
     """Attention has none in torch."""
-    weight = torch.randn(24, 32, dtype=torch.float64)
-    start = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    weight, start = weight_and_start()
     results = []
     for op in (adapted_linear, adapted_linear_reference):
         terms = factors()
@@ -116,8 +119,7 @@ def test_second_derivatives_go_through_an_input_that_is_made_again(name: str) ->
 
 @pytest.mark.parametrize("name", ["gelu", "norm"])
 def test_a_look_at_one_readers_gradient_leaves_the_second_derivatives_of_the_others(name: str) -> None:
-    weight = torch.randn(24, 32, dtype=torch.float64)
-    start = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    weight, start = weight_and_start()
     results = []
     for look in (True, False):
         terms = factors()
