@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltaw.ops.cpu_thin import Sweep, takes
+from deltaw.ops.select import is_narrow
+
 
 def row_squares(weight: Tensor) -> Tensor:
     """‖W‖² per row, (..., out, in) -> (..., out)."""
@@ -32,6 +35,17 @@ def row_norms(squares: Tensor, product: Tensor, A: Tensor, B: Tensor, scale: flo
         inner = 2 * scale * product.mT + scale * scale * (B @ gram)
     norms: Tensor = (inner.mul_(B).sum(-1) + squares).clamp_min_(0).sqrt_()
     return norms
+
+
+def row_norms_of(weight: Tensor, squares: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`row_norms` of a W (out, in) that is at hand, in one sweep over its rows where that is compiled. Not differentiable."""
+    gram = A @ A.mT  # in 16 bit under autocast
+    if takes(weight, factors=(squares, A, B, gram)) and is_narrow(A.shape[0], shared=True):
+        sweep = Sweep()
+        changed = sweep.squares(squares, sweep.shrink(weight, A), B, gram, scale)
+        sweep.run()
+        return changed.sqrt_()
+    return row_norms(squares, torch.nn.functional.linear(A, weight.to(A.dtype)), A, B, scale)
 
 
 def row_norms_reference(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -38,11 +38,12 @@ def gain_from_output(total: Tensor, gain: Tensor, g: Tensor, z: Callable[[Tensor
     z: columns (n,) of x Wᵀ -> their values (T, n).
     """
     c = 1 + gain
+    if c.numel() and float(c.abs().min()) >= SMALL_C:
+        return total / c
     small = c.abs() < SMALL_C
     dgain = total / torch.where(small, 1.0, c)
-    if bool(small.any()):
-        few = small.nonzero().squeeze(1)
-        dgain[few] = column_dots(g[:, few], z(few)).to(dgain.dtype)
+    few = small.nonzero().squeeze(1)
+    dgain[few] = column_dots(g[:, few], z(few)).to(dgain.dtype)
     return dgain
 
 

@@ -220,7 +220,7 @@ class GroupedLinear(torch.autograd.Function):
                 sweep.run()
                 if dx is not None and u is not None:
                     part = dx[start:stop]
-                    finish_(part, None, None, None, [input_gradient(u, t, part)])
+                    finish_(part, None, None, None, [input_gradient(u, t)])
                 dgain = None
                 if needs_gain and t.gain is not None:
                     if base is None:
@@ -261,8 +261,10 @@ def grouped_values(
             if not keep and is_plain(t, y.dtype):
                 part.addmm_(thin(own, t.A), t.B.t(), alpha=t.scale)
                 continue
-            h = project(t, own)
-            finish_(part, None, None, None, [change(h, t, part)])
+            sweep = sweep_over([t], own)
+            h = project(sweep, t, own)
+            sweep.run()
+            finish_(part, None, None, None, [change(h, t)])
             if keep:
                 products.append(h)
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products

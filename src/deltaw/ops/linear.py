@@ -41,12 +41,14 @@ from torch.nn import functional as F
 
 from deltaw.ops.compact import as_saved, is_kept_wide
 from deltaw.ops.composed import composed
+from deltaw.ops.cpu_thin import Sweep
 from deltaw.ops.gain import alias, column_dots, gain_from_output
 from deltaw.ops.leaves import as_views
 from deltaw.ops.matmul import adds_in_place, linear, transformed
 from deltaw.ops.recompute import Recipe, recipe_of
 from deltaw.ops.select import is_small, use_merged
 from deltaw.ops.steps import (
+    Plain,
     backward_factors,
     base_values,
     change,
@@ -194,14 +196,33 @@ class Call(NamedTuple):
     recipe: Recipe | None = None
 
 
-def restored(ctx: Any, saved: Sequence[Any]) -> tuple[Any, Any, Any, Any, list[Any]]:
-    """y, x, W, b, and the packed terms before their h, of what `AdaptedLinear` saved. Once in a backward: where x has a
-    recipe, its readers are counted."""
+def kept_of(ctx: Any, saved: Sequence[Any]) -> tuple[Any, Any, Any, Any, list[Any], list[Any]]:
+    """y, x, W, b, the packed terms before their h, and what x is to be made again from, of what `AdaptedLinear` saved."""
     kept, x, weight, bias, *rest = saved
-    if ctx.call.recipe is not None:
-        x = ctx.call.recipe.take(rest[len(rest) - ctx.sources :])
-        del rest[len(rest) - ctx.sources :]  # over compact saves (compact.py) these were made for x alone
-    return kept, x, weight, bias, rest
+    at = len(rest) - ctx.sources
+    return kept, x, weight, bias, rest[:at], rest[at:]
+
+
+def sweep_and_rows(
+    call: Call, x: Tensor | None, sources: Sequence[Tensor], whole: bool, terms: Sequence[Term], *read: Tensor | None
+) -> tuple[Sweep | Plain, Any]:
+    """What runs over the rows of `read` and of x, and x for it, (T, in): as tiles, where it is made again for nobody else (not
+    `whole`). None where backward does not read it."""
+    recipe = call.recipe
+    made = None if recipe is None or whole else recipe.tiles(sources)
+    if recipe is not None and made is not None:
+        sweep = sweep_over(terms, made, *read)
+        if isinstance(sweep, Sweep):
+            recipe.pass_by()
+            return sweep, sweep.make(made)
+    again = x_again(call, x, sources)
+    rows = None if again is None else flat(again)
+    return sweep_over(terms, rows, *read), rows
+
+
+def x_again(call: Call, x: Tensor | None, sources: Sequence[Tensor]) -> Any:
+    """x, or None where it was not kept."""
+    return x if call.recipe is None else call.recipe.take(sources)
 
 
 def plain_again(ctx: Any, saved: Sequence[Any]) -> tuple[Tensor, list[Any]] | None:
@@ -209,7 +230,8 @@ def plain_again(ctx: Any, saved: Sequence[Any]) -> tuple[Tensor, list[Any]] | No
     call: Call = ctx.call
     if not call.keep:
         return None
-    _, x, weight, bias, rest = restored(ctx, saved)
+    _, x, weight, bias, rest, sources = kept_of(ctx, saved)
+    x = x_again(call, x, sources)
     x, weight, bias, *tensors = apart([x, weight, bias, *rest[: TENSORS * len(call.plan)]])
     y = plain(x, weight, bias, unpack(call.plan, tensors), call.frozen)
     return y, [None, None, x, weight, bias, *tensors]
@@ -245,14 +267,13 @@ class AdaptedLinear(torch.autograd.Function):
     @twice(plain_again)
     def backward(ctx: Any, saved: Sequence[Any], *grads: Tensor) -> tuple[Any, ...]:
         """The derivatives of the header; None for every input that needs none."""
-        kept, x, weight, bias, rest = restored(ctx, saved)
+        kept, x, weight, bias, rest, sources = kept_of(ctx, saved)
         call: Call = ctx.call
         terms = unpack(call.plan, rest)
         products = rest[TENSORS * len(terms) :]
         needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[2:]
         needs_gain = any(needs[i] for i in range(2, len(needs), TENSORS))
         g = flat(grads[0]).contiguous()  # (T, out)
-        rows = g.new_empty(()).expand(g.shape[0], ctx.columns) if x is None else flat(x)  # (T, in); without x its shape
         gain = total_gain(terms)
         from_y = needs_gain and kept is not None and ctx.witness()
         scaled = g
@@ -262,13 +283,21 @@ class AdaptedLinear(torch.autograd.Function):
         dfactors: list[Tensor | None] = []
         projected: list[Tensor | None] = []  # g B of each term
         read = (flat(kept), bias) if from_y else ()
-        sweep = sweep_over(terms, g, None if x is None else rows, *read)
+        whole = needs_weight or (needs_gain and not from_y)
+        sweep, rows = sweep_and_rows(call, x, sources, whole, terms, g, *read)
+        if rows is None:
+            rows = g.new_empty(()).expand(g.shape[0], ctx.columns)  # the shape of x alone
         for i, (t, h) in enumerate(zip(terms, products, strict=True)):
             needs_A, needs_B = needs[TENSORS * i], needs[TENSORS * i + 1] or from_y
             dA, dB, u = backward_factors(sweep, t, g, rows, h, needs_A, needs_B, needs_x and not t.merged)
             dfactors += [dA, dB]
             projected.append(u)
         total = sweep.dots(g, flat(kept), bias) if from_y else None
+        added = [(u, t) for u, t in zip(projected, terms, strict=True) if u is not None and not t.merged]
+        first = laid = None  # one adapter's share of ∂x, onto which the base's is added
+        if needs_x and added and weight is not None and adds_in_place(g, weight):
+            first = added.pop(0)
+            laid = first_input_gradient(sweep, *first) if isinstance(sweep, Sweep) else None
         sweep.run()
         dgain = None
         if total is not None:
@@ -276,6 +305,7 @@ class AdaptedLinear(torch.autograd.Function):
             for t, dB in zip(terms, dfactors[1::2], strict=True):
                 assert dB is not None
                 total -= (t.B * dB).sum(1)
+            rows = rows if isinstance(rows, Tensor) else functools.partial(x_again, call, x, sources)
             dgain = gain_from_output(total, gain, g, functools.partial(base_values, rows, weight, call.frozen))
         elif needs_gain:
             dgain = column_dots(g, base_values(rows, weight, call.frozen))
@@ -288,19 +318,16 @@ class AdaptedLinear(torch.autograd.Function):
         del x, rows  # before ∂x, which is as large, is made
         dx: Tensor | None = None
         if needs_x:
-            added = [(t, u) for t, u in zip(terms, projected, strict=True) if u is not None and not t.merged]
             scales = None
             if weight is None:
                 assert call.frozen is not None
                 dx, scales = by_rows(call.frozen, scaled, gradient=True)
             else:
                 over, used = (g, merged_weight(weight, terms)) if call.merge else (scaled, weight)
-                if added and adds_in_place(over, used):
-                    t, u = added.pop(0)
-                    dx = first_input_gradient(u, t).addmm_(over, used)
-                else:
-                    dx = linear(over, used.t())
-            finish_(dx, scales, None, None, [input_gradient(u, t, dx) for t, u in added])
+                if first is not None and laid is None:
+                    laid = first_input_gradient(sweep, *first)
+                dx = linear(over, used.t()) if laid is None else laid.addmm_(over, used)
+            finish_(dx, scales, None, None, [input_gradient(u, t) for u, t in added])
             dx = dx.view(*grads[0].shape[:-1], ctx.columns)
         return None, None, dx, dweight, g.sum(0) if needs_bias else None, *dterms
 
@@ -317,21 +344,26 @@ def adapted_values(
     """y, and h (T, r) of each term that was added, or that backward needs since it does not read x (not `keep`)."""
     gain, rows = None if merge else total_gain(terms), flat(x)
     used = merged_weight(weight, terms) if weight is not None and merge else weight
-    products = [project(t, rows) if not t.merged or (not keep and t.B.requires_grad) else None for t in terms]
-    added = [(t, h) for t, h in zip(terms, products, strict=True) if h is not None and not t.merged]
+    wanted = [not t.merged or (not keep and t.B.requires_grad) for t in terms]
+    sweep = sweep_over([t for t, want in zip(terms, wanted, strict=True) if want], rows)
+    products = [project(sweep, t, rows) if want else None for t, want in zip(terms, wanted, strict=True)]
+    added = [(h, t) for h, t in zip(products, terms, strict=True) if h is not None and not t.merged]
+    laid = None  # one adapter's change and the bias, onto which the base's product is added
+    if added and used is not None and gain is None and is_laid_first(x, used, bias, terms):
+        laid = first_change(sweep, *added.pop(0), bias)
+    sweep.run()
     scales = shift = None
     if used is None:
         assert frozen is not None
         y, scales = by_rows(frozen, x)
         shift = bias
-    elif added and gain is None and is_laid_first(x, used, bias, terms):
-        t, h = added.pop(0)
-        y = first_change(h, t, bias).addmm_(rows, used.t())
+    elif laid is not None:
+        y = laid.addmm_(rows, used.t())
     else:
         y = flat(first_product(x, used, bias, terms))
         if gain is not None and bias is not None:  # c z + b from z + b: exact where gain is 0
             shift = -gain * bias
-    finish_(y, scales, gain, shift, [change(h, t, y) for t, h in added])
+    finish_(y, scales, gain, shift, [change(h, t) for h, t in added])
     shape = [*x.shape[:-1], y.shape[1]]
     return torch.ops.aten._unsafe_view.default(y, shape), products  # no view to autograd: `relu_(y)` is allowed
 

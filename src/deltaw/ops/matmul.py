@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 WORTH = 1 << 19
 """Multiplications below which oneDNN's longer call costs more than its kernel gains."""
@@ -95,7 +94,7 @@ def transformed() -> bool:
 
 def readable() -> bool:
     """Whether numbers can be looked at to choose a kernel: not under a compiler, `transformed`, or a mode that traces or counts."""
-    return not torch.compiler.is_compiling() and not transformed() and _get_current_dispatch_mode() is None
+    return not (torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack())
 
 
 def library(tokens: int, rows_out: int, columns_in: int) -> str:

@@ -4,15 +4,18 @@
 own backward that is a second copy of the same information, and most of what LoRA saves. So instead of x the adapted
 linear keeps what x's producer keeps already, and makes x again, one elementwise pass beside a matrix product.
 
-    GELU, SiLU     x = f(z)                       to the bit
-    product        x = a · b                      to the bit (where both are kept: the gate of a SwiGLU)
-    RMSNorm        x = γ · (z · rstd)             to the bit (where γ is frozen, so that nobody keeps z · rstd)
-    attention      x = o, heads side by side       to the bit (where that was a copy)
-    LayerNorm      x = (z - mean) rstd γ + β      to a rounding or two: the kernel's order of operations is its own
+    GELU, SiLU     x = f(z)
+    product        x = a · b                      where both are kept: the gate of a SwiGLU
+    RMSNorm        x = γ · (z · rstd)             where γ is frozen, so that nobody keeps z · rstd
+    attention      x = o, heads side by side       where that was a copy
+    LayerNorm      x = (z - mean) rstd γ + β
 
-Layers that read the same x (q, k, v) share one recomputation, held from the first of their backwards to the last. Under
-`create_graph=True` it is made by operations that can be differentiated. Left
-alone: graphs under saved-tensor hooks (checkpointing, offloading; not compact.py's), compilers (they decide themselves),
+A compiled sweep (cpu_thin.py) makes each tile of x when it comes to it, in the cache, so that x is in memory nowhere; its
+functions are torch's to a rounding or two. Elsewhere x is made whole, by torch's operations and to the bit (LayerNorm: to a
+rounding or two, as the kernel's order of operations is its own), and layers that read the same x (q, k, v) share it, held
+from the first of their backwards to the last. Under `create_graph=True` it is made by operations that can be differentiated.
+
+Left alone: graphs under saved-tensor hooks (checkpointing, offloading; not compact.py's), compilers (they decide themselves),
 small inputs, and an x that was written to since its producer made it, under `no_grad` too. (Not seen: such a write to the
 inner product of γ · (a · b), and any write that PyTorch does not count, through `.data` or NumPy.)
 """
@@ -27,9 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.ops.compact import are_compact, hooks_in_force
-from deltaw.ops.cpu_thin import Sweep, takes
+from deltaw.ops.cpu_thin import Made
 from deltaw.ops.narrow import Narrow
-from deltaw.ops.terms import flat
 
 WORTH = 1 << 14
 """Below so many numbers x is simply kept."""
@@ -37,13 +39,18 @@ WORTH = 1 << 14
 KEY = "deltaw.recipe"
 
 Maker = Callable[..., Tensor]
+Describer = Callable[..., Made | None]
 
 
 class Recipe:
-    """How x is made again from `tensors`; shared by all layers that read the same x."""
+    """How x is made again from `tensors`; shared by all layers that read the same x.
 
-    def __init__(self, make: Maker, shape: torch.Size) -> None:
+    make: by torch's operations, whole. describe: what a sweep makes it of, a tile at a time, if it can.
+    """
+
+    def __init__(self, make: Maker, describe: Describer, shape: torch.Size) -> None:
         self.make = make
+        self.describe = describe
         self.shape = shape
         self.readers = 0
         self.left = 0
@@ -59,6 +66,14 @@ class Recipe:
         self.left -= 1
         self.made = made if self.left > 0 else None
         return made
+
+    def tiles(self, tensors: Sequence[Tensor]) -> Made | None:
+        """x as a sweep makes it for one reader, if nobody has made it whole."""
+        return self.describe(*tensors) if self.made is None else None
+
+    def pass_by(self) -> None:
+        """One reader less has need of `take`."""
+        self.readers -= 1
 
 
 def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
@@ -78,13 +93,18 @@ def recipe_of(x: Tensor) -> tuple[Recipe, tuple[Tensor, ...]] | None:
         return None
     if found is None:
         return None
-    tensors, make = found
-    recipe = node.metadata.setdefault(KEY, Recipe(make, x.shape))
+    tensors, make, describe = found
+    recipe = node.metadata.setdefault(KEY, Recipe(make, describe, x.shape))
     recipe.readers += 1
     return recipe, tensors
 
 
-Found = tuple[tuple[Tensor, ...], Maker] | None
+Found = tuple[tuple[Tensor, ...], Maker, Describer] | None
+
+
+def rows_of(z: Tensor) -> Tensor | None:
+    """z as (T, k), if that is a view."""
+    return z.view(-1, z.shape[-1]) if z.is_contiguous() else None
 
 
 def gelu(node: Any) -> Found:
@@ -92,25 +112,47 @@ def gelu(node: Any) -> Found:
     z, approximate = node._saved_self, node._saved_approximate
     if isinstance(z, Narrow) and z.view_of.packed.slopes is not None:
         return None
-    return (z,), lambda z: F.gelu(z, approximate=approximate)
+    function = "gelu" if approximate == "none" else "gelu tanh"
+    return (z,), lambda z: F.gelu(z, approximate=approximate), lambda z: described(z, function=function)
 
 
 def silu(node: Any) -> Found:
     """x = silu(z)."""
-    return (node._saved_self,), F.silu
+    return (node._saved_self,), F.silu, lambda z: described(z, function="silu")
 
 
 def product(node: Any) -> Found:
     """x = a · b, if the producer keeps both; x = γ · (a · b), if it keeps γ and the producer of the product both."""
     a, b = node._saved_self, node._saved_other
     if a is not None and b is not None:
-        return (a, b), torch.mul
+        return (a, b), torch.mul, multiplied
     gamma = b if a is None else a
     inner = node.next_functions[0 if a is None else 1][0]
     if gamma is None or inner is None or inner.name() != "MulBackward0":
         return None
     a, b = inner._saved_self, inner._saved_other
-    return None if a is None or b is None else ((gamma, a, b), lambda gamma, a, b: gamma * (a * b))
+    if a is None or b is None:
+        return None
+    return (a, b, gamma), lambda a, b, gamma: gamma * (a * b), multiplied
+
+
+def multiplied(a: Tensor, b: Tensor, gamma: Tensor | None = None) -> Made | None:
+    """γ · (a · b), where one of a and b may have a single number for each row, and γ has one for each column."""
+    if a.numel() < b.numel():
+        a, b = b, a
+    if gamma is not None and gamma.shape != a.shape[-1:]:
+        return None
+    if a.shape == b.shape:
+        return described(a, by=rows_of(b), gain=gamma) if b.is_contiguous() else None
+    if b.shape == (*a.shape[:-1], 1):
+        return described(a, rstd=b, gain=gamma)
+    return None
+
+
+def described(z: Tensor, **rest: Any) -> Made | None:
+    """`Made` of z (..., k), if its rows lie one behind the other."""
+    rows = rows_of(z)
+    return None if rows is None else Made(rows, **rest)
 
 
 def layer_norm(node: Any) -> Found:
@@ -128,8 +170,7 @@ def layer_norm(node: Any) -> Found:
             x = (z - mean) * (variance + eps).rsqrt() * known.get("gamma", 1) + known.get("beta", 0)
             return x.to(z.dtype)
         gamma, beta = known.get("gamma"), known.get("beta")
-        if len(last) == 1 and takes(z, factors=(mean, rstd, gamma, beta)):
-            return normalised(z, mean, rstd, gamma, beta)
+        z = z.contiguous()  # as x was, whatever the order of z: its readers take x's rows
         wide = torch.addcmul(-mean * rstd, z, rstd)
         if gamma is not None and beta is not None:
             wide = torch.addcmul(beta, wide, gamma, out=wide)
@@ -139,18 +180,11 @@ def layer_norm(node: Any) -> Found:
             wide.add_(beta)
         return wide.to(z.dtype)
 
-    return tensors, make
+    def describe(z: Tensor, mean: Tensor, rstd: Tensor, *given: Tensor) -> Made | None:
+        known = dict(zip(names, given, strict=True))
+        return described(z, mean=mean, rstd=rstd, gain=known.get("gamma"), shift=known.get("beta"))
 
-
-def normalised(z: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    """(z - mean) rstd γ + β in one pass: z's rows times rstd and γ, with a change of rank 1, -mean rstd times γ."""
-    rows = flat(z)
-    x, change = torch.empty_like(rows), (-mean * rstd).view(-1, 1)
-    Bt = (rows.new_ones(rows.shape[1]) if gamma is None else gamma).unsqueeze(0)
-    sweep = Sweep()
-    sweep.expand_(x, change, Bt, 1.0, rowscale=rstd, gain=gamma, shift=beta, source=rows)
-    sweep.run()
-    return x
+    return tensors, make, describe if len(last) == 1 else lambda *_: None
 
 
 def attention(node: Any) -> Found:
@@ -174,7 +208,7 @@ def attention(node: Any) -> Found:
     B, H, T, D = output.shape
     if inside != (B, T, H, D):  # a reshape that did change something
         return None
-    return (output,), lambda o: o.transpose(1, 2).contiguous()
+    return (output,), lambda o: o.transpose(1, 2).contiguous(), lambda o: Made(o)
 
 
 VIEWS = ("ViewBackward0", "UnsafeViewBackward0")

@@ -16,14 +16,14 @@ They are made of four operations over rows, which run as one sweep where they ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.ops.cpu_thin import Sweep, takes
+from deltaw.ops.cpu_thin import Made, Sweep, takes
 from deltaw.ops.dropout import Mask
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin
@@ -72,7 +72,7 @@ class Plain:
         """Nothing is left to do."""
 
 
-def sweep_over(terms: Sequence[Term], *rows: Tensor | None) -> Sweep | Plain:
+def sweep_over(terms: Sequence[Term], *rows: Tensor | Made | None) -> Sweep | Plain:
     """What runs the operations of these terms over all these rows, each (T, any)."""
     compiled = takes(*rows, factors=[z for t in terms for z in (t.A, t.B)]) and all(
         t.seed is not None or is_narrow(t.A.shape[0], shared=len(rows) > 1) for t in terms
@@ -80,18 +80,17 @@ def sweep_over(terms: Sequence[Term], *rows: Tensor | None) -> Sweep | Plain:
     return Sweep() if compiled else Plain()
 
 
-def project(t: Term, x: Tensor) -> Tensor:
-    """h = in(x) Aᵀ, (T, r), of x (T, in)."""
-    sweep = sweep_over([t], x)
-    h = sweep.shrink(x, t.A, t.input_mask(x))
-    sweep.run()
-    return h
+def project(sweep: Sweep | Plain, t: Term, x: Tensor) -> Tensor:
+    """h = in(x) Aᵀ, (T, r), of x (T, in); there when `sweep` has run."""
+    return sweep.shrink(x, t.A, t.input_mask(x))
 
 
 def base_values(
-    rows: Tensor, weight: Tensor | None, frozen: FrozenProduct | None, columns: Tensor | slice = ALL
+    rows: Tensor | Callable[[], Any], weight: Tensor | None, frozen: FrozenProduct | None, columns: Tensor | slice = ALL
 ) -> Tensor:
-    """Those columns of z = x Wᵀ, (T, n), for x (T, in) and a W that is dense or held by `frozen`. Not differentiable."""
+    """Those columns of z = x Wᵀ, (T, n), for x (T, in), or what gives x, and a W that is dense or held by `frozen`. Not
+    differentiable."""
+    rows = rows if isinstance(rows, Tensor) else flat(rows())
     if weight is not None:
         return linear(rows, weight[columns])
     assert frozen is not None
@@ -120,20 +119,29 @@ def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
     )
 
 
-def first_change(h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
-    """s h Bᵀ + b, (T, out), written once."""
+def first_change(sweep: Sweep | Plain, h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
+    """s h Bᵀ + b, (T, out), written once, when `sweep` has run."""
     B = t.B.to(h.dtype).t()
-    if takes(h, factors=(B, bias)):
-        y = h.new_empty(h.shape[0], B.shape[1])
-        sweep = Sweep()
-        sweep.expand_(y, h, B, t.scale, shift=bias, first=True)
-        sweep.run()
-        return y
+    if takes(factors=(bias,)) if isinstance(sweep, Sweep) else takes(h, factors=(B, bias)):
+        return laid(sweep, h, B, t.scale, shift=bias)
+    sweep.run()
     B = B * t.scale
     if bias is None:
         return h @ B
     ones = F.pad(h, (0, 1), value=1.0)  # b is one more column of s B, beside one of ones in h
     return ones @ torch.cat([B, bias[None]])
+
+
+def laid(
+    sweep: Sweep | Plain, h: Tensor, Bt: Tensor, scale: float, mask: Mask | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """scale · drop(h Bt) + shift, (T, n), as the last of `sweep`, or in one of its own."""
+    y = h.new_empty(h.shape[0], Bt.shape[1])
+    own = sweep if isinstance(sweep, Sweep) else Sweep()
+    own.expand_(y, h, Bt, scale, mask, shift=shift, first=True)
+    if own is not sweep:
+        own.run()
+    return y
 
 
 class Change(NamedTuple):
@@ -145,29 +153,32 @@ class Change(NamedTuple):
     mask: Mask | None
 
 
-def change(h: Tensor, t: Term, y: Tensor) -> Change:
+def change(h: Tensor, t: Term) -> Change:
     """s out(h Bᵀ), which is added to y (T, out)."""
-    return Change(h, t.B.t(), t.scale, t.output_mask(y))
+    return Change(h, t.B.t(), t.scale, t.output_mask(h))
 
 
-def input_gradient(u: Tensor, t: Term, dx: Tensor) -> Change:
+def input_gradient(u: Tensor, t: Term) -> Change:
     """s in(u A), which is added to ∂x (T, in)."""
-    return Change(u, t.A, t.scale, t.input_mask(dx))
+    return Change(u, t.A, t.scale, t.input_mask(u))
 
 
 def finish_(
     y: Tensor, scales: Tensor | None, gain: Tensor | None, shift: Tensor | None, changes: Sequence[Change]
 ) -> None:
-    """y ← scales ⊙ (1 + gain) ⊙ y + shift + Σ changes in place, of y (T, n), scales (T, 1), gain and shift (n,)."""
-    small = [z for c in changes for z in (c.h, c.Bt)]
-    sweep = Sweep() if takes(y, factors=(gain, shift, *small)) else None
-    if sweep is None or (scales is None and all(c.mask is None for c in changes)):  # as fast by torch's own
+    """y ← scales ⊙ (1 + gain) ⊙ y + shift + Σ changes in place, of y (T, n), scales (T, 1), gain and shift (n,).
+
+    Compiled where there are scales or dropout; else torch's own operations are as fast.
+    """
+    factors = [gain, shift, *(z for c in changes for z in (c.h, c.Bt))]
+    if (scales is None and all(c.mask is None for c in changes)) or not takes(y, factors=factors):
         if scales is not None:
             y.mul_(scales)
         scale_and_shift_(y, gain, shift)
         for c in changes:
             Plain().expand_(y, *c)
         return
+    sweep = Sweep()
     if not changes:
         changes = [Change(y[:, :0], y[:0], 1.0, None)]
     first, *others = changes
@@ -181,14 +192,14 @@ def backward_factors(
     sweep: Sweep | Plain,
     t: Term,
     g: Tensor,
-    x: Tensor,
+    x: Any,
     h: Tensor | None,
     needs_A: bool,
     needs_B: bool,
     needs_u: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂A, ∂B and u = out(g) B, (T, r), of one term from g (T, out) and x (T, in); None for what is not needed. They hold
-    it when `sweep` has run."""
+    """∂A, ∂B and u = out(g) B, (T, r), of one term from g (T, out) and x (T, in), or the sweep's tiles of x; None for what is
+    not needed. They hold it when `sweep` has run."""
     mask, drop = t.input_mask(x), t.output_mask(g)
     dA = dB = u = None
     if needs_A or needs_u:
@@ -202,17 +213,12 @@ def backward_factors(
     return dA, dB, u
 
 
-def first_input_gradient(u: Tensor, t: Term) -> Tensor:
-    """s in(u A), (T, in), for u (T, r)."""
-    A = t.A.to(u.dtype)
-    if takes(u, factors=(A,)):
-        dx = u.new_empty(u.shape[0], A.shape[1])
-        sweep = Sweep()
-        sweep.expand_(dx, u, A, t.scale, t.input_mask(dx), first=True)
-        sweep.run()
-        return dx
+def first_input_gradient(sweep: Sweep | Plain, u: Tensor, t: Term) -> Tensor:
+    """s in(u A), (T, in), for u (T, r), when `sweep` has run."""
+    A, mask = t.A.to(u.dtype), t.input_mask(u)
+    if isinstance(sweep, Sweep) or takes(u, factors=(A,)):
+        return laid(sweep, u, A, t.scale, mask)
     dx = u @ (A * t.scale)
-    mask = t.input_mask(dx)
     if mask is not None:
         for part in blocks(dx):
             dx[part].mul_(mask.rows(part))

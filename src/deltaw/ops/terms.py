@@ -80,16 +80,16 @@ class Term(NamedTuple):
     merged: bool
 
     def input_mask(self, x: Tensor) -> Mask | None:
-        """The dropout mask on x (T, in), or None where A sees all of it."""
+        """The dropout mask on the adapter's input (T, in), or None where A sees all of it. x: any (T, ...) of its dtype."""
         if self.seed is None or self.at_output:
             return None
-        return Mask(self.seed, x.shape[0], x.shape[1], self.p, x.dtype)
+        return Mask(self.seed, x.shape[0], self.A.shape[1], self.p, x.dtype)
 
     def output_mask(self, y: Tensor) -> Mask | None:
-        """The dropout mask on the low-rank change, shaped as y (T, out), or None."""
+        """The dropout mask on the low-rank change (T, out), or None. y: any (T, ...) of its dtype."""
         if self.seed is None or not self.at_output:
             return None
-        return Mask(self.seed, y.shape[0], y.shape[1], self.p, y.dtype)
+        return Mask(self.seed, y.shape[0], self.B.shape[0], self.p, y.dtype)
 
 
 TENSORS = 4

@@ -1,20 +1,24 @@
 /* The thin products of an adapter on a CPU, dropout made in registers, and the codes of 8-bit products.
 
+       make        x = c f((z - m) a w) + b          (T, k) -> a tile of x, for what follows to read
        shrink      h = s drop(x) A^T                 (T, k), (r, k) -> (T, r)
        expand      y <- a c y + b + s drop(h B^T)    (T, r), (r, n) -> (T, n)   in place, or written first (no a c y)
        outer       s u^T drop(x)                     (T, r), (T, k) -> (r, k), or the transpose
        dots        sum_t x (y - b)                   (T, k), (T, k) -> (k,)
        quantize    codes and scales of x * w         (T, k) -> (T, k), (T,)
+       squares     a + b (2s h + s^2 G b)            (T,), (T, r), (T, r), (r, r) -> (T,)   |w + s b A|^2, as in dora.py
 
    All of it is 32 bit, rows without gaps. These operations cost what they read and write, so a *sweep* runs a list of them
    over the same rows, tile by tile: what one has read or written is still in the cache for the next, which may build on
    it (h of a tile, then outer(h, g) of that tile). torch's operations go through memory once each, and for drop(x) once
-   more. A row of h, y or the codes depends on no other row; sums over rows depend on the number of threads.
+   more. x itself need not be in memory: where it was not kept (recompute.py) each tile of it is made from what was. A row of
+   h, y or the codes depends on no other row; sums over rows depend on the number of threads.
 
    The file is compiled once for each width that vectors have (setup.py) and called from cpu_thin.py. */
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -69,6 +73,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vector load(const float *p) { return *(const vector *)p; }
 INLINE void store(float *p, vector v) { *(vector *)p = v; }
 INLINE vector all(float s) { return (vector){0} + s; }
+INLINE vector either(bits which, vector yes, vector no) { return (vector)((which & (bits)yes) | (~which & (bits)no)); }
 INLINE vector load_some(const float *p, int64_t n) { /* the first n < V, then zeros */
     vector v = {0};
     memcpy(&v, p, 4 * n);
@@ -112,21 +117,25 @@ INLINE void put(float *p, vector v, const int whole, int64_t n) {
 
 /* ---- the operations, each on the rows from..to ---- */
 
-enum { SHRINK, EXPAND, OUTER, DOTS, QUANTIZE };
+enum { SHRINK, EXPAND, OUTER, DOTS, QUANTIZE, MAKE, SQUARES };
+enum { ITSELF, GELU, GELU_TANH, SILU };
 
 typedef struct {
     int64_t op, columns, rank;
     Mask mask;
     float scale;
-    const float *wide;   /* x (rows, columns) */
+    const float *wide;   /* x (rows, columns), or z; NULL: x is what the sweep makes */
     int64_t stride;      /* of x's rows, or of y's */
-    const float *thin;   /* h or u (rows, rank) */
-    const float *factor; /* A or B^T (rank, columns), or w (columns,) or NULL */
+    const float *thin;   /* h or u (rows, rank); make: m (rows,) or NULL */
+    const float *factor; /* A or B^T (rank, columns); squares: G (rank, rank); quantize: w (columns,) or NULL */
     const float *rowscale, *gain, *shift; /* a (rows,), c and b (columns,), or NULL */
-    const float *other;  /* dots: y (rows, columns); expand: what is read in y's place, or NULL */
+    const float *other;  /* dots: y (rows, columns); squares: b (rows, rank); make: w (rows, columns) or NULL */
     int64_t other_stride;
     int64_t first;       /* expand: whether y is written first */
-    float *out;          /* h, y, scales; or for each thread its sums (rank, columns) */
+    int64_t function;    /* make: f */
+    int64_t head, head_stride; /* make: columns that lie beside each other in z, and from there to the next ones */
+    int64_t sample, sample_stride; /* rows that are `stride` apart, and from there to the next ones */
+    float *out;          /* h, y, scales, squares */
     float *sum;          /* outer, dots: the result */
     int64_t transposed;  /* outer: whether that is (columns, rank) */
     uint8_t *codes;
@@ -177,9 +186,7 @@ INLINE void shrink(const Job *j, int64_t from, int64_t to) { BY_RANKS(shrink_row
 
 typedef struct {
     float *y, *y2;
-    const float *z, *z2; /* what is read: themselves, or the source's rows */
-    int64_t ahead;
-    float a, a2;   /* what that is multiplied with */
+    float a, a2;   /* what they are multiplied with */
     int64_t m, m2; /* their places on the tape */
 } Pair;
 
@@ -197,11 +204,11 @@ INLINE void expand_columns(const Job *j, const Pair *p, const vector *h, const v
         vector b = take(j->shift + k, whole, n);
         v += b, v2 += b;
     }
-    if (whole) __builtin_prefetch(p->z + p->ahead + k, 1), __builtin_prefetch(p->z2 + p->ahead + k, 1);
+    if (whole) __builtin_prefetch(p->y + 4 * j->stride + k, 1), __builtin_prefetch(p->y2 + 4 * j->stride + k, 1);
     if (later || !j->first) {
         vector c = j->gain && !later ? take(j->gain + k, whole, n) : all(1);
-        v += p->a * c * take(p->z + k, whole, n);
-        v2 += p->a2 * c * take(p->z2 + k, whole, n);
+        v += p->a * c * take(p->y + k, whole, n);
+        v2 += p->a2 * c * take(p->y2 + k, whole, n);
     }
     put(p->y2 + k, v2, whole, n); /* if both are one row, the same twice */
     put(p->y + k, v, whole, n);
@@ -213,8 +220,7 @@ INLINE void expand_strip(const Job *j, int64_t from, int64_t to, int64_t k0, int
     for (int64_t t = from; t < to; t += 2) {
         int64_t t2 = least(t + 1, to - 1), k = k0;
         float *y = j->out + t * j->stride, *y2 = j->out + t2 * j->stride;
-        Pair p = {y, y2, y, y2, 4 * j->stride, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
-        if (j->other && !later) p.z = j->other + t * j->other_stride, p.z2 = j->other + t2 * j->other_stride, p.ahead = 4 * j->other_stride;
+        Pair p = {y, y2, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
         if (j->rowscale && !later) p.a = j->rowscale[t], p.a2 = j->rowscale[t2];
         vector h[RANKS], h2[RANKS];
         UNROLL for (int i = 0; i < R; i++) {
@@ -306,6 +312,85 @@ INLINE void quantize(const Job *j, int64_t from, int64_t to) {
     }
 }
 
+INLINE void squares(const Job *j, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+        const float *h = j->thin + t * j->rank, *b = j->other + t * j->rank, *G = j->factor;
+        float square = j->rowscale[t];
+        for (int64_t i = 0; i < j->rank; i++, G += j->rank) {
+            float inner = 0;
+            for (int64_t l = 0; l < j->rank; l++) inner += G[l] * b[l];
+            square += b[i] * j->scale * (2 * h[i] + j->scale * inner);
+        }
+        j->out[t] = square < 0 ? 0 : square; /* roundings may leave it there */
+    }
+}
+
+/* e^v: 2^n of the nearest n, times the series of e^r for |r| <= ln(2) / 2, whose next term is 2^-27. */
+INLINE vector exponential(vector v) {
+    const vector low = all(-87), high = all(88), big = all(12582912.0f); /* 1.5 * 2^23: numbers beside it are whole */
+    v = either(v < low, low, either(v > high, high, v));
+    vector n = v * 1.44269504f + big, r = v - (n - big) * 0.693145752f;
+    r -= (n - big) * 1.42860682e-6f; /* ln(2) in two parts, of which the first has few digits */
+    vector p = all(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vector)(((bits)n << 23) + 0x3f800000);
+}
+
+INLINE vector applied(vector v, const int function) {
+    if (function == SILU) return v / (1.0f + exponential(-v));
+    if (function == GELU_TANH) return v / (1.0f + exponential(v * (v * v * 0.0713548163f + 1.59576912f) * -1.0f)); /* 2 sqrt(2/pi) (v + .044715 v^3) */
+    if (function == GELU) { /* v Phi(v), of erf by Abramowitz and Stegun's 7.1.26, as torch's own: 1.5e-7 */
+        vector s = (vector)((bits)v & 0x7fffffff) * 0.707106781f, t = 1.0f / (s * 0.3275911f + 1.0f), p = all(1.061405429f);
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        p = p * t * exponential(-s * s); /* 1 - erf(|v| / sqrt(2)) */
+        return v * 0.5f * either(v < all(0), p, 2.0f - p);
+    }
+    return v;
+}
+
+/* V columns of one row of x from k on; p is where their z lies. */
+INLINE void make_columns(const Job *j, const float *p, float *x, int64_t t, int64_t k, const int function, const int whole, int64_t n) {
+    vector v = take(p, whole, n);
+    if (whole) __builtin_prefetch(p + 4 * j->stride);
+    if (j->thin) v -= j->thin[t];
+    if (j->rowscale) v *= j->rowscale[t];
+    if (j->other) v *= take(j->other + t * j->other_stride + k, whole, n);
+    v = applied(v, function);
+    if (j->gain) v *= take(j->gain + k, whole, n);
+    if (j->shift) v += take(j->shift + k, whole, n);
+    put(x + k, v, whole, n);
+}
+
+INLINE void make_rows(const Job *j, int64_t from, int64_t to, float *x, const int function) {
+    for (int64_t t = from; t < to; t++, x += j->columns) {
+        const float *z = j->wide + t / j->sample * j->sample_stride + t % j->sample * j->stride;
+        for (int64_t k = 0; k < j->columns; z += j->head_stride) {
+            int64_t start = k, stop = k + j->head;
+            for (; k + V <= stop; k += V) make_columns(j, z + k - start, x, t, k, function, 1, V);
+            if (k < stop) make_columns(j, z + k - start, x, t, k, function, 0, stop - k);
+            k = stop;
+        }
+    }
+}
+
+INLINE void make(const Job *j, int64_t from, int64_t to, float *x) {
+    switch (j->function) {
+    case ITSELF: make_rows(j, from, to, x, ITSELF); break;
+    case GELU: make_rows(j, from, to, x, GELU); break;
+    case GELU_TANH: make_rows(j, from, to, x, GELU_TANH); break;
+    case SILU: make_rows(j, from, to, x, SILU); break;
+    }
+}
+
 /* ---- a sweep: the jobs one after the other on every tile, by the team of torch's own OpenMP, whichever it is ---- */
 
 typedef struct {
@@ -314,40 +399,65 @@ typedef struct {
     int (*team)(void); /* its size: there may be fewer threads than were asked for */
     int64_t threads, rows, count;
     Job *jobs;
+    int64_t tile;       /* its rows */
+    int64_t made, each; /* numbers of a thread's own memory: for its tile of x, and in all, with its sums */
+    float *own;
 } Sweep;
 
 INLINE int64_t sums_of(const Job *j) { return j->op == OUTER ? j->rank * j->columns : j->op == DOTS ? j->columns : 0; }
 
 static void share(void *data) {
     const Sweep *s = data;
-    int64_t me = s->threads > 1 ? s->thread() : 0, team = s->threads > 1 ? s->team() : 1, columns = 1;
+    int64_t me = s->threads > 1 ? s->thread() : 0, team = s->threads > 1 ? s->team() : 1;
     int64_t each = ((s->rows + team - 1) / team + 1) & ~(int64_t)1; /* even: a row has the same neighbour in any team */
     int64_t stop = least((me + 1) * each, s->rows);
-    for (int64_t i = 0; i < s->count; i++) columns += s->jobs[i].columns;
-    int64_t tile = (least(TILE / columns, 256) + 16) & ~(int64_t)1;
-    for (int64_t from = me * each; from < stop; from += tile)
-        for (int64_t i = 0, to = least(from + tile, stop); i < s->count; i++) {
-            const Job *j = s->jobs + i;
-            switch (j->op) {
-            case SHRINK: shrink(j, from, to); break;
-            case EXPAND: expand(j, from, to); break;
-            case OUTER: outer(j, from, to, j->out + me * sums_of(j)); break;
-            case DOTS: dots(j, from, to, j->out + me * sums_of(j)); break;
-            case QUANTIZE: quantize(j, from, to); break;
+    for (int64_t from = me * each; from < stop; from += s->tile) {
+        int64_t to = least(from + s->tile, stop);
+        float *x = s->own + me * s->each, *sum = x + s->made;
+        for (int64_t i = 0; i < s->count; i++) {
+            Job j = s->jobs[i];
+            if (!j.wide) j.wide = x - from * j.columns, j.stride = j.columns;
+            switch (j.op) {
+            case MAKE: make(&j, from, to, x); break;
+            case SHRINK: shrink(&j, from, to); break;
+            case EXPAND: expand(&j, from, to); break;
+            case OUTER: outer(&j, from, to, sum); break;
+            case DOTS: dots(&j, from, to, sum); break;
+            case QUANTIZE: quantize(&j, from, to); break;
+            case SQUARES: squares(&j, from, to); break;
             }
-        }
-}
-
-void sweep(Sweep *s) {
-    for (int64_t i = 0; i < s->count; i++) memset(s->jobs[i].out, 0, 4 * s->threads * sums_of(s->jobs + i));
-    if (s->threads > 1) s->parallel(share, s, (unsigned)s->threads, 0);
-    else share(s);
-    for (int64_t i = 0; i < s->count; i++) {
-        const Job *j = s->jobs + i;
-        for (int64_t at = 0, size = sums_of(j); at < size; at++) {
-            float sum = 0;
-            for (int64_t thread = 0; thread < s->threads; thread++) sum += j->out[thread * size + at];
-            j->sum[j->transposed ? at % j->columns * j->rank + at / j->columns : at] = sum * j->scale;
+            sum += sums_of(&j);
         }
     }
+}
+
+/* 0, or 1 if there is no memory. */
+int sweep(Sweep *s) {
+    int64_t columns = 1, sums = 0, made = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        columns += s->jobs[i].columns;
+        sums += sums_of(s->jobs + i);
+        if (s->jobs[i].op == MAKE) made = s->jobs[i].columns;
+    }
+    s->tile = (least(TILE / columns, 256) + 16) & ~(int64_t)1;
+    s->made = s->tile * made;
+    s->each = (s->made + sums + 16) & ~(int64_t)15; /* whole lines of the cache */
+    s->own = aligned_alloc(64, 4 * s->threads * s->each);
+    if (!s->own) return 1;
+    for (int64_t i = 0; i < s->threads; i++) memset(s->own + i * s->each + s->made, 0, 4 * sums);
+    if (s->threads > 1) s->parallel(share, s, (unsigned)s->threads, 0);
+    else share(s);
+    const float *own = s->own + s->made;
+    for (int64_t i = 0; i < s->count; i++) {
+        const Job *j = s->jobs + i;
+        int64_t size = sums_of(j);
+        for (int64_t at = 0; at < size; at++) {
+            float sum = 0;
+            for (int64_t thread = 0; thread < s->threads; thread++) sum += own[thread * s->each + at];
+            j->sum[j->transposed ? at % j->columns * j->rank + at / j->columns : at] = sum * j->scale;
+        }
+        own += size;
+    }
+    free(s->own);
+    return 0;
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltaw.core.registry import variant
 from deltaw.core.variant import Delta, Dense, FrozenMatrix, LowRank, Site
 from deltaw.errors import AdapterError
-from deltaw.ops.dora import row_norms, row_squares
+from deltaw.ops.dora import row_norms, row_norms_of, row_squares
 from deltaw.ops.matmul import readable
 from deltaw.variants.lora import LoRA, LoRADelta
 
@@ -100,15 +100,17 @@ class DoRADelta(LoRADelta):
         with torch.no_grad():
             squares = self.squares_of(frozen) if squares is None else squares
             A, B = self.factors()
+            if A.ndim == 2 and isinstance(frozen, Dense):
+                return row_norms_of(frozen.weight, squares, A, B, self.variant.scale).detach()
             product = frozen.factor_matmul(A) if A.ndim == 2 else A @ frozen.dense().to(A.dtype).mT  # (rank, out)
             return row_norms(squares, product, A, B, self.variant.scale).detach()  # of forward-mode derivatives too
 
     def strengths(self, frozen: FrozenMatrix) -> Tensor:
         """c = m / norm, (out,); 1 where the norm is zero."""
         norms = self.norms(frozen)
-        alive = norms > 0
-        if norms.device.type == "cpu" and readable() and bool(alive.all()):
+        if norms.device.type == "cpu" and readable() and norms.numel() and float(norms.min()) > 0:
             return self.m / norms
+        alive = norms > 0
         return torch.where(alive, self.m / torch.where(alive, norms, torch.ones_like(norms)), torch.ones_like(norms))
 
     def delta_weight(self, weight: Tensor) -> Tensor:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import deltaw as dw
 from deltaw.core.variant import LowRank
 from deltaw.ops import adapted_linear, adapted_linear_reference, cpu_thin, int8, kernels
 from deltaw.ops.choices import Choices
-from deltaw.ops.cpu_thin import Sweep, takes
+from deltaw.ops.cpu_thin import Made, Sweep, takes
 from deltaw.ops.dropout import Mask, bit_tape, tape
-from deltaw.ops.recompute import normalised
+from deltaw.ops.recompute import Recipe
 from deltaw.ops.steps import Change, Plain, finish_
 
 pytestmark = pytest.mark.skipif(
@@ -254,17 +255,103 @@ def test_deltaw_ops_names_them() -> None:
     assert any("thin products" in line and "compiled" in line for line in lines)
 
 
-@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 17), (41, 341), (6, 4231)])
-def test_a_layer_norm_made_again(rows: int, columns: int, affine: tuple[bool, bool], threads: int) -> None:
-    z = 3 * numbers(2, rows, columns) + 1
-    gamma, beta = (numbers(columns, seed=i) if there else None for i, there in enumerate(affine))
-    _, mean, rstd = torch.native_layer_norm(z, [columns], gamma, beta, 1e-5)
-    wide = [None if t is None else t.double() for t in (gamma, beta)]
-    exact = torch.nn.functional.layer_norm(z.double(), [columns], *wide, 1e-5)
-    torch.testing.assert_close(
-        normalised(z, mean, rstd, gamma, beta).view(z.shape).double(), exact, rtol=1e-5, atol=1e-5
-    )
+FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda v: v,
+    "gelu": functional.gelu,
+    "gelu tanh": lambda v: functional.gelu(v, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("given", ["", "mean rstd", "rstd gain", "by", "by gain", "mean rstd by gain shift"])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_tiles_of_what_was_not_kept(rows: int, columns: int, given: str, function: str | None, threads: int) -> None:
+    shapes = {"mean": (rows, 1), "rstd": (rows, 1), "by": (rows, columns), "gain": (columns,), "shift": (columns,)}
+    z = numbers(rows, columns)
+    rest = {name: numbers(*shapes[name], seed=i) for i, name in enumerate(shapes) if name in given.split()}
+    exact = {name: t.double() for name, t in rest.items()}
+    x = (z.double() - exact.get("mean", 0)) * exact.get("rstd", 1) * exact.get("by", 1)
+    x = FUNCTIONS[function](x) * exact.get("gain", 1) + exact.get("shift", 0)
+    A, u, mask = numbers(3, columns), numbers(rows, 5), mask_of(z, 0.3)
+    sweep = Sweep()
+    tiles = sweep.make(Made(z, **rest, function=function))
+    h, dropped, outer = sweep.shrink(tiles, A), sweep.shrink(tiles, A, mask), sweep.outer(u, tiles, 0.5)
+    sweep.run()
+    size = max(1.0, float(x.abs().max()))
+    close(h / size, x @ A.double().t() / size, columns)
+    close(dropped / size, Plain().shrink(x, A.double(), mask_of(z, 0.3, torch.float64)) / size, 2 * columns)
+    close(outer / size, 0.5 * u.double().t() @ x / size, rows)
+
+
+@pytest.mark.parametrize("function", ["gelu", "gelu tanh", "silu"])
+def test_functions_of_large_and_small_numbers(function: str) -> None:
+    z = torch.cat([torch.linspace(-200, 200, 4001), torch.linspace(-6, 6, 4001), torch.tensor([0.0, 1e-30, -1e-30])])[
+        None
+    ]
+    ones, eye = torch.ones(1, 1), numbers(1, z.shape[1])
+    sweep = Sweep()
+    x = sweep.outer(ones, sweep.make(Made(z, function=function)), 1.0)
+    sweep.run()
+    torch.testing.assert_close(x.double(), FUNCTIONS[function](z.double()), rtol=3e-7, atol=3e-7)
+    for bad in (torch.nan, torch.inf):
+        spoiled = z.clone()
+        spoiled[0, 7] = bad
+        sweep = Sweep()
+        h = sweep.shrink(sweep.make(Made(spoiled, function=function)), eye)
+        sweep.run()
+        assert not h.isfinite().any()
+
+
+@pytest.mark.parametrize(("samples", "heads", "each", "width"), [(2, 3, 7, 16), (1, 4, 30, 5), (5, 1, 1, 33)])
+def test_tiles_of_attentions_heads(samples: int, heads: int, each: int, width: int, threads: int) -> None:
+    output = numbers(samples, each, heads, width).transpose(1, 2)
+    for z in (output, output.contiguous()):
+        u = numbers(samples * each, 2)
+        sweep = Sweep()
+        outer = sweep.outer(u, sweep.make(Made(z)), 1.0)
+        sweep.run()
+        x = z.transpose(1, 2).reshape(samples * each, heads * width)
+        close(outer, u.double().t() @ x.double(), samples * each)
+
+
+PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
+    "gate": lambda z: functional.silu(z) * (z + 1),
+    "norm": lambda z: functional.layer_norm(z, (96,), *torch.linspace(-1, 1, 192, dtype=z.dtype).view(2, 96)),
+    "norm without affine": lambda z: functional.layer_norm(z, (96,)),
+    "rms norm": lambda z: torch.linspace(-1, 1, 96, dtype=z.dtype) * (z * z.pow(2).mean(-1, keepdim=True).rsqrt()),
+    "attention": lambda z: (
+        functional.scaled_dot_product_attention(*[z.view(8, 100, 4, 24).transpose(1, 2).contiguous()] * 3)
+        .transpose(1, 2)
+        .contiguous()
+        .reshape(8, 100, 96)
+    ),
+}
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_an_input_that_was_not_kept_is_never_whole_again(
+    producer: str, p: float, gain: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, W, b = numbers(8, 100, 96).requires_grad_(), numbers(130, 96), numbers(130)
+    A, B, c = (numbers(*s, seed=5).mul_(0.3).requires_grad_() for s in ((6, 96), (130, 6), (130,)))
+    inputs = [start, A, B, *([c] if gain else [])]
+    found = []
+    for op, dtype in ((adapted_linear, torch.float32), (adapted_linear_reference, torch.float64)):
+        torch.manual_seed(3)
+        x = PRODUCERS[producer](start.to(dtype))
+        terms = [LowRank(A.to(dtype), B.to(dtype), 1.5, c.to(dtype) if gain else None, p)]
+        wide = [op(x, W.to(dtype), b.to(dtype), terms, training=True) for _ in range(2)]  # two readers
+        with monkeypatch.context() as patch:
+            patch.setattr(Recipe, "take", lambda *_: pytest.fail("x was made whole"))
+            found.append(torch.autograd.grad(sum(y.square().sum() for y in wide), inputs))
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 3e-5 * exact.norm()
 
 
 def test_more_kinds_of_dropout_than_tapes_are_kept() -> None:
