@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.measure import SEED, alternate
 from deltaw.ops import cpu_thin, int8, steps
+from deltaw.ops.cpu_thin import Made
+from deltaw.ops.dora import row_norms_of
 from deltaw.ops.dropout import Mask
 from deltaw.ops.steps import Change, Plain
 
@@ -42,13 +45,19 @@ def works(rows: int, columns: int, out: int) -> dict[str, Work]:
     def forward(dropped: Mask | None) -> Work:
         return lambda sweep: sweep.shrink(x, A, dropped)
 
-    def backward(dropped: Mask | None, gain: bool = False) -> Work:
+    def backward(dropped: Mask | None, gain: bool = False, made: Made | None = None) -> Work:
         def work(sweep: Any) -> list[Tensor]:
-            u, own = sweep.shrink(g, B.t()), sweep.shrink(x, A, dropped)
-            found = [u, sweep.outer(own, g, 2.0, transposed=True), sweep.outer(u, x, 2.0, dropped)]
+            rows: Any = x
+            if made is not None:
+                rows = sweep.make(made) if isinstance(sweep, cpu_thin.Sweep) else again(made)
+            u, own = sweep.shrink(g, B.t()), sweep.shrink(rows, A, dropped)
+            found = [u, sweep.outer(own, g, 2.0, transposed=True), sweep.outer(u, rows, 2.0, dropped)]
             return [*found, sweep.dots(g, y, bias)] if gain else found
 
         return work
+
+    W, squares = torch.randn(out, columns), torch.rand(out)
+    normed = Made(x, scales, scales, gain=A[0].contiguous(), shift=A[1].contiguous())
 
     return {
         "h": forward(None),
@@ -56,10 +65,23 @@ def works(rows: int, columns: int, out: int) -> dict[str, Work]:
         "backward": backward(None),
         "backward, dropout": backward(mask),
         "backward, gain": backward(None, True),
+        "backward, x = gelu(z)": backward(None, made=Made(x, function="gelu")),
+        "backward, x = LayerNorm(z)": backward(None, made=normed),
+        "DoRA's norms": lambda _: row_norms_of(W, squares, A, B, 2.0),
         "into ∂x, dropout": lambda sweep: sweep.expand_(z, h, A, 1e-9, mask),
         "codes": lambda sweep: int8.quantize_rows(x),
         "8 bit into y": lambda sweep: steps.finish_(y, scales, None, bias, [Change(h, B.t(), 1e-9, None)]),
     }
+
+
+def again(x: Made) -> Tensor:
+    """x by torch's operations, as recompute.py makes it."""
+    if x.function is not None:
+        return functional.gelu(x.z)
+    assert x.mean is not None
+    assert x.rstd is not None
+    wide = torch.addcmul(-x.mean * x.rstd, x.z, x.rstd)
+    return torch.addcmul(x.shift, wide, x.gain, out=wide)  # type: ignore[arg-type]
 
 
 def main() -> None:
