@@ -204,14 +204,19 @@ class Sweep:
         rowscale: Tensor | None = None,
         gain: Tensor | None = None,
         shift: Tensor | None = None,
+        source: Tensor | None = None,
         first: bool = False,
     ) -> Tensor:
         """y ← rowscale ⊙ gain ⊙ y + shift + scale · drop(h Bt) in place, of y (T, n), h (T, r) and Bt (r, n).
 
-        rowscale: (T, 1), one for each row. gain, shift: (n,). first: y holds nothing yet, and nothing stands in its place.
+        rowscale: (T, 1), one for each row. gain, shift: (n,). source: what stands on the right in y's place, (T, n), where y
+        holds nothing yet. first: y holds nothing yet, and nothing stands there.
         """
         small = {"rowscale": self.at(rowscale), "gain": self.at(gain), "shift": self.at(shift), "out": y.data_ptr()}
         small |= {"rank": h.shape[1], "thin": self.at(h), "factor": self.at(Bt), "first": first}
+        if source is not None:
+            self.kept.append(source)
+            small |= {"other": source.data_ptr(), "other_stride": source.stride(0)}
         self.add(EXPAND, y, scale, mask, **small)
         return y
 

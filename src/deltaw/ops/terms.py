@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deltaw.ops.cpu_thin import Sweep, takes
 from deltaw.ops.dropout import Mask, draw_seed, rows_per_block
 from deltaw.ops.matmul import readable
+from deltaw.ops.select import is_narrow
 
 
 class Factors(Protocol):
@@ -130,15 +132,21 @@ def moved(terms: Sequence[Term | Factors]) -> bool:
 
 def merged_weight(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     """W' = (1 + Σ gain) W + Σ s B A over the merged terms, (out, in). With B = 0 and gain = 0 it is W to the bit."""
-    gain = total_gain(terms)
+    gain, added = total_gain(terms), [t for t in terms if t.merged]
+    if gain is not None and len(added) == 1:  # two passes over W, or one
+        t = added[0]
+        if takes(weight, factors=(gain, t.A, t.B)) and is_narrow(t.A.shape[0], shared=True):
+            sweep, merged = Sweep(), torch.empty_like(weight)
+            sweep.expand_(merged, t.B, t.A, t.scale, rowscale=1 + gain, source=weight)
+            sweep.run()
+            return merged
     merged = weight if gain is None else weight * (1 + gain).unsqueeze(1)
-    for t in terms:
-        if t.merged:
-            A, B = t.A.to(weight.dtype), t.B.to(weight.dtype)
-            if merged is weight:
-                merged = added_product(weight, B, A, t.scale)
-            else:
-                merged.addmm_(B, A, alpha=t.scale)
+    for t in added:
+        A, B = t.A.to(weight.dtype), t.B.to(weight.dtype)
+        if merged is weight:
+            merged = added_product(weight, B, A, t.scale)
+        else:
+            merged.addmm_(B, A, alpha=t.scale)
     return merged
 
 

@@ -2,7 +2,7 @@
 
        make        x = c f((z - m) a w) + b          (T, k) -> a tile of x, for what follows to read
        shrink      h = s drop(x) A^T                 (T, k), (r, k) -> (T, r)
-       expand      y <- a c y + b + s drop(h B^T)    (T, r), (r, n) -> (T, n)   in place, or written first (no a c y)
+       expand      y <- a c y + b + s drop(h B^T)    (T, r), (r, n) -> (T, n)   in place, or written first (no a c y, or z for y)
        outer       s u^T drop(x)                     (T, r), (T, k) -> (r, k), or the transpose
        dots        sum_t x (y - b)                   (T, k), (T, k) -> (k,)
        quantize    codes and scales of x * w         (T, k) -> (T, k), (T,)
@@ -129,7 +129,7 @@ typedef struct {
     const float *thin;   /* h or u (rows, rank); make: m (rows,) or NULL */
     const float *factor; /* A or B^T (rank, columns); squares: G (rank, rank); quantize: w (columns,) or NULL */
     const float *rowscale, *gain, *shift; /* a (rows,), c and b (columns,), or NULL */
-    const float *other;  /* dots: y (rows, columns); squares: b (rows, rank); make: w (rows, columns) or NULL */
+    const float *other;  /* dots: y (rows, columns); squares: b (rows, rank); make: w, expand: z in y's place, or NULL */
     int64_t other_stride;
     int64_t first;       /* expand: whether y is written first */
     int64_t function;    /* make: f */
@@ -186,7 +186,9 @@ INLINE void shrink(const Job *j, int64_t from, int64_t to) { BY_RANKS(shrink_row
 
 typedef struct {
     float *y, *y2;
-    float a, a2;   /* what they are multiplied with */
+    const float *z, *z2; /* what is read: themselves, or the rows in whose place they are written */
+    int64_t ahead;
+    float a, a2;   /* what that is multiplied with */
     int64_t m, m2; /* their places on the tape */
 } Pair;
 
@@ -204,11 +206,11 @@ INLINE void expand_columns(const Job *j, const Pair *p, const vector *h, const v
         vector b = take(j->shift + k, whole, n);
         v += b, v2 += b;
     }
-    if (whole) __builtin_prefetch(p->y + 4 * j->stride + k, 1), __builtin_prefetch(p->y2 + 4 * j->stride + k, 1);
+    if (whole) __builtin_prefetch(p->z + p->ahead + k, 1), __builtin_prefetch(p->z2 + p->ahead + k, 1);
     if (later || !j->first) {
         vector c = j->gain && !later ? take(j->gain + k, whole, n) : all(1);
-        v += p->a * c * take(p->y + k, whole, n);
-        v2 += p->a2 * c * take(p->y2 + k, whole, n);
+        v += p->a * c * take(p->z + k, whole, n);
+        v2 += p->a2 * c * take(p->z2 + k, whole, n);
     }
     put(p->y2 + k, v2, whole, n); /* if both are one row, the same twice */
     put(p->y + k, v, whole, n);
@@ -220,7 +222,8 @@ INLINE void expand_strip(const Job *j, int64_t from, int64_t to, int64_t k0, int
     for (int64_t t = from; t < to; t += 2) {
         int64_t t2 = least(t + 1, to - 1), k = k0;
         float *y = j->out + t * j->stride, *y2 = j->out + t2 * j->stride;
-        Pair p = {y, y2, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
+        Pair p = {y, y2, y, y2, 4 * j->stride, 1, 1, place(&j->mask, t), place(&j->mask, t2)};
+        if (j->other && !later) p.z = j->other + t * j->other_stride, p.z2 = j->other + t2 * j->other_stride, p.ahead = 4 * j->other_stride;
         if (j->rowscale && !later) p.a = j->rowscale[t], p.a2 = j->rowscale[t2];
         vector h[RANKS], h2[RANKS];
         UNROLL for (int i = 0; i < R; i++) {

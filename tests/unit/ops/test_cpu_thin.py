@@ -21,6 +21,7 @@ from deltaw.ops.dropout import Mask, bit_tape, tape
 from deltaw.ops.recompute import Recipe
 from deltaw.ops.select import is_narrow
 from deltaw.ops.steps import Change, Plain, finish_
+from deltaw.ops.terms import Term, merged_weight
 
 pytestmark = pytest.mark.skipif(
     isinstance(cpu_thin.library(), str), reason=f"no compiled operations here: {cpu_thin.library()}"
@@ -72,6 +73,7 @@ def test_every_operation_against_float64(rows: int, columns: int, rank: int, p: 
     built = sweep.outer(product, x, 1.0)  # on what the same sweep makes
     dots, plain_dots = sweep.dots(x, y, b), sweep.dots(x, y)
     full = sweep.expand_(y.clone(), h, A, 1.5, mask, rowscale=scales, gain=gain, shift=b)
+    beside = sweep.expand_(torch.empty_like(y), h, A, 1.5, mask, rowscale=scales, gain=gain, shift=b, source=y)
     added, first = (
         sweep.expand_(y.clone(), h, A, 1.5, mask),
         sweep.expand_(torch.empty_like(y), h, A, 1.5, mask, shift=b, first=True),
@@ -89,6 +91,7 @@ def test_every_operation_against_float64(rows: int, columns: int, rank: int, p: 
     close(plain_dots, (X * Y).sum(0), rows)
     close(added, Y + change, int(4 * rank * spread**2))
     close(first, b.double() + change, int(4 * rank * spread**2))
+    assert torch.equal(beside, full)
     close(full, scales.double() * gain.double() * Y + b.double() + change, int(8 * rank * spread**2))
 
 
@@ -354,6 +357,16 @@ def test_an_input_that_was_not_kept_is_never_whole_again(
             found.append(torch.autograd.grad(sum(y.square().sum() for y in wide), inputs))
     for ours, exact in zip(*found, strict=True):
         assert (ours - exact).norm() <= 3e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 17])
+@pytest.mark.parametrize("shape", [(5, 3), (130, 77), (77, 640)])
+def test_the_merged_weight_under_a_gain(shape: tuple[int, int], rank: int, threads: int) -> None:
+    W, A, B, gain = numbers(*shape), numbers(rank, shape[1]), numbers(shape[0], rank), numbers(shape[0])
+    term = Term(A, B, gain, None, 0.5, 0.0, False, True)
+    close(merged_weight(W, [term]), (1 + gain.double())[:, None] * W + 0.5 * B.double() @ A.double(), 4 * rank)
+    fresh = term._replace(B=torch.zeros_like(B), gain=torch.zeros_like(gain))
+    assert torch.equal(merged_weight(W, [fresh]), W)
 
 
 def test_more_kinds_of_dropout_than_tapes_are_kept() -> None:
