@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from benchmarks.measure import SEED, alternate
 from deltaw.ops import cpu_thin, int8, steps
-from deltaw.ops.cpu_thin import Made
 from deltaw.ops.dora import row_norms_of
 from deltaw.ops.dropout import Mask
+from deltaw.ops.recompute import recipe_of
 from deltaw.ops.steps import Change, Plain
 
 RANK = 8
@@ -45,43 +45,35 @@ def works(rows: int, columns: int, out: int) -> dict[str, Work]:
     def forward(dropped: Mask | None) -> Work:
         return lambda sweep: sweep.shrink(x, A, dropped)
 
-    def backward(dropped: Mask | None, gain: bool = False, made: Made | None = None) -> Work:
+    def backward(dropped: Mask | None, gain: bool = False, producer: Callable[[Tensor], Tensor] | None = None) -> Work:
+        found = None if producer is None else recipe_of(producer(x.clone().requires_grad_()))
+
         def work(sweep: Any) -> list[Tensor]:
             rows: Any = x
-            if made is not None:
-                rows = sweep.make(made) if isinstance(sweep, cpu_thin.Sweep) else again(made)
+            if found is not None:
+                recipe, kept = found
+                compiled = isinstance(sweep, cpu_thin.Sweep)
+                rows = sweep.make(recipe.describe(*kept)) if compiled else recipe.make(*kept)
             u, own = sweep.shrink(g, B.t()), sweep.shrink(rows, A, dropped)
-            found = [u, sweep.outer(own, g, 2.0, transposed=True), sweep.outer(u, rows, 2.0, dropped)]
-            return [*found, sweep.dots(g, y, bias)] if gain else found
+            products = [u, sweep.outer(own, g, 2.0, transposed=True), sweep.outer(u, rows, 2.0, dropped)]
+            return [*products, sweep.dots(g, y, bias)] if gain else products
 
         return work
 
     W, squares = torch.randn(out, columns), torch.rand(out)
-    normed = Made(x, scales, scales, gain=A[0].contiguous(), shift=A[1].contiguous())
-
     return {
         "h": forward(None),
         "h, dropout": forward(mask),
         "backward": backward(None),
         "backward, dropout": backward(mask),
         "backward, gain": backward(None, True),
-        "backward, x = gelu(z)": backward(None, made=Made(x, function="gelu")),
-        "backward, x = LayerNorm(z)": backward(None, made=normed),
+        "backward, x = gelu(z)": backward(None, producer=functional.gelu),
+        "backward, x = LayerNorm(z)": backward(None, producer=lambda z: functional.layer_norm(z, z.shape[1:], A[0], A[1])),
         "DoRA's norms": lambda _: row_norms_of(W, squares, A, B, 2.0),
         "into ∂x, dropout": lambda sweep: sweep.expand_(z, h, A, 1e-9, mask),
         "codes": lambda sweep: int8.quantize_rows(x),
         "8 bit into y": lambda sweep: steps.finish_(y, scales, None, bias, [Change(h, B.t(), 1e-9, None)]),
     }
-
-
-def again(x: Made) -> Tensor:
-    """x by torch's operations, as recompute.py makes it."""
-    if x.function is not None:
-        return functional.gelu(x.z)
-    assert x.mean is not None
-    assert x.rstd is not None
-    wide = torch.addcmul(-x.mean * x.rstd, x.z, x.rstd)
-    return torch.addcmul(x.shift, wide, x.gain, out=wide)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -90,7 +82,7 @@ def main() -> None:
         raise SystemExit(f"no compiled operations here: {compiled}")
     torch.manual_seed(SEED)
     cold = torch.zeros(1 << 25)
-    names = list(works(2, 2, 2))
+    names = list(works(*SHAPES[0]))
     print(f"| rows, in, out | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for shape in SHAPES:
         cells = []
@@ -99,7 +91,8 @@ def main() -> None:
             def run(kind: type, there: object, work: Work = work) -> None:
                 cpu_thin.library = lambda: there  # type: ignore[assignment]
                 sweep = kind()
-                work(sweep)
+                with torch.no_grad():
+                    work(sweep)
                 sweep.run()
 
             contenders: dict[str, Callable[[], object]] = {}

@@ -296,7 +296,7 @@ class AdaptedLinear(torch.autograd.Function):
         added = [(u, t) for u, t in zip(projected, terms, strict=True) if u is not None and not t.merged]
         first = laid = None  # one adapter's share of ∂x, onto which the base's is added
         if needs_x and added and weight is not None and adds_in_place(g, weight):
-            first = added.pop(0)
+            first = added.pop(0)  # torch's own operations lay it when x has been let go
             laid = first_input_gradient(sweep, *first) if isinstance(sweep, Sweep) else None
         sweep.run()
         dgain = None
