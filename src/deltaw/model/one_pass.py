@@ -25,8 +25,8 @@ Group = tuple[Active, list[int]]
 def changed_by(host: Host, names: Iterable[str]) -> frozenset[str]:
     """Those of the adapters `names` that change what a call of `host` computes: its own, those of a tied layer, those of
     hosts inside."""
-    inside = [h for h in state.layers_of(host).values() if isinstance(h, Host)]
-    return frozenset(n for n in names if any(n in h.adapters._modules or n in h.adapters.tied for h in inside))
+    inside = [h.adapters for h in state.layers_of(host).values() if isinstance(h, Host)]
+    return frozenset(n for n in names if any(n in adapters._modules or n in adapters.tied for adapters in inside))
 
 
 def sorted_groups(groups: Sequence[Group]) -> tuple[list[Group], list[int]]:
@@ -70,37 +70,35 @@ class OnePass(ByRow):
         self.multiples = multiples
         self.follows = follows
         self.names = frozenset(name for active, _ in groups for name, _ in active)
-        self.known: dict[frozenset[str], dict[Active, list[int]]] = {}
+        self.known: dict[tuple[frozenset[str], int], list[Group]] = {}
 
-    def groups_at(self, host: Host) -> dict[Active, list[int]]:
-        """The rows by the adapters that change this very host."""
-        names = changed_by(host, self.names)
-        found = self.known.get(names)
-        if found is None:
-            found = self.known[names] = {}
+    def groups_at(self, host: Host) -> list[Group]:
+        """The entries of this very host's call by the adapters that change it."""
+        names, multiple = changed_by(host, self.names), self.multiples.get(id(host), 1)
+        if (names, multiple) not in self.known:
+            found: dict[Active, list[int]] = {}
             for active, rows in self.groups:
                 here = tuple((name, weight) for name, weight in active if name in names)
                 found[here] = sorted([*found.get(here, ()), *rows])
-        return found
+            self.known[names, multiple] = [(active, trees.unfold(rows, multiple)) for active, rows in found.items()]
+        return self.known[names, multiple]
 
     def call(self, host: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         groups = self.groups_at(host)
         if len(groups) == 1:
-            with host.roster.using(next(iter(groups))):
+            with host.roster.using(groups[0][0]):
                 return forward(host, *args, **kwargs)
-        multiple = self.multiples.get(id(host), 1)
-        follows = self.checked(host, args, kwargs, multiple)
-        entries = [trees.unfold(group, multiple) for group in groups.values()]
+        follows = self.checked(host, args, kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            whole = self.at_once(host, args[0], list(zip(groups, entries)))
+            whole = self.at_once(host, args[0], groups)
             if whole is not None:
                 return whole
         outputs = []
-        for active, some in zip(groups, entries):
+        for active, some in groups:
             some_args, some_kwargs = trees.taken((args, kwargs), dict.fromkeys(follows, 0), some)
             with host.roster.using(active):
                 outputs.append(forward(host, *some_args, **some_kwargs))
-        return trees.together(outputs, functools.partial(self.join, host, entries))
+        return trees.together(outputs, functools.partial(self.join, host, [some for _, some in groups]))
 
     def at_once(self, host: Host, x: Tensor, groups: Sequence[Group]) -> Tensor | None:
         """One operation for all groups, on the rows sorted by group, if the layer has one."""
@@ -113,7 +111,7 @@ class OnePass(ByRow):
         y = host.grouped_call(trees.take(x, order), spans)
         return None if y is None else trees.place([y], [order])
 
-    def checked(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], multiple: int) -> set[str]:
+    def checked(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
         """The names of the arguments that follow the rows."""
         given = list(trees.leaves((args, kwargs)))
         tensors = [(n, t) for n, t in given if isinstance(t, Tensor)]
@@ -121,7 +119,7 @@ class OnePass(ByRow):
         if strange is not None:  # a cache: what one group writes (Mamba's mixer does), the next one would read
             reason = f"is given a {type(strange).__name__}, whose rows cannot be taken apart"
             self.refuse(host, reason, "leave it out (use_cache=False)")
-        entries = self.count * multiple
+        entries = self.count * self.multiples.get(id(host), 1)
         seen = None if self.follows is None else self.follows.get(id(host))
         if self.follows is not None and (seen is None or len(seen) != len(tensors)):
             raise Unproven(self.path(host), "was called otherwise than in the probe")

@@ -21,15 +21,19 @@ import ctypes
 import functools
 import importlib.util
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaw.ops.dropout import TAPE, Mask, bit_tape
 from deltaw.ops.matmul import PLAIN, readable
+
+if TYPE_CHECKING:
+    from deltaw.ops.terms import Term
 
 GRAIN = 1 << 15
 """Numbers that are worth a second thread."""
@@ -40,13 +44,19 @@ FUNCTIONS = {None: 0, "gelu": 1, "gelu tanh": 2, "silu": 3}
 Address, Count, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+class Part(ctypes.Structure):
+    """`Segment` of thin.c."""
+
+    _fields_ = (("stop", Count), ("A", Address), ("B", Address), ("scale", Float))
+
+
 class Job(ctypes.Structure):
     """One operation, as in thin.c; what is not named is zero, or absent."""
 
     _fields_ = (
         ("op", Count), ("columns", Count), ("rank", Count),
         ("tape", Address), ("seed", ctypes.c_uint32), ("places", ctypes.c_uint32), ("height", Count), ("width", Count),
-        ("scale", Float), ("wide", Address), ("stride", Count), ("thin", Address), ("factor", Address),
+        ("scale", Float), ("wide", Address), ("stride", Count), ("thin", Address), ("factor", Address), ("standing", Count), ("segments", Address),
         ("rowscale", Address), ("gain", Address), ("shift", Address), ("other", Address), ("other_stride", Count),
         ("first", Count), ("function", Count), ("head", Count), ("head_stride", Count),
         ("sample", Count), ("sample_stride", Count),
@@ -60,7 +70,7 @@ class Jobs(ctypes.Structure):
     _fields_ = (
         ("parallel", Address), ("thread", Address), ("team", Address),
         ("threads", Count), ("rows", Count), ("count", Count), ("jobs", ctypes.POINTER(Job)),
-        ("tile", Count), ("made", Count), ("each", Count), ("own", Address),
+        ("tile", Count), ("made", Count), ("sums", Count), ("each", Count), ("own", Address),
     )  # fmt: skip
 
 
@@ -81,9 +91,13 @@ def library() -> tuple[Any, tuple[int, int, int]] | str:
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         team = [torch_cpu.GOMP_parallel, torch_cpu.omp_get_thread_num, torch_cpu.omp_get_num_threads]
-        sweep = ctypes.CDLL(found.origin).sweep
+        compiled = ctypes.CDLL(found.origin)
+        sweep, source = compiled.sweep, Count.in_dll(compiled, "source").value
     except (OSError, AttributeError) as error:
         return f"it cannot be loaded: {error}"
+    written = Path(__file__).with_name("thin.c")
+    if written.exists() and zlib.crc32(written.read_bytes()) != source:
+        return "it was compiled from another version of thin.c: install deltaw again (pip install -e .)"
     sweep.argtypes, sweep.restype = [ctypes.POINTER(Jobs)], ctypes.c_int
     parallel, thread, size = (ctypes.cast(function, Address).value or 0 for function in team)
     return sweep, (parallel, thread, size)
@@ -108,6 +122,26 @@ class Made(NamedTuple):
     gain: Tensor | None = None
     shift: Tensor | None = None
     function: str | None = None
+
+
+class Segments:
+    """The adapters of a batch, segment by segment: who the rows up to `stop` have, or None.
+
+    parts: (stop, adapter) in turn, one adapter at least, all of one rank. The last of the stops is T.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Term | None]]) -> None:
+        self.held: list[Tensor] = []
+        rows = []
+        for stop, t in parts:
+            if t is None:
+                rows.append(Part(stop, 0, 0, 0.0))
+                continue
+            A, B = t.A.contiguous(), t.B.contiguous()
+            rows.append(Part(stop, A.data_ptr(), B.data_ptr(), t.scale))
+            self.held += [A, B]
+        self.rank = self.held[0].shape[0]
+        self.array = (Part * len(rows))(*rows)
 
 
 class Tiles(NamedTuple):
@@ -143,8 +177,8 @@ class Sweep:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.rows = self.columns = 0
-        self.kept: list[Tensor] = []
-        """Tensors whose memory the jobs name."""
+        self.kept: list[Any] = []
+        """What owns the memory that the jobs name."""
 
     def add(self, op: int, x: Tensor | Tiles, scale: float, mask: Mask | None, **fields: int) -> None:
         """One more job over the rows of x (T, k)."""
@@ -168,6 +202,14 @@ class Sweep:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
+    def factor(self, F: Tensor | Segments) -> dict[str, int]:
+        """The fields of a job for A or Bᵀ, (r, k), of all rows or of each segment's."""
+        self.kept.append(F)
+        if isinstance(F, Segments):
+            return {"rank": F.rank, "segments": ctypes.addressof(F.array)}
+        standing = F.stride() == (1, F.shape[0]) and not F.is_contiguous()  # Bᵀ, where B lies without gaps
+        return {"rank": F.shape[0], "factor": F.data_ptr() if standing else self.at(F), "standing": standing}
+
     def make(self, x: Made) -> Tiles:
         """x, for the operations that follow; one in a sweep."""
         z, mean, rstd, by, gain, shift, function = x
@@ -186,18 +228,18 @@ class Sweep:
         self.kept += [z] if by is None else [z, by]
         return tiles
 
-    def shrink(self, x: Tensor | Tiles, A: Tensor, mask: Mask | None = None) -> Tensor:
-        """h = drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k)."""
-        rank = A.shape[0]
-        h = A.new_empty(x.shape[0], rank)
-        self.add(SHRINK, x, 1.0, mask, rank=rank, factor=self.at(A), out=self.at(h))
+    def shrink(self, x: Tensor | Tiles, A: Tensor | Segments, mask: Mask | None = None) -> Tensor:
+        """h = drop(x) Aᵀ, (T, r), of x (T, k) and A (r, k). By segments without dropout; rows that have none hold nothing."""
+        factor = self.factor(A)
+        h = torch.empty(x.shape[0], factor["rank"], dtype=torch.float32, device="cpu")
+        self.add(SHRINK, x, 1.0, mask, out=self.at(h), **factor)
         return h
 
     def expand_(
         self,
         y: Tensor,
         h: Tensor,
-        Bt: Tensor,
+        Bt: Tensor | Segments,
         scale: float,
         mask: Mask | None = None,
         *,
@@ -210,10 +252,11 @@ class Sweep:
         """y ← rowscale ⊙ gain ⊙ y + shift + scale · drop(h Bt) in place, of y (T, n), h (T, r) and Bt (r, n).
 
         rowscale: (T, 1), one for each row. gain, shift: (n,). source: what stands on the right in y's place, (T, n), where y
-        holds nothing yet. first: y holds nothing yet, and nothing stands there.
+        holds nothing yet. first: y holds nothing yet, and nothing stands there. By segments nothing is dropped, and each has
+        a scale of its own.
         """
         small = {"rowscale": self.at(rowscale), "gain": self.at(gain), "shift": self.at(shift), "out": y.data_ptr()}
-        small |= {"rank": h.shape[1], "thin": self.at(h), "factor": self.at(Bt), "first": first}
+        small |= {"thin": self.at(h), "first": first, "standing": isinstance(Bt, Segments)} | self.factor(Bt)
         if source is not None:
             self.kept.append(source)
             small |= {"other": source.data_ptr(), "other_stride": source.stride(0)}

@@ -8,10 +8,11 @@ for each segment (as in linear.py) would cut that product into pieces, which cos
 without adapters cost nothing more. No row is ever multiplied with another row's adapter, not even by zero, so an adapter
 full of NaN changes its own rows only.
 
-Without gradients (decoding: many segments of a row or two) the same steps run outside of the autograd function, and a
-plain term, one without dropout whose factors have y's dtype, is two calls (`is_plain`): steps.py's bookkeeping would cost
-as much as the thin products do. Short segments of equal length are put side by side where their factors are small (`runs`,
-`add_stacked_`): two batched products instead of two calls for each of them,
+Without gradients one compiled sweep makes the changes of all segments where it can (`is_swept`, cpu_thin.py), each row's with
+its own factors, before the base's product, which is added to them. Elsewhere the same steps as with gradients run outside of
+the autograd function, and a plain term, one without dropout whose factors have y's dtype, is two calls (`is_plain`):
+steps.py's bookkeeping would cost as much as the thin products do. Short segments of equal length are put side by side where
+their factors are small (`runs`, `add_stacked_`): two batched products instead of two calls for each of them,
 
     h[i] = A[i] x[i]ᵀ,  y[i] += s[i] (B[i] h[i])ᵀ,    A (n, r, in), B (n, out, r), x (n, tokens, in), y (n, tokens, out).
 
@@ -31,11 +32,12 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import ConfigError
+from deltaw.ops.cpu_thin import Segments, Sweep, takes
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.leaves import as_views
 from deltaw.ops.linear import as_autocast, plain
 from deltaw.ops.matmul import linear, thin, transformed
-from deltaw.ops.select import is_stacked
+from deltaw.ops.select import is_narrow, is_stacked
 from deltaw.ops.steps import (
     backward_factors,
     base_values,
@@ -43,6 +45,7 @@ from deltaw.ops.steps import (
     finish_,
     first_product,
     input_gradient,
+    is_laid_first,
     project,
     sweep_over,
 )
@@ -242,6 +245,9 @@ def grouped_values(
 ) -> tuple[Tensor, list[Tensor]]:
     """y (rows, ..., out) and, to `keep` for backward, h = in(x) Aᵀ of every term in turn; `segments` count tokens."""
     rows, products = flat(x), list[Tensor]()
+    if not keep and is_swept(rows, bias, segments):
+        y = swept_values(x, weight, bias, segments, frozen)
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
     if weight is None:
         assert frozen is not None
         y, scales = by_rows(frozen, x)
@@ -268,6 +274,49 @@ def grouped_values(
             if keep:
                 products.append(h)
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
+
+
+def is_swept(rows: Tensor, bias: Tensor | None, segments: Sequence[Part]) -> bool:
+    """Whether one compiled sweep makes the changes of all segments: each has one adapter, all of one small rank."""
+    if len(segments) < 2 or any(len(terms) != 1 or terms[0].gain is not None for *_, terms in segments):
+        return False
+    terms = [only for *_, (only,) in segments]
+    rank = terms[0].A.shape[0]
+    if any(t.A.shape[0] != rank or t.seed is not None for t in terms) or not is_narrow(rank, shared=True):
+        return False
+    return takes(rows, factors=[bias, *(z for t in terms for z in (t.A, t.B))])
+
+
+def swept_values(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Sequence[Part], frozen: FrozenProduct | None
+) -> Tensor:
+    """y (T, out): all segments' changes in one sweep, before the base's product where that can be added to them."""
+    rows, terms = flat(x), [only for *_, (only,) in segments]
+    parts: list[tuple[int, Term | None]] = []
+    done = 0
+    for (start, stop, _), t in zip(segments, terms):
+        if start > done:
+            parts.append((start, None))
+        parts.append((stop, t))
+        done = stop
+    if done < rows.shape[0]:
+        parts.append((rows.shape[0], None))
+    bare = len(parts) > len(terms)  # rows without an adapter: to the bit those of the base alone
+    own, sweep = Segments(parts), Sweep()
+    h = sweep.shrink(rows, own)
+    laid = weight is not None and (bias is not None or not bare) and is_laid_first(x, weight, bias, terms)
+    if weight is None:
+        assert frozen is not None
+        y, scales = by_rows(frozen, x)
+        sweep.expand_(y, h, own, 1.0, rowscale=scales, shift=bias)
+    elif laid:
+        y = rows.new_empty(rows.shape[0], weight.shape[0])
+        sweep.expand_(y, h, own, 1.0, shift=bias, first=True)
+    else:
+        y = flat(first_product(x, weight, bias, terms))
+        sweep.expand_(y, h, own, 1.0)
+    sweep.run()
+    return y.addmm_(rows, weight.t()) if laid and weight is not None else y
 
 
 def is_plain(t: Term, dtype: torch.dtype) -> bool:

@@ -370,6 +370,8 @@ def adapted_values(
 
 def as_autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The arguments in the dtype that `F.linear` would run in under the autocast that is in force, if any."""
+    if not torch._C._is_any_autocast_enabled():
+        return x, weight, bias
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weight, bias

@@ -11,8 +11,9 @@
    All of it is 32 bit, rows without gaps. These operations cost what they read and write, so a *sweep* runs a list of them
    over the same rows, tile by tile: what one has read or written is still in the cache for the next, which may build on
    it (h of a tile, then outer(h, g) of that tile). torch's operations go through memory once each, and for drop(x) once
-   more. x itself need not be in memory: where it was not kept (recompute.py) each tile of it is made from what was. A row of
-   h, y or the codes depends on no other row; sums over rows depend on the number of threads.
+   more. x itself need not be in memory: where it was not kept (recompute.py) each tile of it is made from what was. Segments
+   of rows may have factors of their own (a batch with many adapters). A row of h, y or the codes depends on no other row; sums
+   over rows depend on the number of threads.
 
    The file is compiled once for each width that vectors have (setup.py) and called from cpu_thin.py. */
 
@@ -20,6 +21,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifndef SOURCE
+#define SOURCE 0
+#endif
+const int64_t source = SOURCE; /* this file's CRC-32, by which cpu_thin.py knows its own */
 
 #if defined(__AVX512F__)
 #define V 16
@@ -70,6 +76,7 @@ INLINE vector kept(vector x, const uint8_t *tape, int64_t place) {
 /* ---- vectors ---- */
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE vector load(const float *p) { return *(const vector *)p; }
 INLINE void store(float *p, vector v) { *(vector *)p = v; }
 INLINE vector all(float s) { return (vector){0} + s; }
@@ -120,6 +127,13 @@ INLINE void put(float *p, vector v, const int whole, int64_t n) {
 enum { SHRINK, EXPAND, OUTER, DOTS, QUANTIZE, MAKE, SQUARES };
 enum { ITSELF, GELU, GELU_TANH, SILU };
 
+/* Rows of a batch with many adapters, up to `stop`, and the adapter that they have. */
+typedef struct {
+    int64_t stop;
+    const float *A, *B; /* (rank, columns) and (columns, rank); NULL: none, their h is not written and y gets no product */
+    float scale;        /* in expand */
+} Segment;
+
 typedef struct {
     int64_t op, columns, rank;
     Mask mask;
@@ -128,6 +142,8 @@ typedef struct {
     int64_t stride;      /* of x's rows, or of y's */
     const float *thin;   /* h or u (rows, rank); make: m (rows,) or NULL */
     const float *factor; /* A or B^T (rank, columns); squares: G (rank, rank); quantize: w (columns,) or NULL */
+    int64_t standing;    /* whether A or B^T lies in memory as (columns, rank) */
+    const Segment *segments; /* up to the last row, whose factors stand in the place of these; or NULL */
     const float *rowscale, *gain, *shift; /* a (rows,), c and b (columns,), or NULL */
     const float *other;  /* dots: y (rows, columns); squares: b (rows, rank); make: w, expand: z in y's place, or NULL */
     int64_t other_stride;
@@ -403,51 +419,77 @@ typedef struct {
     int64_t threads, rows, count;
     Job *jobs;
     int64_t tile;       /* its rows */
-    int64_t made, each; /* numbers of a thread's own memory: for its tile of x, and in all, with its sums */
+    int64_t made, sums, each; /* numbers of a thread's own memory: its tile of x, its sums, and in all, with turned factors */
     float *own;
 } Sweep;
 
 INLINE int64_t sums_of(const Job *j) { return j->op == OUTER ? j->rank * j->columns : j->op == DOTS ? j->columns : 0; }
+INLINE int64_t turned_of(const Job *j) { return j->standing ? j->rank * j->columns : 0; }
+
+static void turn(const float *restrict standing, float *restrict lying, int64_t rank, int64_t columns) {
+    for (int64_t i = 0; i < rank; i++)
+        for (int64_t k = 0; k < columns; k++) lying[i * columns + k] = standing[k * rank + i];
+}
+
+/* shrink or expand on the rows from..to, each segment's with its own factor. One that stands is turned where the thread, whose
+   rows begin with `begin`, comes to it. */
+static void by_segment(Job j, int64_t from, int64_t to, int64_t rows, int64_t begin, float *turned) {
+    const Segment all = {rows, j.factor, j.factor, j.scale}, *s = j.segments ? j.segments : &all;
+    const int64_t rank = j.rank;
+    for (int64_t start = 0; start < to; start = s++->stop) {
+        int64_t first = most(from, start), last = least(to, s->stop);
+        if (first >= last) continue;
+        j.factor = j.op == SHRINK ? s->A : s->B;
+        j.rank = j.factor ? rank : 0;
+        if (j.op == EXPAND) j.scale = s->scale;
+        if (j.standing && j.factor) {
+            if (first == most(begin, start)) turn(j.factor, turned, rank, j.columns);
+            j.factor = turned;
+        }
+        if (j.op == SHRINK) shrink(&j, first, last);
+        else expand(&j, first, last);
+    }
+}
 
 static void share(void *data) {
     const Sweep *s = data;
     int64_t me = s->threads > 1 ? s->thread() : 0, team = s->threads > 1 ? s->team() : 1;
     int64_t each = ((s->rows + team - 1) / team + 1) & ~(int64_t)1; /* even: a row has the same neighbour in any team */
-    int64_t stop = least((me + 1) * each, s->rows);
-    for (int64_t from = me * each; from < stop; from += s->tile) {
+    int64_t begin = me * each, stop = least(begin + each, s->rows);
+    for (int64_t from = begin; from < stop; from += s->tile) {
         int64_t to = least(from + s->tile, stop);
-        float *x = s->own + me * s->each, *sum = x + s->made;
+        float *x = s->own + me * s->each, *sum = x + s->made, *turned = sum + s->sums;
         for (int64_t i = 0; i < s->count; i++) {
             Job j = s->jobs[i];
             if (!j.wide) j.wide = x - from * j.columns, j.stride = j.columns;
             switch (j.op) {
             case MAKE: make(&j, from, to, x); break;
-            case SHRINK: shrink(&j, from, to); break;
-            case EXPAND: expand(&j, from, to); break;
+            case SHRINK: case EXPAND: by_segment(j, from, to, s->rows, begin, turned); break;
             case OUTER: outer(&j, from, to, sum); break;
             case DOTS: dots(&j, from, to, sum); break;
             case QUANTIZE: quantize(&j, from, to); break;
             case SQUARES: squares(&j, from, to); break;
             }
-            sum += sums_of(&j);
+            sum += sums_of(&j), turned += turned_of(&j);
         }
     }
 }
 
 /* 0, or 1 if there is no memory. */
 int sweep(Sweep *s) {
-    int64_t columns = 1, sums = 0, made = 0;
+    int64_t columns = 1, turned = 0;
+    s->sums = s->made = 0;
     for (int64_t i = 0; i < s->count; i++) {
         columns += s->jobs[i].columns;
-        sums += sums_of(s->jobs + i);
-        if (s->jobs[i].op == MAKE) made = s->jobs[i].columns;
+        s->sums += sums_of(s->jobs + i), turned += turned_of(s->jobs + i);
+        if (s->jobs[i].op == MAKE) s->made = s->jobs[i].columns;
     }
     s->tile = (least(TILE / columns, 256) + 16) & ~(int64_t)1;
-    s->made = s->tile * made;
-    s->each = (s->made + sums + 16) & ~(int64_t)15; /* whole lines of the cache */
+    s->made *= s->tile;
+    s->each = (s->made + s->sums + turned + 16) & ~(int64_t)15; /* whole lines of the cache */
     s->own = aligned_alloc(64, 4 * s->threads * s->each);
     if (!s->own) return 1;
-    for (int64_t i = 0; i < s->threads; i++) memset(s->own + i * s->each + s->made, 0, 4 * sums);
+    for (int64_t i = 0; i < s->threads; i++) memset(s->own + i * s->each + s->made, 0, 4 * s->sums);
     if (s->threads > 1) s->parallel(share, s, (unsigned)s->threads, 0);
     else share(s);
     const float *own = s->own + s->made;

@@ -77,9 +77,9 @@ class LoRA(Variant):
     def scale(self) -> float:
         """The factor in front of B A."""
         alpha = 2.0 * self.rank if self.alpha is None else float(self.alpha)
-        return {"alpha/rank": alpha / self.rank, "alpha/sqrt(rank)": alpha / math.sqrt(self.rank), "alpha": alpha}[
-            self.scaling
-        ]
+        if self.scaling == "alpha":
+            return alpha
+        return alpha / (self.rank if self.scaling == "alpha/rank" else math.sqrt(self.rank))
 
     @property
     def rewrites_base(self) -> bool:
@@ -197,8 +197,8 @@ class LoRADelta(Delta, Waiting):
         self.A0, self.B0 = self.A.detach().clone(), -self.B.detach()
 
     def check_begun(self) -> None:
-        """Refuse training with a start that waits for data."""
-        if self.waiting and self.training and torch.is_grad_enabled():
+        """Refuse training with a start that waits for data. Called while it waits."""
+        if self.training and torch.is_grad_enabled():
             if bool(self.B.any()):  # a checkpoint was put back
                 self.waiting = False
                 return
@@ -216,10 +216,12 @@ class LoRADelta(Delta, Waiting):
 
     def pairs(self, present: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of every term, under rank dropout in training. present: 1 or 0, what `presence` drew for this call."""
-        self.check_begun()
+        if self.waiting:
+            self.check_begun()
         found: list[tuple[Tensor, Tensor]] = [(self.A, self.B)]
-        if self.A0 is not None and self.B0 is not None:
-            found.append((self.A0, self.B0))
+        A0, B0 = self._buffers["A0"], self._buffers["B0"]
+        if A0 is not None and B0 is not None:
+            found.append((A0, B0))
         v = self.variant
         if self.training and v.rank_dropout:
             keep = keep_ranks(v.rank, v.rank_dropout, self.B)

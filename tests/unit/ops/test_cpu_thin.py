@@ -170,6 +170,36 @@ def test_rows_with_gaps_between_them_and_factors_in_any_order(threads: int) -> N
     torch.testing.assert_close(y, x + 0.5 * h @ A.t(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 8, 17])
+@pytest.mark.parametrize("stops", [[300], [1, 299, 300], [7, 7, 130, 200, 300]])
+def test_segments_with_factors_of_their_own(stops: list[int], rank: int, threads: int) -> None:
+    x, y, b, scales = numbers(300, 70), numbers(300, 45), numbers(45), numbers(300, 1)
+    terms = [
+        Term(numbers(rank, 70, seed=i), numbers(45, rank, seed=i), None, None, 0.5 + i, 0.0, False, False)
+        for i in range(len(stops))
+    ]
+    own = cpu_thin.Segments([(stop, None if i == 1 else t) for i, (stop, t) in enumerate(zip(stops, terms))])
+    sweep = Sweep()
+    h = sweep.shrink(x, own)
+    added = sweep.expand_(y.clone(), h, own, 1.0)
+    first = sweep.expand_(torch.empty_like(y), h, own, 1.0, shift=b, first=True)
+    scaled = sweep.expand_(y.clone(), h, own, 1.0, rowscale=scales, shift=b)
+    sweep.run()
+    for i, (start, stop) in enumerate(zip([0, *stops], stops)):
+        A, B, part = terms[i].A.double(), terms[i].B.double(), slice(start, stop)
+        change = (x[part].double() @ A.t() @ B.t() * terms[i].scale) * (i != 1)
+        for found, before in ((added, y), (first, b.expand_as(y)), (scaled, scales * y + b)):
+            torch.testing.assert_close(found[part].double(), before[part].double() + change, rtol=1e-5, atol=1e-3)
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    crc32 = cpu_thin.zlib.crc32
+    monkeypatch.setattr(cpu_thin.zlib, "crc32", lambda text: crc32(text) + 1)
+    why = cpu_thin.library.__wrapped__()
+    assert isinstance(why, str)
+    assert "install deltaw again" in why
+
+
 def test_what_is_left_to_torch() -> None:
     x = numbers(6, 8)
     assert takes(x, factors=(x, None))

@@ -9,6 +9,8 @@ from deltaw.core.variant import LowRank
 from deltaw.errors import ConfigError
 from deltaw.ops import adapted_linear, grouped
 from deltaw.ops.grouped import Segment, grouped_linear, grouped_linear_reference
+from deltaw.ops.select import is_narrow
+from deltaw.ops.terms import in_force
 from tests.unit.ops.test_linear import Doubled
 
 
@@ -161,7 +163,12 @@ def test_short_segments_of_equal_length_share_their_products(
     assert stacked == ([] if lead == (2, 300) else [3, 2])  # 600 tokens a row are no short segment
 
 
-def test_stacked_factors_full_of_nan_or_infinity_change_their_own_rows_only() -> None:
+@pytest.mark.parametrize("swept", [False, True])
+def test_factors_full_of_nan_or_infinity_change_their_own_rows_only(
+    swept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not swept:
+        monkeypatch.setattr(grouped, "is_swept", lambda *_: False)
     x = torch.randn(6, 2, 5)
     weight = torch.randn(4, 5)
     healthy = [LowRank(torch.randn(2, 5), torch.randn(4, 2), 1.0) for _ in range(6)]
@@ -175,3 +182,96 @@ def test_stacked_factors_full_of_nan_or_infinity_change_their_own_rows_only() ->
         )
     assert not y[[2, 4]].isfinite().any()
     assert torch.equal(y[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
+
+
+compiled = pytest.mark.skipif(not is_narrow(8), reason="thin products without dropout are left to torch here")
+
+
+def swept_batch(
+    rows: int, each: int, rank: int, out: int = 29, columns: int = 45
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Segment]]:
+    """Four adapters of one rank in segments of unequal length; rows without any before, between and after them."""
+    torch.manual_seed(rows * each + rank)
+    x, weight, bias = torch.randn(rows, each, columns), torch.randn(out, columns), torch.randn(out)
+    adapters = [LowRank(torch.randn(rank, columns), torch.randn(out, rank), i - 1.5) for i in range(4)]
+    spans = [(1, 2), (2, 5), (6, 7), (7, rows - 1)]
+    return x, weight, bias, [Segment(*span, (a,)) for span, a in zip(spans, adapters)]
+
+
+@compiled
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [1, 3, 8, 11, 16])
+@pytest.mark.parametrize(("rows", "each"), [(12, 1), (12, 37), (41, 13)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_sweep_for_all_segments(
+    rows: int, each: int, rank: int, bias: bool, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, b, segments = swept_batch(rows, each, rank)
+    if turned:  # in another order in memory
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        segments = [
+            s._replace(
+                adapters=[a._replace(A=a.A.t().contiguous().t(), B=a.B.t().contiguous().t()) for a in s.adapters]
+            )
+            for s in segments
+        ]
+    swept: list[int] = []
+    values = grouped.swept_values
+    monkeypatch.setattr(grouped, "swept_values", lambda *a: (swept.append(1), values(*a))[1])
+    with torch.no_grad():
+        y = grouped_linear(x, weight, b if bias else None, segments, training=False)
+        wide = [
+            Segment(s.start, s.stop, [a._replace(A=a.A.double(), B=a.B.double()) for a in s.adapters]) for s in segments
+        ]
+        exact = grouped_linear_reference(
+            x.double(), weight.double(), b.double() if bias else None, wide, training=False
+        )
+        base = torch.nn.functional.linear(x, weight, b if bias else None)
+        bare = [0, 5, rows - 1]
+    assert swept == [1]
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=2e-4)
+    assert torch.equal(y[bare], base[bare])
+
+
+@compiled
+def test_a_row_of_a_sweep_does_not_depend_on_who_else_is_there() -> None:
+    x, weight, bias, segments = swept_batch(40, 3, 8)
+    with torch.no_grad():
+        y = grouped_linear(x, weight, bias, segments, training=False)
+        others = [
+            s if i == 1 else s._replace(adapters=[a._replace(A=-a.A) for a in s.adapters])
+            for i, s in enumerate(segments)
+        ]
+        again = grouped_linear(x, weight, bias, others, training=False)
+    assert torch.equal(y[2:5], again[2:5])
+    assert not torch.equal(y[6:], again[6:])
+
+
+@compiled
+def test_a_sweep_over_a_frozen_form() -> None:
+    x, weight, bias, segments = swept_batch(20, 40, 8, 64, 48)
+    found = []
+    for frozen in (Doubled(weight / 2), None):
+        with torch.no_grad():
+            found.append(grouped_linear(x, None if frozen else weight, bias, segments, training=False, frozen=frozen))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+
+
+@compiled
+def test_what_is_not_swept() -> None:
+    x, _, bias, segments = swept_batch(12, 2, 4)
+    rows, parts = (
+        x.flatten(0, 1),
+        [(s.start * 2, s.stop * 2, [in_force(a, False, False, x.device) for a in s.adapters]) for s in segments],
+    )
+    assert grouped.is_swept(rows, bias, parts)
+    assert not grouped.is_swept(rows.double(), bias.double(), parts)
+    assert not grouped.is_swept(rows, bias, parts[:1]), "a single adapter is linear.py's"
+    for other in (
+        adapter(3),
+        adapter(17),
+        LowRank(torch.randn(4, 45), torch.randn(29, 4), 1.0, torch.randn(29)),
+    ):
+        term = in_force(other, False, False, x.device)
+        assert not grouped.is_swept(rows, bias, [*parts[:3], (14, 22, [term])])
+    assert not grouped.is_swept(rows, bias, [*parts[:3], (14, 22, parts[3][2] * 2)]), "two adapters in a row"
