@@ -35,7 +35,7 @@ from deltaw.errors import ConfigError
 from deltaw.ops.cpu_thin import Segments, Sweep, takes
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.leaves import as_views
-from deltaw.ops.linear import as_autocast, plain
+from deltaw.ops.linear import as_autocast, plain, unviewed
 from deltaw.ops.matmul import linear, thin, transformed
 from deltaw.ops.select import is_narrow, is_stacked
 from deltaw.ops.steps import (
@@ -246,8 +246,7 @@ def grouped_values(
     """y (rows, ..., out) and, to `keep` for backward, h = in(x) Aᵀ of every term in turn; `segments` count tokens."""
     rows, products = flat(x), list[Tensor]()
     if not keep and is_swept(rows, bias, segments):
-        y = swept_values(x, weight, bias, segments, frozen)
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
+        return unviewed(swept_values(x, weight, bias, segments, frozen), x), products
     if weight is None:
         assert frozen is not None
         y, scales = by_rows(frozen, x)
@@ -273,7 +272,7 @@ def grouped_values(
             finish_(part, None, None, None, [change(h, t)])
             if keep:
                 products.append(h)
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), products
+    return unviewed(y, x), products
 
 
 def is_swept(rows: Tensor, bias: Tensor | None, segments: Sequence[Part]) -> bool:

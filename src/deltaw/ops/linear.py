@@ -342,6 +342,8 @@ def adapted_values(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y, and h (T, r) of each term that was added, or that backward needs since it does not read x (not `keep`)."""
+    if weight is not None and keep and all(t.merged for t in terms):  # all that there is to do
+        return unviewed(flat(first_product(x, merged_weight(weight, terms), bias, terms)), x), [None] * len(terms)
     gain, rows = None if merge else total_gain(terms), flat(x)
     used = merged_weight(weight, terms) if weight is not None and merge else weight
     wanted = [not t.merged or (not keep and t.B.requires_grad) for t in terms]
@@ -364,8 +366,13 @@ def adapted_values(
         if gain is not None and bias is not None:  # c z + b from z + b: exact where gain is 0
             shift = -gain * bias
     finish_(y, scales, gain, shift, [change(h, t) for h, t in added])
-    shape = [*x.shape[:-1], y.shape[1]]
-    return torch.ops.aten._unsafe_view.default(y, shape), products  # no view to autograd: `relu_(y)` is allowed
+    return unviewed(y, x), products
+
+
+def unviewed(y: Tensor, x: Tensor) -> Tensor:
+    """y (T, out) in the form of x (..., in), which autograd does not take for a view: `relu_(y)` is allowed."""
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
+    return shaped
 
 
 def as_autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

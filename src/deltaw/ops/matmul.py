@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 WORTH = 1 << 19
@@ -56,12 +58,12 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product: it can, and on this machine it is the faster one."""
     return (
         not torch.compiler.is_compiling()  # asked first: a comparison of symbolic sizes would be a guard
+        and mkl_is_slow()
         and x.shape[0] * weight.numel() >= WORTH
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and mkl_is_slow()
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._is_tracing()  # TorchScript cannot write the operation down
     )
@@ -77,7 +79,7 @@ def adds_in_place(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
-        and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and MKL
         and not mkl_is_slow()
     )
 
@@ -88,8 +90,8 @@ def transformed() -> bool:
         return False
     if torch._C._is_tracing():
         return True
-    stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-    return stack is not None or torch.autograd.forward_ad._current_level >= 0
+    stack = _functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    return stack is not None or forward_ad._current_level >= 0
 
 
 def readable() -> bool:
@@ -110,13 +112,14 @@ def library(tokens: int, rows_out: int, columns_in: int) -> str:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+MKL = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
 @functools.cache
 def mkl_is_slow() -> bool:
     """Whether torch multiplies by MKL on a processor with AVX-512 that is not Intel's, and oneDNN is there instead."""
     return (
-        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        MKL
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

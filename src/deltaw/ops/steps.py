@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.ops.cpu_thin import Made, Sweep, takes
+from deltaw.ops.cpu_thin import Made, Sweep, is_plain, takes
 from deltaw.ops.dropout import Mask
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin
@@ -74,6 +74,8 @@ class Plain:
 
 def sweep_over(terms: Sequence[Term], *rows: Tensor | Made | None) -> Sweep | Plain:
     """What runs the operations of these terms over all these rows, each (T, any)."""
+    if not terms:
+        return Plain()
     compiled = takes(*rows, factors=[z for t in terms for z in (t.A, t.B)]) and all(
         t.seed is not None or is_narrow(t.A.shape[0], shared=len(rows) > 1) for t in terms
     )
@@ -122,7 +124,7 @@ def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
 def first_change(sweep: Sweep | Plain, h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
     """s h Bᵀ + b, (T, out), written once, when `sweep` has run."""
     B = t.B.to(h.dtype).t()
-    if takes(factors=(bias,)) if isinstance(sweep, Sweep) else takes(h, factors=(B, bias)):
+    if (bias is None or is_plain(bias)) if isinstance(sweep, Sweep) else takes(h, factors=(B, bias)):
         return laid(sweep, h, B, t.scale, shift=bias)
     sweep.run()
     B = B * t.scale

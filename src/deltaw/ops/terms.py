@@ -152,7 +152,7 @@ def merged_weight(weight: Tensor, terms: Sequence[Term]) -> Tensor:
 
 def added_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
     """W + s B A, (out, in), in W's own memory order, so that the product with it is computed as the one with W."""
-    if weight.mT.is_contiguous() and not weight.is_contiguous():  # GPT-2's Conv1D stores Wᵀ
+    if not weight.is_contiguous() and weight.mT.is_contiguous():  # GPT-2's Conv1D stores Wᵀ
         return torch.addmm(weight.mT, A.mT, B.mT, alpha=scale).mT
     return torch.addmm(weight, B, A, alpha=scale)
 
