@@ -17,7 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: with the pinned version there, nothing later asks for another build of it
-$(STAMP): pyproject.toml setup.py src/deltaw/ops/thin.c constraints.txt | $(BIN)/python
+$(STAMP): pyproject.toml setup.py $(wildcard src/deltaw/ops/*.c) constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	touch $@

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.registry import init
+from deltaw.ops.uniform import uniform_
 
 
 @init("kaiming")
@@ -15,7 +16,7 @@ def kaiming(A: Tensor, B: Tensor) -> None:
     """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), what loralib and PEFT use)."""
     inputs = max(1, A.shape[-1])
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(inputs))  # rounded as nn.init.kaiming_uniform_ does
-    A.detach().uniform_(-bound, bound)
+    uniform_(A.detach(), -bound, bound)
     B.detach().zero_()
 
 

@@ -18,19 +18,15 @@ DELTAW_COMPILED=0 the plain twin of a sweep runs, steps.Plain.
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import os
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaw.ops.compiled import addressable, library
 from deltaw.ops.dropout import TAPE, Mask, bit_tape
-from deltaw.ops.matmul import PLAIN, readable
+from deltaw.ops.matmul import readable
 
 if TYPE_CHECKING:
     from deltaw.ops.terms import Term
@@ -72,40 +68,6 @@ class Jobs(ctypes.Structure):
         ("threads", Count), ("rows", Count), ("count", Count), ("jobs", ctypes.POINTER(Job)),
         ("tile", Count), ("made", Count), ("sums", Count), ("each", Count), ("own", Address),
     )  # fmt: skip
-
-
-LEVELS = {"AVX512": "avx512", "AVX2": "avx2"}
-
-
-@functools.cache
-def library() -> tuple[Any, tuple[int, int, int]] | str:
-    """The compiled `sweep`, and the addresses of OpenMP's `parallel`, thread number and team size; or why there are none."""
-    if os.environ.get("DELTAW_COMPILED") == "0":
-        return "DELTAW_COMPILED is 0"
-    level = LEVELS.get(torch.backends.cpu.get_cpu_capability())
-    if level is None:
-        return "this processor has neither AVX2 nor AVX-512"
-    found = importlib.util.find_spec(f"deltaw.ops.thin_{level}")
-    if found is None or found.origin is None:
-        return "deltaw was installed without a C compiler, or not on Linux (x86-64)"
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        team = [torch_cpu.GOMP_parallel, torch_cpu.omp_get_thread_num, torch_cpu.omp_get_num_threads]
-        compiled = ctypes.CDLL(found.origin)
-        sweep, source = compiled.sweep, Count.in_dll(compiled, "source").value
-    except (OSError, AttributeError) as error:
-        return f"it cannot be loaded: {error}"
-    written = Path(__file__).with_name("thin.c")
-    if written.exists() and zlib.crc32(written.read_bytes()) != source:
-        return "it was compiled from another version of thin.c: install deltaw again (pip install -e .)"
-    sweep.argtypes, sweep.restype = [ctypes.POINTER(Jobs)], ctypes.c_int
-    parallel, thread, size = (ctypes.cast(function, Address).value or 0 for function in team)
-    return sweep, (parallel, thread, size)
-
-
-def level() -> str:
-    """What sweeps run on here, in a word; bits depend on it."""
-    return "torch" if isinstance(library(), str) else LEVELS[torch.backends.cpu.get_cpu_capability()]
 
 
 class Made(NamedTuple):
@@ -161,14 +123,9 @@ def takes(*rows: Tensor | Made | None, factors: Sequence[Tensor | None] = ()) ->
             z, mean, rstd, by, gain, shift, _ = t
             if not takes(z, by, factors=(mean, rstd, gain, shift)):
                 return False
-        elif t is not None and (t.stride(-1) != 1 or not is_plain(t)):
+        elif t is not None and (t.stride(-1) != 1 or not addressable(t)):
             return False
-    return all(t is None or is_plain(t) for t in factors)
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether these are numbers of 32 bit that lie in memory as they are, one at least (empty or freed memory has no address)."""
-    return t.dtype == torch.float32 and type(t) in PLAIN and t.is_cpu and t.data_ptr() != 0 and not t.is_neg()
+    return all(t is None or addressable(t) for t in factors)
 
 
 class Sweep:
@@ -299,10 +256,10 @@ class Sweep:
             return
         compiled = library()
         assert not isinstance(compiled, str), compiled
-        sweep, team = compiled
         count = len(self.jobs)
         threads = torch.get_num_threads() if self.rows * self.columns > GRAIN else 1
-        if sweep(Jobs(*team, threads, self.rows, count, (Job * count)(*self.jobs))):
+        jobs = Jobs(*compiled.team, threads, self.rows, count, (Job * count)(*self.jobs))
+        if compiled.sweep(ctypes.byref(jobs)):
             raise MemoryError("no memory for the sums of a sweep")
         self.jobs.clear()
         self.kept.clear()

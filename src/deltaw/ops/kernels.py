@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from deltaw.ops.choices import Choices
+from deltaw.ops.compiled import library as compiled_library
 from deltaw.ops.composed import composed
-from deltaw.ops.cpu_thin import library as library_of_sweeps
 from deltaw.ops.int8 import Int8Weight, int8_available, int8_matmul, int8_matmul_grad, quantize_int8
 from deltaw.ops.linear import AdaptedLinear, Call
 from deltaw.ops.matmul import library, linear
@@ -90,7 +90,7 @@ def kernels(shape: Shape, choices: Choices) -> Kernels:
 
 def thin_products(rank: int) -> str:
     """Where an adapter's own products run, of fp32 on a CPU, and why."""
-    compiled = library_of_sweeps()
+    compiled = compiled_library()
     if isinstance(compiled, str):
         return f"torch's own: {compiled}"
     if is_narrow(rank):

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.ops.cpu_thin import Made, Sweep, is_plain, takes
+from deltaw.ops.compiled import addressable
+from deltaw.ops.cpu_thin import Made, Sweep, takes
 from deltaw.ops.dropout import Mask
 from deltaw.ops.gain import column_dots, scale_and_shift_
 from deltaw.ops.matmul import adds_in_place, by_onednn, joined, linear, thin
@@ -124,7 +125,7 @@ def is_laid_first(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequenc
 def first_change(sweep: Sweep | Plain, h: Tensor, t: Term, bias: Tensor | None) -> Tensor:
     """s h Bᵀ + b, (T, out), written once, when `sweep` has run."""
     B = t.B.to(h.dtype).t()
-    if (bias is None or is_plain(bias)) if isinstance(sweep, Sweep) else takes(h, factors=(B, bias)):
+    if (bias is None or addressable(bias)) if isinstance(sweep, Sweep) else takes(h, factors=(B, bias)):
         return laid(sweep, h, B, t.scale, shift=bias)
     sweep.run()
     B = B * t.scale

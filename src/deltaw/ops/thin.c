@@ -25,7 +25,7 @@
 #ifndef SOURCE
 #define SOURCE 0
 #endif
-const int64_t source = SOURCE; /* this file's CRC-32, by which cpu_thin.py knows its own */
+const int64_t source = SOURCE; /* the CRC-32 of the C files, by which compiled.py knows its own */
 
 #if defined(__AVX512F__)
 #define V 16

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from deltaw.errors import DataError
 from deltaw.io import tensor_file
-from deltaw.ops import cpu_thin
+from deltaw.ops import compiled
 
 MANIFEST = "MANIFEST.json"
 
@@ -133,7 +133,7 @@ def versions() -> dict[str, str]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "deltaw": version("deltaw"),
-        "sweeps": cpu_thin.level(),
+        "sweeps": compiled.level(),
     }
 
 

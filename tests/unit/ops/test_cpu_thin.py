@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import deltaw as dw
 from deltaw.core.variant import LowRank
-from deltaw.ops import adapted_linear, adapted_linear_reference, cpu_thin, int8, kernels
+from deltaw.ops import adapted_linear, adapted_linear_reference, compiled, cpu_thin, int8, kernels
 from deltaw.ops.choices import Choices
 from deltaw.ops.cpu_thin import Made, Sweep, takes
 from deltaw.ops.dropout import Mask, bit_tape, tape
@@ -24,7 +24,7 @@ from deltaw.ops.steps import Change, Plain, finish_
 from deltaw.ops.terms import Term, merged_weight
 
 pytestmark = pytest.mark.skipif(
-    isinstance(cpu_thin.library(), str), reason=f"no compiled operations here: {cpu_thin.library()}"
+    isinstance(compiled.library(), str), reason=f"no compiled operations here: {compiled.library()}"
 )
 
 SHAPES = [(1, 1), (1, 17), (2, 16), (3, 5), (7, 31), (41, 341), (130, 33), (9, 4231), (300, 640)]
@@ -193,9 +193,9 @@ def test_segments_with_factors_of_their_own(stops: list[int], rank: int, threads
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    crc32 = cpu_thin.zlib.crc32
-    monkeypatch.setattr(cpu_thin.zlib, "crc32", lambda text: crc32(text) + 1)
-    why = cpu_thin.library.__wrapped__()
+    crc32 = compiled.zlib.crc32
+    monkeypatch.setattr(compiled.zlib, "crc32", lambda text: crc32(text) + 1)
+    why = compiled.library.__wrapped__()
     assert isinstance(why, str)
     assert "install deltaw again" in why
 
@@ -255,8 +255,8 @@ def test_a_fresh_adapter_over_a_form_changes_no_bit() -> None:
 CHECK = """
 import torch
 from deltaw.core.variant import LowRank
-from deltaw.ops import adapted_linear, adapted_linear_reference, cpu_thin
-print(cpu_thin.library() if isinstance(cpu_thin.library(), str) else "compiled")
+from deltaw.ops import adapted_linear, adapted_linear_reference, compiled
+print(compiled.library() if isinstance(compiled.library(), str) else "compiled")
 torch.manual_seed(0)
 tensors = [torch.randn(s).requires_grad_() for s in ((400, 90), (70, 90), (70,), (6, 90), (70, 6))]
 found = []

@@ -1,0 +1,70 @@
+"""Random numbers drawn by the compiled function are torch's own, to the bit, and so is what is drawn next."""
+
+import math
+
+import pytest
+import torch
+
+from deltaw.ops import compiled, uniform
+
+here = pytest.mark.skipif(isinstance(compiled.library(), str), reason=f"nothing compiled here: {compiled.library()}")
+
+
+@here
+@pytest.mark.parametrize("drawn_before", [0, 1, 623, 624, 625, 3001])
+@pytest.mark.parametrize("shape", [(256,), (623,), (8, 78), (25, 25), (2, 8, 1024), (1249,), (100_001,)])
+def test_the_numbers_are_torchs(drawn_before: int, shape: tuple[int, ...]) -> None:
+    bound = 1 / math.sqrt(shape[-1])
+    found = []
+    for draw in (uniform.uniform_, torch.Tensor.uniform_):
+        torch.manual_seed(drawn_before)
+        torch.rand(drawn_before)
+        torch.randn(3)  # leaves one normal number over
+        drawn = draw(torch.empty(shape), -bound, 2 * bound)
+        found.append((drawn, torch.randn(3), torch.rand(700), torch.get_rng_state()))
+    for ours, torchs in zip(*found):
+        assert torch.equal(ours, torchs)
+    assert found[0][0].min() < -0.9 * bound
+    assert found[0][0].max() > 1.8 * bound
+
+
+@here
+def test_it_is_compiled_code_that_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert uniform.agrees()
+    calls = []
+    filled = uniform.filled
+    monkeypatch.setattr(uniform, "filled", lambda *given: calls.append(filled(*given)))
+    t = torch.empty(3, 600)
+    version = t._version
+    assert uniform.uniform_(t, 0.0, 1.0) is t
+    assert len(calls) == 1
+    assert t._version > version  # what was saved of it for a backward is known to be gone
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.empty(255),
+        torch.empty(0),
+        torch.empty(300, dtype=torch.float64),
+        torch.empty(300, dtype=torch.bfloat16),
+        torch.empty(30, 40).t(),
+        torch.empty(60, 40)[:, ::2],
+    ],
+    ids=["short", "empty", "float64", "bfloat16", "turned", "gaps"],
+)
+def test_what_is_left_to_torch(t: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniform, "filled", None)
+    torch.manual_seed(0)
+    ours = uniform.uniform_(t, -1.0, 1.0).clone()
+    torch.manual_seed(0)
+    assert torch.equal(ours, t.uniform_(-1.0, 1.0))
+
+
+def test_another_generator_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch whose generator keeps its state elsewhere gives other numbers: the comparison at the first use says so."""
+    moved = uniform.filled
+    monkeypatch.setattr(uniform, "filled", lambda t, low, high, g: moved(t, low, high, g).add_(1e-7))
+    assert not uniform.agrees.__wrapped__()
+    monkeypatch.setattr(uniform, "library", lambda: "not here")
+    assert not uniform.agrees.__wrapped__()
