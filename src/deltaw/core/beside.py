@@ -27,7 +27,7 @@ class FrozenLinear(nn.Linear):
 
 def beside(layer: nn.Module, told_by: Host) -> None:
     """Make a plain nn.Linear, or a FrozenLinear, one that is told by that host."""
-    object.__setattr__(layer, "told_by", told_by)  # no child of it
+    layer.__dict__["told_by"] = told_by  # no child of it
     object.__setattr__(layer, "__class__", FrozenLinear)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from deltaw.core.host import CHILD, FORMS, Host
+from deltaw.core.host import FORMS, Host
 from deltaw.core.twin import shell
 
 FACTS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "nelement", "element_size"}
@@ -147,7 +147,7 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
     if not reads:
         return found
     for first, child in module._modules.items():
-        for read in reads.get(first, ()) if first not in (CHILD, FORMS) else ():
+        for read in reads.get(first, ()):
             layer = child
             for name in read.path[1:]:
                 layer = None if layer is None else layer._modules.get(name)
@@ -158,7 +158,7 @@ def read_hosts(module: nn.Module) -> dict[tuple[str, ...], Host]:
 
 def is_read(layer: Host, read: Read) -> bool:
     """Whether `read` takes more from `layer` than a call gives: a weight, or a method that may use one."""
-    if read.site in layer.held_names():
+    if FORMS in layer._modules and read.site in layer.held_names():
         return True
     if not read.values or (not read.site and not never_called(layer)):
         return False

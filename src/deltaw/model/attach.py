@@ -132,15 +132,17 @@ def started(item: Planned, delta: Delta, host: Host) -> None:
 
 def check_finite(plan: list[Planned]) -> None:
     """Refuse weights that are NaN or infinite, if they are few enough to be read now."""
-    weights = [(item.key, item.stored) for item in plan]
-    weights = [(k, w) for k, w in weights if w.is_floating_point() and not w.is_meta and w.dtype.itemsize > 1]
-    if sum(weight.numel() for _, weight in weights) > CHECKED_AT_ONCE:
+    stored = [(item, item.stored) for item in plan]
+    weights = [(i, w) for i, w in stored if w.is_floating_point() and not w.is_meta and w.dtype.itemsize > 1]
+    if sum([weight.numel() for _, weight in weights]) > CHECKED_AT_ONCE:
         return
-    for key, weight in weights:
+    for item, weight in weights:
         total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
         if not math.isfinite(float(total)) and not bool(torch.isfinite(weight).all()):
             bad = int((~torch.isfinite(weight)).sum())
-            raise NonFinite(f"base weight {key!r} holds {bad} values that are NaN or infinite: reload the base model")
+            raise NonFinite(
+                f"base weight {item.key!r} holds {bad} values that are NaN or infinite: reload the base model"
+            )
 
 
 @changing

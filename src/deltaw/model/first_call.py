@@ -55,7 +55,7 @@ def watch(layout: Layout, roster: Roster, changed: Iterable[nn.Module]) -> None:
     """Look at the first call of the model for the layers `changed`."""
     remove(layout, roster)
     ids = {id(layer) for layer in changed}
-    roster.uncalled |= ids | {id(host) for _, host in layout.hosts() if ids & owners(host)}
+    roster.uncalled |= ids | {id(host) for _, host in layout.hosts() if host.adapters.tied and ids & owners(host)}
     layout.root.register_forward_hook(FirstCall(roster))
 
 

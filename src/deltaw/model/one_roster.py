@@ -121,8 +121,10 @@ def froze(layer: nn.Module) -> dict[str, Roster]:
 
 def note_frozen(layer: nn.Module, name: str, roster: Roster) -> None:
     """Note that a parameter required a gradient, for `thaw`."""
-    layer.__dict__.setdefault(FROZE, {}).setdefault(name, roster)
-    roster.touched.add(layer)
+    noted = layer.__dict__.setdefault(FROZE, {})
+    if roster not in noted.values():
+        roster.touched.add(layer)
+    noted.setdefault(name, roster)
 
 
 def thaw(layout: Layout, roster: Roster) -> None:

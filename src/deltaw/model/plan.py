@@ -76,7 +76,7 @@ def add(plan: Wanted, item: Planned) -> None:
         ConfigError: two different wishes for one parameter.
     """
     before = plan.setdefault((item.identity, item.site.removeprefix(parameter_of(item.site))), item)
-    if before.variant != item.variant:
+    if before is not item and before.variant != item.variant:
         one = (
             f"{item.key!r}"
             if before.key == item.key

@@ -100,8 +100,9 @@ def check_free(path: str, layer: nn.Module) -> None:
             f"{path!r} ({type(layer).__name__}) has a forward of its own on the instance, which would not come to the "
             "adapter: attach first, and wrap the model after that (as accelerator.prepare does)"
         )
-    own = {*layer.__dict__, *layer._modules, *layer._parameters, *layer._buffers}
-    for attribute in sorted(own & NEEDED | needed_in(type(layer))):  # type: ignore[arg-type]
+    places = (layer.__dict__, layer._modules, layer._parameters, layer._buffers, needed_in(type(layer)))  # type: ignore[arg-type]
+    if not all(map(NEEDED.isdisjoint, places)):
+        attribute = min(NEEDED.intersection(name for place in places for name in place))
         raise TargetError(
             f"{path!r} ({type(layer).__name__}) has an attribute {attribute!r} of its own, which deltaw needs: "
             "rename it, or leave the module out (exclude=)"

@@ -39,14 +39,16 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of `model` by path (all paths of a shared one), adapters and forms left out."""
     found: dict[str, nn.Module] = {}
 
-    def walk(path: str, module: nn.Module) -> None:
-        found[path] = module
-        if module._modules:
-            skip = (CHILD, FORMS) if isinstance(module, Host) else ()
-            for name, child in module._modules.items():
-                if child is not None and name not in skip:
-                    walk(f"{path}.{name}" if path else name, child)
+    def walk(start: str, module: nn.Module) -> None:
+        skip = (CHILD, FORMS) if isinstance(module, Host) else ()
+        for name, child in module._modules.items():
+            if child is not None and name not in skip:
+                path = start + name
+                found[path] = child
+                if child._modules:
+                    walk(f"{path}.", child)
 
+    found[""] = model
     walk("", model)
     return found
 
