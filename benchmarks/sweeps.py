@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from benchmarks.measure import SEED, alternate
 from deltaw.ops import cpu_thin, int8, steps
+from deltaw.ops.compiled import library
 from deltaw.ops.dora import row_norms_of
 from deltaw.ops.dropout import Mask
 from deltaw.ops.recompute import recipe_of
@@ -77,7 +78,7 @@ def works(rows: int, columns: int, out: int) -> dict[str, Work]:
 
 
 def main() -> None:
-    compiled = cpu_thin.library()
+    compiled = library()
     if isinstance(compiled, str):
         raise SystemExit(f"no compiled operations here: {compiled}")
     torch.manual_seed(SEED)
