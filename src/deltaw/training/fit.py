@@ -29,6 +29,7 @@ from deltaw.ops.compact import compact
 from deltaw.training import checkpoint, trained
 from deltaw.training.beginning import Beginning, check_same
 from deltaw.training.config import RunConfig
+from deltaw.training.flat_state import lay_flat
 from deltaw.training.loader import ROWS, Epoch, micro_batches
 from deltaw.training.order import batches
 from deltaw.training.prefix import Prefix
@@ -97,6 +98,7 @@ class Fit:
         self.frozen_body = frozen_body
         self.began: Beginning | None = None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        lay_flat(self.optimizer)
         self.state = State(micro=config.batch_size)
         self.best: dict[str, Tensor] = {}
         world = accelerator.num_processes
@@ -135,6 +137,7 @@ class Fit:
         self.state = State(**state)
         trained.restore(self.bare, found.tensors["trained"])
         trained.unpack_optimizer(self.optimizer, found.tensors["optimizer"], plain)
+        lay_flat(self.optimizer)
         if scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
         trained.set_random_state(found.tensors[self._random_name()])
