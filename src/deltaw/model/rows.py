@@ -17,7 +17,6 @@ by layer. Both are the model's own distribution; neither has the very bits of th
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,13 +33,11 @@ from deltaw.model import probe, state, targeting, trees
 from deltaw.model.activate import Choice, chosen_in
 from deltaw.model.entry import AtEntry, entered, entrance, is_compiled
 from deltaw.model.one_pass import Group, OnePass, Unproven, changed_by, sorted_groups
+from deltaw.model.row_arguments import Dims, argument, form_of, row_dims, usual_dim
+from deltaw.model.row_outputs import Joined
 from deltaw.model.shared import shared
 
 How = Literal["auto", "one pass", "split"]
-Dims = int | Mapping[str | int, int | None] | None
-
-NEVER_ROWS = ("cache_position",)
-"""Arguments of transformers models that have a length, never rows, in their only dimension."""
 
 
 @contextmanager
@@ -142,7 +139,7 @@ class Rows(AtEntry):
     def run(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model."""
         where: Mapping[str, int]
-        where, doubtful = self.row_dims(plain, args, kwargs)
+        where, doubtful = row_dims(self.dims, self.count, plain, args, kwargs)
         self.named = {}
         if len(self.groups) <= 1:
             self.strategy = "one adapter"
@@ -190,63 +187,10 @@ class Rows(AtEntry):
             some_args, some_kwargs = trees.taken((args, kwargs), where, group)
             with self.speak(active):
                 outputs.append(plain(*some_args, **some_kwargs))
-        return trees.together(outputs, functools.partial(self.join, found))
-
-    def join(self, found: probe.Found | None, name: str, pieces: Sequence[Any]) -> Any:
-        """One output of the model from those of the groups."""
-        first = pieces[0]
-        label = f"output {name!r}" if name else "the output"
-        if not isinstance(first, Tensor):
-            if any(type(p) is not type(first) or p != first for p in pieces):
-                raise ModelError(
-                    f"dw.rows: {label}, a {type(first).__name__}, differs between the groups of the batch and is no tensor, so "
-                    "it cannot be put together: leave it out (use_cache=False), or vouch for the layers with how='one pass'"
-                )
-            return first
-        sizes = [len(group) for _, group in self.groups]
-        if first.ndim == 0 or (found is not None and found.outputs.get(name, 0) is None):
-            return self.join_shared(label, pieces, sizes)
-        dim = found.outputs.get(name) if found is not None else None
-        if dim is None:
-            dim = self.guessed_dim(label, pieces, sizes)
-        multiple = first.shape[dim] // sizes[0]
-        if any(p.shape[dim] != multiple * size for p, size in zip(pieces, sizes)):
-            raise ModelError(
-                f"dw.rows: {label} has shapes {[tuple(p.shape) for p in pieces]} for groups of {sizes} rows: "
-                "they cannot be put together"
-            )
-        return trees.place(pieces, [trees.unfold(group, multiple) for _, group in self.groups], dim)
-
-    def join_shared(self, label: str, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """An output that does not count rows: a number for the batch, or a tensor that all rows share."""
-        if all(torch.equal(p, pieces[0]) for p in pieces[1:]):
-            return pieces[0]
-        if self.scalars == "mean" and pieces[0].is_floating_point():
-            return sum((p * (size / self.count) for p, size in zip(pieces, sizes)), torch.zeros_like(pieces[0]))
-        raise ModelError(
-            f"dw.rows: {label}, {tuple(pieces[0].shape)}, speaks for the whole batch, and the batch ran in {len(sizes)} "
-            "groups of adapters: compute it from the rows' outputs outside of the model, or, if it is a mean over rows, "
-            "pass scalars='mean'"
-        )
-
-    def guessed_dim(self, label: str, pieces: Sequence[Tensor], sizes: Sequence[int]) -> int:
-        """The dimension of an output that counts the rows, from its shapes alone."""
         usual = self.dims if isinstance(self.dims, int) else 0
-        fits = [
-            d
-            for d in range(pieces[0].ndim)
-            if all(p.shape[d] * sizes[0] == pieces[0].shape[d] * s for p, s in zip(pieces, sizes))
-            and pieces[0].shape[d] % sizes[0] == 0
-            and pieces[0].shape[d] > 0
-        ]
-        exact = [d for d in fits if pieces[0].shape[d] == sizes[0]]
-        for options in ([usual] if usual in exact else [], exact, [usual] if usual in fits else []):
-            if len(options) == 1:
-                return options[0]
-        raise ModelError(
-            f"dw.rows: {label} has shapes {[tuple(p.shape) for p in pieces]} for groups of {sizes} rows: "
-            "which dimension counts the rows cannot be told"
-        )
+        known = {} if found is None else found.outputs
+        joined = Joined([group for _, group in self.groups], known, usual, self.scalars)
+        return trees.together(outputs, joined.output)
 
     # ---- one call in all
 
@@ -368,67 +312,6 @@ class Rows(AtEntry):
                 stacklevel=2,
             )
 
-    # ---- which rows an argument has
-
-    def row_dims(
-        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, int], dict[str, str]]:
-        """Dotted name (in the tree `(args, kwargs)`) -> dimension that counts the rows, of the arguments that have rows; and
-        name -> argument of those of which only their size says so."""
-        try:
-            parameters = list(inspect.signature(plain).parameters)
-        except (TypeError, ValueError):
-            parameters = []
-        where: dict[str, int] = {}
-        doubtful: dict[str, str] = {}
-        shapes: list[str] = []
-        for name, leaf in trees.leaves((args, kwargs)):
-            if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-                continue
-            side, _, rest = name.partition(".")
-            top = rest.partition(".")[0]
-            position = int(top) if side == "0" else None
-            called = top if position is None else parameters[position] if position < len(parameters) else top
-            shapes.append(f"{called} {tuple(leaf.shape)}")
-            dim, declared = self.declared_dim(called, position)
-            if dim is None:
-                continue
-            if -leaf.ndim <= dim < leaf.ndim and leaf.shape[dim] == self.count:
-                where[name] = dim % leaf.ndim
-                if not declared:
-                    doubtful[name] = called
-            elif declared:
-                raise ModelError(
-                    f"dw.rows: argument {called} has shape {tuple(leaf.shape)}; its dimension {dim} is declared to be the "
-                    f"rows, of which there are {self.count}"
-                )
-        if not where:
-            raise ModelError(
-                f"dw.rows names {self.count} rows, but no argument has so many: {', '.join(shapes) or 'no tensors'}; "
-                "give one name for each row, or say which dimension is the rows: dims=1, or dims={'x': 1, 'mask': None}"
-            )
-        return where, doubtful
-
-    def declared_dim(self, name: str, position: int | None) -> tuple[int | None, bool]:
-        """(dimension, whether it was declared for this very argument)."""
-        if isinstance(self.dims, Mapping):
-            for key in (name, position):
-                if key is not None and key in self.dims:
-                    return self.dims[key], True
-            return (None if name in NEVER_ROWS else 0), False
-        return (None if name in NEVER_ROWS else self.dims), False
-
-
-def usual_dim(model: nn.Module) -> int:
-    """The dimension of the rows in the inputs of torch.nn's own sequence modules, 0 for all other models."""
-    seen: Any = model
-    if isinstance(model, (nn.TransformerEncoder, nn.TransformerDecoder)):
-        seen = model.layers[0]
-    if isinstance(seen, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        seen = seen.self_attn
-    own = isinstance(seen, (nn.RNNBase, nn.Transformer, nn.MultiheadAttention))
-    return 1 if own and not seen.batch_first else 0
-
 
 def multiples_by_host(layout: state.Layout, multiples: Mapping[str, int]) -> dict[int, int]:
     """{pattern: multiple} -> {id of a host inside of the modules that the pattern names: multiple}."""
@@ -440,17 +323,3 @@ def multiples_by_host(layout: state.Layout, multiples: Mapping[str, int]) -> dic
         for path in targeting.matching(layout.root, pattern, known) if pattern else [""]:
             found |= {id(m): multiple for m in known[path].modules() if isinstance(m, Host)}
     return found
-
-
-def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What two calls have in common that ask the same of the model: everything but the tensors' sizes and values."""
-    return tuple(
-        (name, leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
-        for name, leaf in trees.leaves((args, kwargs))
-    )
-
-
-def argument(name: str) -> str:
-    """How a leaf of `(args, kwargs)` is called in messages."""
-    side, _, rest = name.partition(".")
-    return f"positional argument {rest}" if side == "0" else f"argument {rest!r}"
