@@ -158,7 +158,19 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def rosters(model: nn.Module) -> list[Roster]:
     """The rosters that the hosts of `model` follow: one, unless parts were adapted on their own. Switching asks no more."""
-    return list({id(m.roster): m.roster for _, m in own_modules(unwrap(model)) if isinstance(m, Host)}.values())
+    found: dict[int, Roster] = {}
+    seen: set[int] = set()
+    waiting = [unwrap(model)]
+    while waiting:
+        module = waiting.pop()
+        inside = module._modules
+        if isinstance(module, Host):
+            found[id(module.roster)] = module.roster
+            inside = {name: m for name, m in inside.items() if name not in (CHILD, FORMS)}
+        if inside and id(module) not in seen:
+            seen.add(id(module))
+            waiting += [inner for inner in reversed(inside.values()) if inner is not None]
+    return list(found.values())
 
 
 def unsharded(model: nn.Module, verb: str) -> None:
