@@ -5,7 +5,7 @@
 
        s[i] <- s[i + 397] ^ twist(high bit of s[i], low bits of s[i + 1])          (places modulo 624)
 
-   A drawn word is tempered (its bits are mixed by shifts); its low 24 bits k give low + (high - low) k / 2^24.
+   A drawn word is tempered (its bits are mixed by shifts); its low 24 bits k give low + (high - low) k / 2^24, rounded once.
    torch does all that word by word. No place depends on one that is less than 227 before it, so here it is done in vectors.
 
    Called from uniform.py, which compares with torch's own numbers first. */
@@ -47,7 +47,7 @@ void uniform(Generator *g, float *restrict out, int64_t count, float low, float 
         }
         int64_t take = left - 1 < count ? left - 1 : count;
         for (int64_t i = 0; i < take; i++)
-            out[i] = (float)(int32_t)(tempered(s[next + i]) & 0xffffffu) * 0x1p-24f * (high - low) + low;
+            out[i] = __builtin_fmaf((float)(int32_t)(tempered(s[next + i]) & 0xffffffu) * 0x1p-24f, high - low, low);
         out += take, count -= take, left -= take, next += take;
     }
     for (int i = 0; i < N; i++) g->state[i] = s[i];

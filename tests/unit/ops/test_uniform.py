@@ -61,10 +61,19 @@ def test_what_is_left_to_torch(t: torch.Tensor, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(ours, t.uniform_(-1.0, 1.0))
 
 
-def test_another_generator_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch whose generator keeps its state elsewhere gives other numbers: the comparison at the first use says so."""
-    moved = uniform.filled
-    monkeypatch.setattr(uniform, "filled", lambda t, low, high, g: moved(t, low, high, g).add_(1e-7))
+@here
+def test_a_torch_that_draws_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose generator keeps its state elsewhere, or that rounds at other places: the comparison at the first use says so."""
+    drawn = uniform.filled
+
+    def rounded_twice(t: torch.Tensor, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+        span = torch.tensor(high) - torch.tensor(low)
+        return drawn(t, 0.0, 1.0, generator).mul_(span).add_(torch.tensor(low))
+
+    assert uniform.agrees.__wrapped__()
+    monkeypatch.setattr(uniform, "filled", rounded_twice)
+    assert not uniform.agrees.__wrapped__()
+    monkeypatch.setattr(uniform, "filled", lambda t, low, high, g: (drawn(t, low, high, g), g.manual_seed(1))[0])
     assert not uniform.agrees.__wrapped__()
     monkeypatch.setattr(uniform, "library", lambda: "not here")
     assert not uniform.agrees.__wrapped__()
