@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,17 @@ def frozen_prefix(
     try:
         prefix = search(model, task, answer, train_mode, file)
         found: dict[str, list[Row]] = {}
-        needed = sum(
-            prefix.row_bytes(n) for split, part in task.splits.items() for n in task.widths(split) or [0] * len(part)
-        )
+        needed = whole_bytes(prefix, task)
         file.reserve(needed)
         model.eval()
         seconds = 0.0
         for split in task.splits:
             started = time.perf_counter()
-            found[split] = _split(prefix, task, config, split)
+            lengths = task.lengths(split) if config.bucket else None
+            rows = recorded(
+                prefix, task, config, split, in_order(len(task.splits[split]), config.eval_batch_size, lengths)
+            )
+            found[split] = [rows[i] for i in range(len(rows))]
             if split == "train":
                 seconds = time.perf_counter() - started
     except (NotConstant, OSError) as error:
@@ -68,16 +70,29 @@ def frozen_prefix(
     return prefix, found, seconds
 
 
-def _split(prefix: Prefix, task: Task, config: RunConfig, split: str) -> list[Row]:
-    """One row per example of `split`."""
-    count, widths = len(task.splits[split]), task.widths(split)
-    size = config.eval_batch_size
-    order = in_order(count, size, task.lengths(split) if config.bucket else None)
-    rows: list[Row | None] = [None] * count
-    for indices, micros in zip(order, micro_batches(Epoch(task, split, config.seed, 0), order, size)):
+def recorded(
+    prefix: Prefix, task: Task, config: RunConfig, split: str, order: Sequence[Sequence[int]]
+) -> dict[int, Row]:
+    """The rows of those examples of `split` that are in the batches `order`."""
+    widths = task.widths(split)
+    rows: dict[int, Row] = {}
+    for indices, micros in zip(order, micro_batches(Epoch(task, split, config.seed, 0), order, config.eval_batch_size)):
         for batch, _ in micros:
             batch.pop(ROWS, None)
             own = prefix.record(batch, None if widths is None else [widths[i] for i in indices])
-            for index, row in zip(indices, own, strict=True):
-                rows[index] = row
-    return [row for row in rows if row is not None]
+            rows.update(zip(indices, own, strict=True))
+    return rows
+
+
+def whole_bytes(prefix: Prefix, task: Task) -> int:
+    """What the rows of all splits take in the file."""
+    return sum(
+        prefix.row_bytes(n) for split, part in task.splits.items() for n in task.widths(split) or [0] * len(part)
+    )
+
+
+def frozen_body(model: nn.Module, task: Task) -> nn.Module | None:
+    """The part of `model` below its head, if nothing in it is trained: it stays in evaluation mode while the rest trains."""
+    path = task.prefix(model)
+    body = None if path is None else model.get_submodule(path)
+    return None if body is None or any(p.requires_grad for p in body.parameters()) else body

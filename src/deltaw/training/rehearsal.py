@@ -1,18 +1,22 @@
 """--dry-run: what a run would train, need and take, and what its examples look like, without training or writing.
 
-Some batches of every kind are run: the largest, and others of all sizes. Memory is the larger of two: what a step and an
-evaluation batch hold at their peak, counted tensor by tensor; and, on a CPU, by how much this process grew, for an
-allocator keeps more than is in use, and libraries keep something of each shape they have met (oneDNN its compiled
-products), so that what the smaller batches added is counted up to all shapes of a run. The optimizer's state and the
-weights that are put aside as the best so far are added. Time is that of the batches, counted up.
+Some batches of every kind are run: the largest, and others of all sizes, over a frozen prefix where the run will have one
+(found and recorded as the run does it). Memory is the larger of two: what a step and an evaluation batch hold at their
+peak, counted tensor by tensor; and, on a CPU, by how much this process grew, for an allocator keeps more than is in use,
+and libraries keep something of each shape they have met (oneDNN its compiled products), so that what the smaller batches
+added is counted up to all shapes of a run. The optimizer's state and the weights that are put aside as the best so far are
+added. Time is that of the batches, counted up.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +30,10 @@ from deltaw.training.config import RunConfig
 from deltaw.training.memory import MIB
 from deltaw.training.methods import check_method, parameters, prepare, quantize_base
 from deltaw.training.order import batches, generator, in_order
+from deltaw.training.prefix import NotConstant
+from deltaw.training.prefix_file import PrefixFile
+from deltaw.training.prefix_run import frozen_body, recorded, whole_bytes
+from deltaw.training.prefix_search import search
 from deltaw.training.scoring import to_device
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task
@@ -41,7 +49,7 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     """Build everything, measure a step and an evaluation batch, and say what the run would be.
 
     Returns JSON values: notes, parameters, memory in bytes (peak_bytes: above the loaded model), steps, seconds of
-    training and of evaluation (without a recorded prefix, which makes them fewer), samples.
+    training (from a recorded prefix, if the run will have one) and of evaluation (without), samples.
     """
     check_method(config)
     task = make_task()
@@ -55,15 +63,13 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
     if prepared.trains:
         start_from_data(model, task, config, device, task.notes.append)
     count, size = len(task.splits["train"]), config.batch_size * config.accumulate
-    trained = _training(model, task, config, device) if prepared.trains else Sample(0, 0.0, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        trained = _training(model, task, config, device, Path(folder)) if prepared.trains else Sample(0, 0.0, 0, 0)
     scored = [split for split in ("validation", "test") if split in task.splits] or ["train"]
     evaluations = [_evaluation(model, task, config, device, split) for split in scored]
     samples, (evaluated, rounds) = [trained, *(sample for sample, _ in evaluations)], evaluations[0]
-    may_record = config.cache_prefix and not task.augments and not all(p.requires_grad for p in model.parameters())
-    if prepared.trains and may_record:  # a frozen prefix, in batches of evaluation
-        samples.append(_evaluation(model, task, config, device, "train", most=1)[0])
     found = summary(model)
-    grown = memory.peak_bytes() - loaded + sum(s.unseen for s in samples)
+    grown = max(memory.peak_bytes(), *(s.highest for s in samples)) - loaded + sum(s.unseen for s in samples)
     grown = int(MORE * grown) + found.optimizer_bytes if device.type == "cpu" else 0
     kept = found.gradient_bytes if prepared.trains and config.keep == "best" else 0
     steps = math.ceil(count / size) * config.epochs if prepared.trains else 0
@@ -92,35 +98,72 @@ def rehearse(make_task: Callable[[], Task], config: RunConfig) -> dict[str, Any]
 class Sample(NamedTuple):
     """What some batches of one kind took.
 
-    peak: bytes above the model that the largest one holds. seconds: of one of them. unseen: bytes by which the process
-    will grow over the shapes that were not among them.
+    peak: bytes above the model that the largest one holds. seconds: of one of them. highest: resident bytes of this process
+    so far. unseen: bytes by which it will grow over the shapes that were not among these batches.
     """
 
     peak: int
     seconds: float
+    highest: int
     unseen: int
 
 
-def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.device) -> Sample:
-    """Training steps, without the optimizer's."""
-    lengths = task.lengths("train") if config.bucket else None
+def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.device, folder: Path) -> Sample:
+    """Training steps, without the optimizer's; from a recorded prefix, if the run will have one."""
+    lengths, widths = task.lengths("train") if config.bucket else None, task.widths("train")
     order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
-    model.train()
+    tried = _tried(order, widths)
+    playing = _prefix(model, task, config, device, folder, sorted({i for some in tried for i in some}))
+    _train_mode(model, task)
 
     def step(some: list[int]) -> None:
-        _saving(model, config, _loss(model, task, config, some, device))().backward()  # type: ignore[no-untyped-call]
+        with playing(some):
+            _saving(model, config, _loss(model, task, config, some, device))().backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
-    heaviest, seconds, unseen = _worked(step, order, task.widths("train"))
-    peak = measured(model, _saving(model, config, _loss(model, task, config, heaviest, device)))
-    return Sample(training_peak(model, peak), seconds, unseen)
+    worked = _worked(step, tried, order, widths)
+    with playing(tried[0]):
+        peak = measured(model, _saving(model, config, _loss(model, task, config, tried[0], device)))
+    return Sample(training_peak(model, peak), *worked)
+
+
+def _train_mode(model: nn.Module, task: Task) -> None:
+    """As in a run: a body of which nothing is trained stays in evaluation mode."""
+    model.train()
+    body = frozen_body(model, task)
+    if body is not None:
+        body.eval()
+
+
+def _prefix(
+    model: nn.Module, task: Task, config: RunConfig, device: torch.device, folder: Path, some: list[int]
+) -> Callable[[list[int]], AbstractContextManager[None]]:
+    """The run's search for a frozen prefix, and its recording of `some` of the training examples: what plays these back."""
+    if not config.cache_prefix or task.augments or all(p.requires_grad for p in model.parameters()):
+        return lambda _: nullcontext()
+
+    def answer(batch: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
+            return task.loss(model, to_device(batch, device))
+
+    try:
+        file = PrefixFile(folder)
+        prefix = search(model, task, answer, lambda: _train_mode(model, task), file)
+        file.reserve(whole_bytes(prefix, task))
+        model.eval()
+        lengths = task.lengths("train") if config.bucket else None
+        order = in_order(len(some), config.eval_batch_size, None if lengths is None else [lengths[i] for i in some])
+        rows = recorded(prefix, task, config, "train", [[some[i] for i in batch] for batch in order])
+    except (NotConstant, OSError):
+        return lambda _: nullcontext()
+    return lambda chosen: prefix.playing([rows[i] for i in chosen])
 
 
 @torch.no_grad()
 def _evaluation(
-    model: nn.Module, task: Task, config: RunConfig, device: torch.device, split: str, most: int = BATCHES
+    model: nn.Module, task: Task, config: RunConfig, device: torch.device, split: str
 ) -> tuple[Sample, int]:
-    """Evaluation batches of a split, `most` of them, and how many there are."""
+    """Evaluation batches of a split, and how many there are. (A recorded prefix is recorded so, and then makes them fewer.)"""
     lengths = task.lengths(split) if config.bucket else None
     order = in_order(len(task.splits[split]), config.eval_batch_size, lengths)
     model.eval()
@@ -130,42 +173,51 @@ def _evaluation(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
             return task.loss(model, dict(batch))[0]
 
-    heaviest, seconds, unseen = _worked(evaluate, order, task.widths(split), most)
-    return Sample(training_peak(model, measured(model, lambda: evaluate(heaviest))), seconds, unseen), len(order)
+    tried = _tried(order, task.widths(split))
+    worked = _worked(evaluate, tried, order, task.widths(split))
+    return Sample(training_peak(model, measured(model, lambda: evaluate(tried[0]))), *worked), len(order)
+
+
+def _shape(some: list[int], widths: Sequence[int] | None) -> tuple[int, int]:
+    """Examples and width of a batch."""
+    return len(some), 1 if widths is None else max(widths[i] for i in some)
+
+
+def _tried(order: Sequence[list[int]], widths: Sequence[int] | None) -> list[list[int]]:
+    """The heaviest batch of `order`, and after it others of all sizes, mixed, should time be up early."""
+    ranked = sorted(order, key=lambda some: math.prod(_shape(some, widths)), reverse=True)
+    heaviest, *others = ranked[:: max(1, math.ceil(len(ranked) / BATCHES))]
+    return [heaviest, *(others[i] for i in generator("rehearsal").permutation(len(others)))]
 
 
 def _worked(
-    work: Callable[[list[int]], object], order: Sequence[list[int]], widths: Sequence[int] | None, most: int = BATCHES
-) -> tuple[list[int], float, int]:
-    """`work` on the heaviest batch, then on others of all sizes: the heaviest, the seconds of one of `order`, the bytes unseen.
+    work: Callable[[list[int]], object],
+    tried: Sequence[list[int]],
+    order: Sequence[list[int]],
+    widths: Sequence[int] | None,
+) -> tuple[float, int, int]:
+    """`work` on the batches `tried`: the seconds of one of `order`, the highest resident size so far, and the bytes unseen.
 
     Time goes by the size; the first call, which prepares kernels, counts only where it is the only one.
     """
-
-    def shape(some: list[int]) -> tuple[int, int]:
-        return len(some), 1 if widths is None else max(widths[i] for i in some)
-
-    ranked = sorted(order, key=lambda some: math.prod(shape(some)), reverse=True)
-    heaviest, *others = ranked[:: max(1, math.ceil(len(ranked) / most))]
-    mixed = [
-        others[i] for i in generator("rehearsal").permutation(len(others))
-    ]  # of all sizes, should time be up early
     shapes: list[tuple[int, int]] = []
     seconds: list[float] = []
-    first = 0
-    for some in (heaviest, *mixed):
+    before, first = memory.peak_bytes(), 0
+    memory.reset_peak()  # so that growth shows which stays below what was held before
+    for some in tried:
         started = time.perf_counter()
         work(some)
         seconds.append(time.perf_counter() - started)
-        shapes.append(shape(some))
+        shapes.append(_shape(some, widths))
         first = first or memory.peak_bytes()
         if sum(seconds) > ENOUGH:
             break
     met = len(set(shapes))
-    unseen = (memory.peak_bytes() - first) / max(1, met - 1) * (len({shape(some) for some in order}) - met)
+    highest = memory.peak_bytes()
+    unseen = (highest - first) / max(1, met - 1) * (len({_shape(some, widths) for some in order}) - met)
     counted = slice(1 if len(seconds) > 1 else 0, None)
     each = sum(seconds[counted]) / sum(map(math.prod, shapes[counted]))
-    return heaviest, each * statistics.mean(math.prod(shape(some)) for some in order), int(unseen)
+    return each * statistics.mean(math.prod(_shape(some, widths)) for some in order), max(before, highest), int(unseen)
 
 
 def _loss(

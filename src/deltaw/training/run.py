@@ -35,7 +35,7 @@ from deltaw.training.fit import Fit
 from deltaw.training.full_disk import writing
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
 from deltaw.training.place import check_place
-from deltaw.training.prefix_run import frozen_prefix
+from deltaw.training.prefix_run import frozen_body, frozen_prefix
 from deltaw.training.progress import Progress
 from deltaw.training.record import METRICS, Record, jsonable, recorded
 from deltaw.training.scoring import to_device
@@ -197,10 +197,7 @@ def _fit(
     """The loop, its optimizer, and the recorded frozen prefix; also the seconds that recording the training examples took."""
     if prepared.trains:
         start_from_data(model, task, config, accelerator.device, progress.say)
-    body_path = task.prefix(model)
-    body = model.get_submodule(body_path) if body_path is not None and prepared.trains else None
-    if body is not None and any(p.requires_grad for p in body.parameters()):
-        body = None
+    body = frozen_body(model, task) if prepared.trains else None
 
     def answer(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         with accelerator.autocast():
