@@ -116,8 +116,10 @@ def rows_of(seeds: dict[str, dict[str, Curve]], epochs: int) -> list[dict[str, A
         until_goal, epoch = (statistics.median(f[i] for f in found) for i in (0, 1))
         missed = sum(not reached for *_, reached in found)
         note = f" ({other} never in {missed} of them: its whole run counts)" if missed else ""
+        never = sum(not math.isfinite(f[0]) for f in found)
+        note += f" (deltaw never in {never})" if never else ""
         if math.isfinite(until_goal):
-            each = [round(f[0], 3) for f in found]
+            each = [round(f[0], 3) if math.isfinite(f[0]) else None for f in found]  # None: deltaw never got there
             what = f"time to full's best AUC less {MARGIN}, {len(whole)} seeds{note}: deltaw / {other}"
             rows.append(row(what, {"ratio": until_goal}, target, each=each))
         rows.append(row(f"an epoch: deltaw / {other}", {"ratio": epoch}))
