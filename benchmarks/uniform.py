@@ -10,7 +10,7 @@ import torch
 from benchmarks.measure import SEED, alternate, medians, ratio
 from deltaw.ops.uniform import agrees, uniform_
 
-SHAPES = ((8, 384), (8, 1024), (8, 4096), (64, 4096))
+SHAPES = ((2, 1024), (8, 384), (8, 1024), (8, 4096), (64, 4096))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """An nn.Module with nothing in it that nobody asked for: attaching makes three for each layer, and a model may carry thousands.
 
-An nn.Module holds a dozen empty containers for hooks, more than two kilobytes. A `Bare` makes each when it is first asked for.
+An nn.Module holds a dozen empty containers for hooks. A `Bare` makes each when it is first asked for.
 """
 
 from __future__ import annotations

@@ -91,6 +91,13 @@ def whole_bytes(prefix: Prefix, task: Task) -> int:
     )
 
 
+def train_mode(model: nn.Module, body: nn.Module | None) -> None:
+    """Training mode, but for a `frozen_body`."""
+    model.train()
+    if body is not None:
+        body.eval()
+
+
 def frozen_body(model: nn.Module, task: Task) -> nn.Module | None:
     """The part of `model` below its head, if nothing in it is trained: it stays in evaluation mode while the rest trains."""
     path = task.prefix(model)

@@ -32,7 +32,7 @@ from deltaw.training.methods import check_method, parameters, prepare, quantize_
 from deltaw.training.order import batches, generator, in_order
 from deltaw.training.prefix import NotConstant
 from deltaw.training.prefix_file import PrefixFile
-from deltaw.training.prefix_run import frozen_body, recorded, whole_bytes
+from deltaw.training.prefix_run import frozen_body, recorded, train_mode, whole_bytes
 from deltaw.training.prefix_search import search
 from deltaw.training.scoring import to_device
 from deltaw.training.start_from_data import start_from_data
@@ -115,7 +115,7 @@ def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.dev
     order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
     tried = _tried(order, widths)
     playing = _prefix(model, task, config, device, folder, sorted({i for some in tried for i in some}))
-    _train_mode(model, task)
+    train_mode(model, frozen_body(model, task))
 
     def step(some: list[int]) -> None:
         with playing(some):
@@ -136,14 +136,6 @@ def _move(model: nn.Module) -> None:
             parameter.fill_(1e-6)
 
 
-def _train_mode(model: nn.Module, task: Task) -> None:
-    """As in a run: a body of which nothing is trained stays in evaluation mode."""
-    model.train()
-    body = frozen_body(model, task)
-    if body is not None:
-        body.eval()
-
-
 def _prefix(
     model: nn.Module, task: Task, config: RunConfig, device: torch.device, folder: Path, some: list[int]
 ) -> Callable[[list[int]], AbstractContextManager[None]]:
@@ -155,15 +147,16 @@ def _prefix(
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
             return task.loss(model, to_device(batch, device))
 
+    file = PrefixFile(folder)
     try:
-        file = PrefixFile(folder)
-        prefix = search(model, task, answer, lambda: _train_mode(model, task), file)
+        prefix = search(model, task, answer, lambda: train_mode(model, frozen_body(model, task)), file)
         file.reserve(whole_bytes(prefix, task))
         model.eval()
         lengths = task.lengths("train") if config.bucket else None
         order = in_order(len(some), config.eval_batch_size, None if lengths is None else [lengths[i] for i in some])
         rows = recorded(prefix, task, config, "train", [[some[i] for i in batch] for batch in order])
     except (NotConstant, OSError):
+        file.close()
         return lambda _: nullcontext()
     return lambda chosen: prefix.playing([rows[i] for i in chosen])
 

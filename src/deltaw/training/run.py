@@ -35,7 +35,7 @@ from deltaw.training.fit import Fit
 from deltaw.training.full_disk import writing
 from deltaw.training.methods import Prepared, check_method, parameters, prepare, quantize_base
 from deltaw.training.place import check_place
-from deltaw.training.prefix_run import frozen_body, frozen_prefix
+from deltaw.training.prefix_run import frozen_body, frozen_prefix, train_mode
 from deltaw.training.progress import Progress
 from deltaw.training.record import METRICS, Record, jsonable, recorded
 from deltaw.training.scoring import to_device
@@ -203,13 +203,8 @@ def _fit(
         with accelerator.autocast():
             return task.loss(model, to_device(batch, accelerator.device))
 
-    def train_mode() -> None:
-        model.train()
-        if body is not None:
-            body.eval()
-
     recorded = (
-        frozen_prefix(model, task, config, checkpoints.parent, answer, train_mode, progress.say)
+        frozen_prefix(model, task, config, checkpoints.parent, answer, lambda: train_mode(model, body), progress.say)
         if prepared.trains
         else None
     )

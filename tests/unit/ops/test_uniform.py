@@ -13,7 +13,8 @@ here = pytest.mark.skipif(isinstance(compiled.library(), str), reason=f"nothing 
 @here
 @pytest.mark.parametrize("drawn_before", [0, 1, 623, 624, 625, 3001])
 @pytest.mark.parametrize("shape", [(256,), (623,), (8, 78), (25, 25), (2, 8, 1024), (1249,), (100_001,)])
-def test_the_numbers_are_torchs(drawn_before: int, shape: tuple[int, ...]) -> None:
+def test_the_numbers_are_torchs(drawn_before: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniform, "WORTH", 1)
     bound = 1 / math.sqrt(shape[-1])
     found = []
     for draw in (uniform.uniform_, torch.Tensor.uniform_):
@@ -34,7 +35,7 @@ def test_it_is_compiled_code_that_draws(monkeypatch: pytest.MonkeyPatch) -> None
     calls = []
     filled = uniform.filled
     monkeypatch.setattr(uniform, "filled", lambda *given: calls.append(filled(*given)))
-    t = torch.empty(3, 600)
+    t = torch.empty(3, 700)
     version = t._version
     assert uniform.uniform_(t, 0.0, 1.0) is t
     assert len(calls) == 1
@@ -44,12 +45,12 @@ def test_it_is_compiled_code_that_draws(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "t",
     [
-        torch.empty(255),
+        torch.empty(2047),
         torch.empty(0),
-        torch.empty(300, dtype=torch.float64),
-        torch.empty(300, dtype=torch.bfloat16),
-        torch.empty(30, 40).t(),
-        torch.empty(60, 40)[:, ::2],
+        torch.empty(3000, dtype=torch.float64),
+        torch.empty(3000, dtype=torch.bfloat16),
+        torch.empty(60, 40).t(),
+        torch.empty(60, 80)[:, ::2],
     ],
     ids=["short", "empty", "float64", "bfloat16", "turned", "gaps"],
 )
