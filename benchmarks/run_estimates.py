@@ -1,14 +1,16 @@
 """The memory that `deltaw train --dry-run` foretells against the peak of the run itself, each in its own process.
 
 Both are bytes above the loaded model: `peak_bytes` of the dry run, and `peak_above_model_bytes` that the kernel's count of
-resident pages gave the run (results.json). Nothing is set in the environment but the number of threads.
+resident pages gave the run (results.json). Nothing is set in the environment but the number of threads. How far an
+allocator's memory is torn differs from process to process, so each is the median of `TIMES`, its range beside it.
 
-    python -m benchmarks.run_estimates        # some ten minutes; writes docs/results/estimates.md
+    python -m benchmarks.run_estimates        # some forty minutes; writes docs/results/estimates.md
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from benchmarks.table import machine_of
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "estimates.md"
 MIB = 1 << 20
+TIMES = 3
 
 RUNS = {
     "LoRA": ["--method", "lora"],
@@ -64,15 +67,19 @@ def main() -> None:
         "`sentiment`, one epoch, by `deltaw train --dry-run` and by the run itself; MiB, the peak of the whole run "
         "(checkpoints, evaluation and the search for a frozen prefix included).",
         "",
+        f"Medians of {TIMES} processes each, and their ranges.",
+        "",
         "| run | model | foretold above it | measured above it | foretold / measured | with the model |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as scratch:
         for i, (name, options) in enumerate(RUNS.items()):
-            model, foretold, measured = compared(Path(scratch) / str(i), options)
+            found = [compared(Path(scratch) / f"{i}-{time}", options) for time in range(TIMES)]
+            model, foretold, measured = map(statistics.median, zip(*found))
+            ranges = [f"({min(some):.0f} to {max(some):.0f})" for some in list(zip(*found))[1:]]
             lines.append(
-                f"| {name} | {model:.0f} | {foretold:.0f} | {measured:.0f} | {foretold / measured:.2f} | "
-                f"{(model + foretold) / (model + measured):.2f} |"
+                f"| {name} | {model:.0f} | {foretold:.0f} {ranges[0]} | {measured:.0f} {ranges[1]} | "
+                f"{foretold / measured:.2f} | {(model + foretold) / (model + measured):.2f} |"
             )
             print(lines[-1], flush=True)
     RESULT.write_text("\n".join([*lines, "", machine_of(machine()), ""]))

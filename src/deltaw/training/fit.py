@@ -33,6 +33,7 @@ from deltaw.training.flat_state import lay_flat
 from deltaw.training.loader import ROWS, Epoch, micro_batches
 from deltaw.training.order import batches
 from deltaw.training.prefix import Prefix
+from deltaw.training.prefix_run import train_mode
 from deltaw.training.progress import Progress
 from deltaw.training.record import Record
 from deltaw.training.schedule import factor, steps
@@ -221,14 +222,14 @@ class Fit:
             self.best = trained.snapshot(self.bare)
         self.record.write({"event": "epoch", **row})
         self.progress.epoch(row, best=state.best_epoch == epoch)
-        self._train_mode()
+        train_mode(self.model, self.frozen_body)
 
     def _epoch(self) -> None:
         """The rest of the current epoch."""
         state, config = self.state, self.config
         order = batches(len(self.task.splits["train"]), self.batch, config.seed, state.epoch, self._lengths("train"))
         epoch = Epoch(self.task, "train", config.seed, state.epoch, self.recorded.get("train"))
-        self._train_mode()
+        train_mode(self.model, self.frozen_body)
         while state.batch < len(order):
             micro = state.micro
             steps = micro_batches(
@@ -278,11 +279,6 @@ class Fit:
             own = torch.tensor([self.stop.number or 0], device=self.accelerator.device)
             self.stop.number = int(self.accelerator.gather(own).max()) or None
         return self.stop.asked()
-
-    def _train_mode(self) -> None:
-        self.model.train()
-        if self.frozen_body is not None:
-            self.frozen_body.eval()
 
     def _step(self, micros: Sequence[tuple[Batch, bool]], examples: int) -> None:
         """One optimizer step over the micro-batches of one global batch."""

@@ -51,7 +51,7 @@ def frozen_prefix(
         for split in task.splits:
             started = time.perf_counter()
             lengths = task.lengths(split) if config.bucket else None
-            rows = recorded(
+            rows = recorded_rows(
                 prefix, task, config, split, in_order(len(task.splits[split]), config.eval_batch_size, lengths)
             )
             found[split] = [rows[i] for i in range(len(rows))]
@@ -70,7 +70,7 @@ def frozen_prefix(
     return prefix, found, seconds
 
 
-def recorded(
+def recorded_rows(
     prefix: Prefix, task: Task, config: RunConfig, split: str, order: Sequence[Sequence[int]]
 ) -> dict[int, Row]:
     """The rows of those examples of `split` that are in the batches `order`."""

@@ -1,11 +1,11 @@
 """--dry-run: what a run would train, need and take, and what its examples look like, without training or writing.
 
-Some batches of every kind are run: the largest, and others of all sizes, over a frozen prefix where the run will have one
-(found and recorded as the run does it). Memory is the larger of two: what a step and an evaluation batch hold at their
-peak, counted tensor by tensor; and, on a CPU, by how much this process grew, for an allocator keeps more than is in use,
-and libraries keep something of each shape they have met (oneDNN its compiled products), so that what the smaller batches
-added is counted up to all shapes of a run. The optimizer's state and the weights that are put aside as the best so far are
-added. Time is that of the batches, counted up.
+Batches of every kind are run: the largest, then those of an epoch in the run's own order, for a while, over a frozen
+prefix where the run will have one (found and recorded as the run does it). Memory is the larger of two: what a step and an
+evaluation batch hold at their peak, counted tensor by tensor; and, on a CPU, by how much this process grew, for an
+allocator keeps more than is in use, and libraries keep something of each shape they have met (oneDNN its compiled
+products), so that what the batches after the first added is counted up to all shapes of a run. The optimizer's state and
+the weights that are put aside as the best so far are added. Time is that of the batches, counted up.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from deltaw.training.methods import check_method, parameters, prepare, quantize_
 from deltaw.training.order import batches, generator, in_order
 from deltaw.training.prefix import NotConstant
 from deltaw.training.prefix_file import PrefixFile
-from deltaw.training.prefix_run import frozen_body, recorded, train_mode, whole_bytes
+from deltaw.training.prefix_run import frozen_body, recorded_rows, train_mode, whole_bytes
 from deltaw.training.prefix_search import search
 from deltaw.training.scoring import to_device
 from deltaw.training.start_from_data import start_from_data
 from deltaw.training.task import Task
 
 SHOWN = 3
-BATCHES, ENOUGH = 20, 20.0
-"""Batches of one kind that are run, and the seconds after which there are enough of them."""
-MORE = 1.08
+ENOUGH = 30.0
+"""Seconds after which there are enough batches of one kind."""
+PLAYED = 50
+"""Batches at most whose frozen prefix is recorded: that takes its own time, before."""
+MORE = 1.04
 """How much more a process has grown by the end of a run than over these batches, about (benchmarks/run_estimates.py)."""
 
 
@@ -114,7 +116,10 @@ def _training(model: nn.Module, task: Task, config: RunConfig, device: torch.dev
     lengths, widths = task.lengths("train") if config.bucket else None, task.widths("train")
     order = batches(len(task.splits["train"]), config.batch_size, config.seed, 0, lengths)
     tried = _tried(order, widths)
-    playing = _prefix(model, task, config, device, folder, sorted({i for some in tried for i in some}))
+    prefix = _prefix(model, task, config, device, folder, sorted({i for some in tried[:PLAYED] for i in some}))
+    if prefix is not None:
+        tried = tried[:PLAYED]
+    playing = prefix or (lambda _: nullcontext())
     train_mode(model, frozen_body(model, task))
 
     def step(some: list[int]) -> None:
@@ -138,10 +143,13 @@ def _move(model: nn.Module) -> None:
 
 def _prefix(
     model: nn.Module, task: Task, config: RunConfig, device: torch.device, folder: Path, some: list[int]
-) -> Callable[[list[int]], AbstractContextManager[None]]:
-    """The run's search for a frozen prefix, and its recording of `some` of the training examples: what plays these back."""
+) -> Callable[[list[int]], AbstractContextManager[None]] | None:
+    """The run's search for a frozen prefix, and its recording of `some` of the training examples: what plays these back.
+
+    None where the run will have none.
+    """
     if not config.cache_prefix or task.augments or all(p.requires_grad for p in model.parameters()):
-        return lambda _: nullcontext()
+        return None
 
     def answer(batch: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "no"):
@@ -154,10 +162,10 @@ def _prefix(
         model.eval()
         lengths = task.lengths("train") if config.bucket else None
         order = in_order(len(some), config.eval_batch_size, None if lengths is None else [lengths[i] for i in some])
-        rows = recorded(prefix, task, config, "train", [[some[i] for i in batch] for batch in order])
+        rows = recorded_rows(prefix, task, config, "train", [[some[i] for i in batch] for batch in order])
     except (NotConstant, OSError):
         file.close()
-        return lambda _: nullcontext()
+        return None
     return lambda chosen: prefix.playing([rows[i] for i in chosen])
 
 
@@ -186,10 +194,13 @@ def _shape(some: list[int], widths: Sequence[int] | None) -> tuple[int, int]:
 
 
 def _tried(order: Sequence[list[int]], widths: Sequence[int] | None) -> list[list[int]]:
-    """The heaviest batch of `order`, and after it others of all sizes, mixed, should time be up early."""
-    ranked = sorted(order, key=lambda some: math.prod(_shape(some, widths)), reverse=True)
-    heaviest, *others = ranked[:: max(1, math.ceil(len(ranked) / BATCHES))]
-    return [heaviest, *(others[i] for i in generator("rehearsal").permutation(len(others)))]
+    """The heaviest batch of `order`, whose peak counts, and after it the others as they come.
+
+    How far an allocator's memory is torn depends on which sizes follow which: batches sorted by size, or one of each
+    shape, grew a process a quarter less than the run.
+    """
+    heaviest = max(range(len(order)), key=lambda i: math.prod(_shape(order[i], widths)))
+    return [order[heaviest], *order[:heaviest], *order[heaviest + 1 :]]
 
 
 def _worked(
